@@ -1,0 +1,112 @@
+"""What is in a data set: info, stats, and the plan of an epoch."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from data_tools.console import track
+from laid_ds.data.index import Dataset
+from laid_ds.data.order import Packing, Shuffle
+from laid_ds.data.stream import Stream
+
+
+def info(dataset: Dataset) -> dict[str, Any]:
+    """What the index says."""
+    names = set.intersection(*(set(shard.tokens) for shard in dataset.shards))
+    return {
+        "samples": len(dataset),
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.num_bytes for shard in dataset.shards),
+        "images": int(dataset.num_images.sum()),
+        "estimated_tokens": int(dataset.lengths.sum()),
+        "token_counts": sorted(names),
+        "fingerprint": dataset.fingerprint,
+        "samples_per_shard": _spread(dataset.shard_sizes),
+    }
+
+
+def stats(dataset: Dataset, tokens: str) -> dict[str, Any]:
+    """Histograms of lengths and image counts, and what the records say of themselves."""
+    lengths = dataset.token_counts(tokens)
+    counts: dict[str, Counter] = {name: Counter() for name in ("source", "licence", "format", "questions", "needles", "pixels")}
+    for i in track(range(len(dataset)), "read records"):
+        record = dataset.record(i)
+        counts["source"][record.source or "not stated"] += 1
+        counts["licence"][record.licence or "not stated"] += 1
+        questions = [turn for turn in record.turns if turn.role == "user"]
+        counts["questions"][len(questions)] += 1
+        counts["needles"].update(len(turn.needles) for turn in questions)
+        counts["format"].update(image.fmt for image in record.images)
+        counts["pixels"].update(2 ** int(image.width * image.height).bit_length() for image in record.images)
+    return {
+        "samples": len(dataset),
+        "tokens": _spread(lengths),
+        "tokens_histogram": _histogram(lengths),
+        "images": _spread(dataset.num_images),
+        "images_histogram": _histogram(dataset.num_images),
+        "sources": dict(counts["source"].most_common()),
+        "licences": dict(counts["licence"].most_common()),
+        "image_formats": dict(counts["format"].most_common()),
+        "image_pixels_below": _by_number(counts["pixels"]),
+        "questions_per_sample": _by_number(counts["questions"]),
+        "needles_per_question": _by_number(counts["needles"]),
+    }
+
+
+def plan(
+    dataset: Dataset,
+    *,
+    world_size: int,
+    micro_batch: int,
+    budget: int | None,
+    group: int,
+    seed: int,
+    epoch: int,
+    shuffle: Shuffle,
+    tokens: str,
+) -> dict[str, Any]:
+    """What one epoch will be: steps, fill, balance over ranks, and its first global positions."""
+    packing = Packing(budget, group=group, tokens=tokens) if budget else None
+    stream = Stream(
+        dataset, micro_batch=micro_batch, rank=0, world_size=world_size, seed=seed, shuffle=shuffle, packing=packing, prepare=list
+    )
+    slots = stream.epoch_slots(epoch)
+    lengths = dataset.token_counts(tokens)
+    slot_tokens = np.array([sum(int(lengths[index]) for _, index in slot) for slot in slots])
+    slot_work = np.array([sum(int(lengths[index]) ** 2 for _, index in slot) for slot in slots], np.float64)
+    step = world_size * micro_batch
+    room = budget or int(lengths.max())
+    return {
+        "samples": len(dataset),
+        "packs" if budget else "slots": len(slots),
+        "micro_steps_per_epoch": len(slots) / step,
+        "tokens": int(slot_tokens.sum()),
+        "fill": float(slot_tokens.sum() / (room * len(slots))),
+        "rank_imbalance": _imbalance(slot_work, world_size, micro_batch),
+        "first": [{"position": position, "key": dataset.keys[index].decode()} for slot in slots[:4] for position, index in slot][:8],
+    }
+
+
+def _imbalance(work: np.ndarray, world_size: int, micro_batch: int) -> float:
+    """Mean over micro-steps of (work of the busiest rank / mean work): what waiting for each other costs."""
+    steps = len(work) // (world_size * micro_batch)
+    if steps == 0:
+        return 1.0
+    ranks = work[: steps * world_size * micro_batch].reshape(steps, world_size, micro_batch).sum(2)
+    return float((ranks.max(1) / ranks.mean(1)).mean())
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    p50, p95 = np.percentile(values, [50, 95])
+    return {"min": int(values.min()), "p50": float(p50), "mean": float(values.mean()), "p95": float(p95), "max": int(values.max())}
+
+
+def _histogram(values: np.ndarray) -> dict[str, int]:
+    """Counts in powers of two: "below 8" holds 4 to 7."""
+    edges = np.array([int(value).bit_length() for value in values])
+    return {f"below {2**edge}": int((edges == edge).sum()) for edge in range(edges.min(), edges.max() + 1)}
+
+
+def _by_number(counts: Counter) -> dict[str, int]:
+    return {str(number): counts[number] for number in sorted(counts)}

@@ -1,0 +1,206 @@
+"""MM-NIAH: read and write its lines, and score its answers.
+
+A line holds `context` and `question` with <image> marks, `images_list`, `answer` (text, the number of a choice, or a list of counts) and
+`meta` (depth, lengths, needles, choices). Lettered choices are appended to the question.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.inputs import IMAGE_MARK, Entry, ImageRoot, entries, interleave, take, take_strings
+from data_tools.visual_haystacks import plain, write_images
+from laid_ds.data.record import DataError, Sample, Turn, record_of
+
+BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
+BY_PHRASE = "\nAnswer the question using a single word or phrase."
+LENGTH_BINS = [1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000]
+DEPTHS = 5
+TASKS = 6
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------
+
+
+def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
+    """One line, with the benchmark's own prompt."""
+    names, meta = take_strings(entry, "images_list"), take(entry, "meta", dict)
+    context, question = take(entry, "context", str), take(entry, "question", str)
+    marks = (context + question).count(IMAGE_MARK)
+    if marks != len(names):
+        raise DataError(f"{marks} {IMAGE_MARK} marks for {len(names)} images")
+    choices, choice_images = take_strings(meta, "choices", []), take_strings(meta, "choices_image_path", [])
+    letters = tuple(chr(ord("A") + number) for number in range(len(choices or choice_images)))
+    offered = choices or [IMAGE_MARK] * len(choice_images)
+    lines = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, offered, strict=True))
+    text = f"{context}\n{question}{lines}{BY_LETTER if letters else BY_PHRASE}"
+    shown = names + ([] if choices else choice_images)
+    (segments,) = interleave([text], len(shown))
+    needles = tuple(index for index, name in enumerate(names) if name in take(meta, "needles", list, []))
+    turns = (Turn("user", segments, needles, letters), Turn("assistant", (_answer_text(entry, letters),)))
+    images = tuple(root.read(name) for name in shown)
+    return Sample(key, turns, images, "MM-NIAH", meta={"mm_niah": entry, "image_paths": shown})
+
+
+def _answer_text(entry: Entry, letters: tuple[str, ...]) -> str:
+    answer = take(entry, "answer", (str, int, list))
+    if isinstance(answer, int):
+        if not 0 <= answer < len(letters):
+            raise DataError(f"answer {answer} is the number of no choice")
+        return letters[answer]
+    return answer if isinstance(answer, str) else json.dumps(answer)
+
+
+def write_file(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
+    """`annotations.jsonl` and the images under `out/images`. An imported sample gives its own line back."""
+    lines = []
+    for sample in samples:
+        names = write_images(sample, out / "images")
+        lines += [sample.meta["mm_niah"]] if "mm_niah" in sample.meta else _entries_of(sample, names, len(lines))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "annotations.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return {"folder": str(out), "entries": len(lines)}
+
+
+def _entries_of(sample: Sample, names: list[str], first_id: int) -> Iterable[Entry]:
+    """A line for each question; images stand in the context, in their order."""
+    record = record_of(sample)
+    for number, (question, answer) in enumerate(zip(sample.turns, sample.turns[1:], strict=False)):
+        if question.role != "user" or answer.role != "assistant":
+            continue
+        depths = [needle / max(len(names) - 1, 1) for needle in question.needles]
+        image_tokens = sum(-(-info.width // 28) * -(-info.height // 28) for info in record.images)
+        text_tokens = len(question.text) // 4
+        yield {
+            "id": first_id + number,
+            "images_list": names,
+            "context": IMAGE_MARK * len(names),
+            "question": question.text,
+            "answer": question.choices.index(answer.text) if answer.text in question.choices else answer.text,
+            "meta": {
+                "placed_depth": depths[0] if len(depths) == 1 else depths,
+                "context_length": image_tokens + text_tokens,
+                "context_length_text": text_tokens,
+                "context_length_image": image_tokens,
+                "num_images": len(names),
+                "needles": [names[needle] for needle in question.needles],
+                "choices": list(question.choices) or None,
+                "choices_image_path": None,
+            },
+        }
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------------
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Each file `{model}_{task}.jsonl`: scores by context length as the benchmark bins them, and the strict share of exact answers."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise DataError(f"{folder} holds no answers (*.jsonl)")
+    tasks = {path.stem.rpartition("_")[2]: score_lines(list(entries(path)), "counting" in path.name) for path in files}
+    result: dict[str, Any] = {"benchmark": "mm-niah", "lengths": LENGTH_BINS, "tasks": tasks}
+    if len(tasks) == TASKS:
+        result["overall"] = np.mean([task["official_by_length"] for task in tasks.values()], axis=0).round(6).tolist()
+    return result
+
+
+def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
+    """Official: a mean over five depths (an empty depth counts as 0) for each length; lines below the first length are left out."""
+    total, correct = np.zeros((2, len(LENGTH_BINS) + 1, DEPTHS))
+    strict = 0
+    for line in lines:
+        depth = take(line, "placed_depth", (int, float, list))
+        depth = sum(depth) / len(depth) if isinstance(depth, list) and depth else depth
+        if not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
+            raise DataError(f"placed_depth {str(depth)[:40]} is not in [0, 1]")
+        place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(depth, 0.99) / 0.2)
+        answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
+        if counting and isinstance(answer, (str, int)):
+            answer = _json_or_none(str(answer))
+        total[place] += 1
+        correct[place] += official(answer, response)
+        strict += is_exact(answer, response)
+    by_length = np.divide(correct, total, out=np.zeros_like(correct), where=total > 0)[1:].mean(1)
+    return {"answers": len(lines), "official_by_length": by_length.round(6).tolist(), "strict_accuracy": strict / max(len(lines), 1)}
+
+
+def official(answer: str | int | list, response: str) -> float:
+    """The benchmark's rule for one answer."""
+    response = response.strip(".")
+    if isinstance(answer, int):
+        return float(_choice_number(response) == answer or (response.isdecimal() and int(response) == answer))
+    if isinstance(answer, list):
+        return _list_score(answer, response)
+    return float(re.search(rf"\b{re.escape(normalised(answer))}\b", normalised(response)) is not None)
+
+
+def is_exact(answer: str | int | list, response: str) -> bool:
+    """The strict rule: the response is the answer, or its letter, and nothing else."""
+    if isinstance(answer, int):
+        return plain(response) == chr(ord("a") + answer)
+    if isinstance(answer, list):
+        return _json_or_none(response) == answer
+    return plain(response) == plain(answer)
+
+
+def _choice_number(response: str) -> int | None:
+    text = response.lower().replace("the answer is", "").replace("*", "")
+    text = text.split(".")[0].replace(",", "").strip() if "." in text else text.strip()
+    for sentence, letter in (("the camera is moving left", "a"), ("the camera is moving right", "b")):
+        if sentence in text:
+            text = letter
+    return ord(text) - ord("a") if len(text) == 1 else None
+
+
+def _list_score(answer: list, response: str) -> float:
+    said = _json_or_none(response.replace("json", "").replace("```", "").strip())
+    if isinstance(said, dict) and all(isinstance(value, list) for value in said.values()):
+        said = [item for value in said.values() for item in value]
+    if not isinstance(said, list) or not answer:
+        return 0.0
+    return sum(one == other for one, other in zip(said, answer, strict=False)) / len(answer)
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- the normal form of visual question answering ------------------------------------------------------------------------------------
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS.split())}
+NUMBER_WORDS |= {word: str(10 * number) for number, word in enumerate(TENS.split(), 2)}
+CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll "
+    "how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've "
+    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd "
+    "something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've "
+    "we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
+    "won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+)
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()}
+PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
+
+
+def normalised(text: str) -> str:
+    """Lower case, digits for number words, no articles, apostrophes put back, punctuation dropped where it stands beside a space."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    has_thousands = re.search(r"\d,\d", text) is not None
+    kept = text
+    for mark in PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        kept = kept.replace(mark, "" if beside_space or has_thousands else " ")
+    kept = re.sub(r"\.(?!\d)", "", kept)
+    found = [NUMBER_WORDS.get(word, word) for word in kept.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in found if word not in ("a", "an", "the"))

@@ -1,0 +1,188 @@
+"""`laid-data synth haystack`: Visual-Haystacks-like samples composed from the real pictures of the easy-vqa package (MIT).
+
+An image is a scene of two objects, cut out of two pictures: the one that names the image (the anchor, upper left) and the other one (the
+target, lower right). An object is a shape in a colour: 3 x 8 = 24 kinds. A question names an anchor that stands in exactly one image of the
+haystack; no other object of the haystack is of that kind.
+
+    colour   "For the image with the red circle, what colour is the other shape?"   8 answers, chance 12.5 %
+    yes-no   "For the image with the red circle, is there a blue triangle?"          chance 50 %; a "no" asks for an object of another image
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+from PIL import Image
+
+from data_tools.console import show, track
+from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.record import Sample, Turn
+
+COLOURS = ("black", "gray", "red", "green", "blue", "brown", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+CELL = 32  # pixels; a scene is 2 x 2 cells
+MARGIN = 1.15  # of a cut-out around its object
+FOREGROUND = 60  # summed channel difference to the background above which a pixel belongs to the object
+
+Kind = tuple[str, str]
+Question = Literal["colour", "yes-no"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    anchor: Kind
+    target: Kind
+    image: bytes
+    """PNG."""
+
+
+def pictures(split: str) -> dict[Kind, list[Path]]:
+    """The pictures of an easy-vqa split ("train" or "test": disjoint files) by what they show. Raises ValueError without the package."""
+    try:
+        import easy_vqa
+    except ImportError:
+        raise ValueError("the pictures come from the easy-vqa package: pip install --no-deps easy-vqa==1.0") from None
+    folder = Path(easy_vqa.__file__).parent / "data" / split
+    facts: dict[int, dict[str, str]] = defaultdict(dict)
+    for question, answer, number in json.loads((folder / "questions.json").read_text()):
+        facts[number] |= _facts(question, answer)
+    by_kind: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
+    for number, fact in sorted(facts.items()):
+        if len(fact) == 2:
+            by_kind[fact["colour"], fact["shape"]].append(folder / "images" / f"{number}.png")
+    return by_kind
+
+
+def _facts(question: str, answer: str) -> dict[str, str]:
+    """What a question and its answer tell for certain: {"colour": ..., "shape": ...} or less."""
+    words = question.rstrip("?").split()
+    negated = "not" in words or "no" in words
+    if answer in ("yes", "no") and negated == (answer == "yes"):
+        return {}
+    named = [*words, answer]
+    colours, shapes = [word for word in named if word in COLOURS], [word for word in named if word in SHAPES]
+    return ({"colour": colours[0]} if colours else {}) | ({"shape": shapes[0]} if shapes else {})
+
+
+def compose(anchor: Image.Image, target: Image.Image) -> bytes:
+    """A scene of two cut-outs on the anchor picture's ground, as PNG."""
+    cut, ground = _cut_out(anchor)
+    scene = Image.new("RGB", (2 * CELL, 2 * CELL), ground)
+    scene.paste(cut, (0, 0))
+    scene.paste(_cut_out(target)[0], (CELL, CELL))
+    buffer = io.BytesIO()
+    scene.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _cut_out(picture: Image.Image) -> tuple[Image.Image, tuple[int, int, int]]:
+    """The object of a picture in a square cell, and the picture's ground colour."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=int)
+    ground = np.median(pixels.reshape(-1, 3), 0).astype(int)
+    rows, columns = np.nonzero(np.abs(pixels - ground).sum(-1) > FOREGROUND)
+    half = MARGIN * max(np.ptp(rows) + 1, np.ptp(columns) + 1) / 2
+    x, y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
+    wide = Image.new("RGB", (picture.width * 3, picture.height * 3), tuple(ground.tolist()))
+    wide.paste(picture.convert("RGB"), (picture.width, picture.height))
+    left, top = x + picture.width - half, y + picture.height - half
+    return wide.crop(tuple(round(v) for v in (left, top, left + 2 * half, top + 2 * half))).resize((CELL, CELL)), tuple(ground.tolist())
+
+
+def scenes(split: str, number: int, seed: int) -> dict[Kind, list[Scene]]:
+    """`number` scenes by anchor; every anchor has the same number, targets are drawn evenly from all kinds."""
+    rng, by_kind = random.Random(f"scenes {split} {seed}"), pictures(split)
+    made: dict[Kind, list[Scene]] = defaultdict(list)
+    for i in track(range(number), "scenes"):
+        anchor, target = KINDS[i % len(KINDS)], rng.choice(KINDS)
+        with Image.open(rng.choice(by_kind[anchor])) as a, Image.open(rng.choice(by_kind[target])) as b:
+            made[anchor].append(Scene(anchor, target, compose(a, b)))
+    return made
+
+
+def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions: int, ask: tuple[Question, ...], seed: str) -> Sample:
+    """One haystack. Each asked anchor stands in one image, and nothing else in the haystack is of an asked kind."""
+    rng = random.Random(seed)
+    asked = rng.sample(KINDS, questions)
+    others = [kind for kind in KINDS if kind not in asked]
+
+    def scene(anchor: Kind) -> Scene:
+        return rng.choice([scene for scene in library[anchor] if scene.target not in asked])
+
+    shown = [scene(anchor) for anchor in asked] + [scene(rng.choice(others)) for _ in range(images - questions)]
+    rng.shuffle(shown)
+    places = {scene.anchor: place for place, scene in enumerate(shown)}
+    turns: list[Turn] = []
+    for anchor in asked:
+        text, answer, choices = _question(rng, rng.choice(ask), shown, places[anchor])
+        lead = () if turns else tuple(range(images))
+        turns += [Turn("user", (*lead, text), needles=(places[anchor],), choices=choices), Turn("assistant", (answer,))]
+    return Sample(
+        key, tuple(turns), tuple(s.image for s in shown), source="easy-vqa 1.0", licence="MIT", meta={"world": "two-object scenes"}
+    )
+
+
+def _question(rng: random.Random, ask: Question, shown: list[Scene], needle: int) -> tuple[str, str, tuple[str, ...]]:
+    """(text, answer, choices) about the image at `needle`."""
+    scene = shown[needle]
+    lead = f"For the image with the {' '.join(scene.anchor)},"
+    if ask == "colour":
+        return f"{lead} what colour is the other shape?", scene.target[0], COLOURS
+    elsewhere = [other.target for other in shown if other.target != scene.target]
+    answer = rng.choice(("yes", "no")) if elsewhere else "yes"
+    target = scene.target if answer == "yes" else rng.choice(elsewhere)
+    return f"{lead} is there a {' '.join(target)}?", answer, ("yes", "no")
+
+
+def haystacks(
+    split: str, samples: int, images: int, questions: int, ask: tuple[Question, ...], seed: int, num_scenes: int
+) -> Iterator[Sample]:
+    """The samples of one data set, a pure function of its arguments."""
+    if not 1 <= questions <= min(images, len(KINDS) - 1):
+        raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {min(images, len(KINDS) - 1)} questions")
+    library = scenes(split, num_scenes, seed)
+    for i in range(samples):
+        yield haystack(f"{split}-{seed}-{i:06d}", library, images, questions, ask, f"haystack {split} {seed} {i}")
+
+
+app = typer.Typer(no_args_is_help=True, help="Make data whose answers are known.")
+
+
+@app.callback()
+def _group() -> None:
+    """Make data whose answers are known."""
+
+
+@app.command("haystack", epilog="Example: laid-data synth haystack runs/data/train --samples 512 --images 64")
+def haystack_command(
+    output: Annotated[Path, typer.Argument(help="Folder for the shards; must not exist.")],
+    split: Annotated[str, typer.Option(help="Which pictures: train or test (disjoint).")] = "train",
+    samples: Annotated[int, typer.Option(min=1)] = 512,
+    images: Annotated[int, typer.Option(min=1, help="Images in each haystack; windows are drawn from them.")] = 64,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack, as turns.")] = 6,
+    ask: Annotated[list[str] | None, typer.Option(help="colour (8 answers) and/or yes-no; default colour.")] = None,
+    num_scenes: Annotated[int, typer.Option("--scenes", min=len(KINDS), help="Distinct scenes to draw from.")] = 2400,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Visual-Haystacks-like samples from the pictures of the easy-vqa package."""
+    asks = tuple(ask or ["colour"])
+    if split not in ("train", "test") or not set(asks) <= {"colour", "yes-no"}:
+        raise ValueError(f"--split {split} --ask {list(asks)}: splits are train and test, questions are colour and yes-no")
+    if output.exists():
+        raise ValueError(f"{output} exists; choose another folder or remove it")
+    made = haystacks(split, samples, images, questions, asks, seed, num_scenes)
+    with ShardWriter(output, samples_per_shard=256) as writer:
+        for sample in track(made, "haystacks", samples):
+            writer.write(sample)
+    dataset = Dataset.open(output)
+    show({"folder": str(output), "samples": len(dataset), "images": samples * images, "fingerprint": dataset.fingerprint}, as_json)

@@ -1,0 +1,214 @@
+"""Find what is wrong with a data set, make its index anew, and save what is whole."""
+
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_tools.console import track
+from data_tools.scan import Found, scan
+from laid_ds.data import images
+from laid_ds.data.index import (
+    DATASET,
+    END_OF_ARCHIVE,
+    INDEX,
+    ShardIndex,
+    dataset_json,
+    publish,
+    read_index,
+    split_sample,
+    write_whole,
+)
+from laid_ds.data.record import DataError, Origin, decode
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def verify(folder: Path, deep: bool, jobs: int) -> dict[str, Any]:
+    """Every byte of every shard against the index; `deep` also reads each record and decodes each image."""
+    problems: list[DataError] = []
+    shards = _indexed_shards(folder, problems)
+    if shards is None:
+        names = _shard_names(folder)
+        reports = _in_parallel(lambda name: _check_unindexed(folder / name), names, jobs, "verify")
+    else:
+        problems += _strangers(folder, shards)
+        reports = _in_parallel(lambda shard: _check_shard(folder, shard, deep), shards, jobs, "verify")
+    whole = 0
+    for num_whole, found in reports:
+        whole += num_whole
+        problems += found
+    return {
+        "sound": not problems,
+        "shards": len(reports),
+        "whole_samples": whole,
+        "problems": [
+            {"shard": problem.shard, "key": problem.key, "offset": problem.offset, "reason": problem.reason} for problem in problems
+        ],
+    }
+
+
+def reindex(folder: Path, jobs: int) -> dict[str, Any]:
+    """Make the index files from the shards alone. A damaged shard is refused."""
+    names = _shard_names(folder)
+    scans = _in_parallel(lambda name: scan(folder / name), names, jobs, "index")
+    for found in scans:
+        if found.problems:
+            raise found.problems[0]
+    shards = _in_parallel(lambda pair: _index_shard(folder / pair[0], pair[1].whole), list(zip(names, scans, strict=True)), jobs, "hash")
+    _refuse_repeated_keys(shards)
+    for shard in shards:
+        write_whole(folder / f"{shard.name}.idx", shard.energon_offsets())
+    index = b"".join(shard.line() for shard in shards)
+    (folder / DATASET).unlink(missing_ok=True)
+    write_whole(folder / INDEX, index)
+    write_whole(folder / DATASET, dataset_json(shards, index))
+    return {"shards": len(shards), "samples": sum(len(shard.keys) for shard in shards)}
+
+
+def repair(folder: Path, jobs: int) -> dict[str, Any]:
+    """Keep every whole sample. A damaged shard is written anew without the others and stays beside it as `NAME.damaged`."""
+    shards = _indexed_shards(folder, []) or []
+    lost: list[dict[str, Any]] = []
+    for name in track(_shard_names(folder), "repair"):
+        lost += _repair_shard(folder, name)
+    found = reindex(folder, jobs) if _shard_names(folder, may_be_empty=True) else {"shards": 0, "samples": 0}
+    for shard in shards:
+        if not (folder / shard.name).exists():
+            known = {entry["key"] for entry in lost}
+            lost += [
+                {"shard": shard.name, "key": key, "offset": offset, "reason": "the shard is missing"}
+                for key, offset in zip(shard.keys, shard.offsets, strict=False)
+                if key not in known
+            ]
+    return {**found, "lost": lost}
+
+
+def _indexed_shards(folder: Path, problems: list[DataError]) -> list[ShardIndex] | None:
+    """The index, or None with the reason among the problems."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
+    try:
+        return read_index((folder / INDEX).read_bytes(), (folder / DATASET).read_bytes(), str(folder))
+    except FileNotFoundError as error:
+        problems.append(DataError(f"{Path(error.filename).name} is missing; `laid-data index` makes it from the shards"))
+    except DataError as error:
+        problems.append(error)
+    return None
+
+
+def _shard_names(folder: Path, may_be_empty: bool = False) -> list[str]:
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    if not names and not may_be_empty:
+        raise DataError(f"{folder} holds no shards")
+    return names
+
+
+def _strangers(folder: Path, shards: Sequence[ShardIndex]) -> Iterator[DataError]:
+    """Files that a reader of the index would never see."""
+    known = {shard.name for shard in shards}
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*.tar.tmp")]):
+        if path.name not in known:
+            yield DataError("the shard is not in the index", shard=path.name)
+
+
+def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list[DataError]]:
+    """Whole samples of an indexed shard, and its problems."""
+    path = folder / shard.name
+    if not path.exists():
+        return 0, [DataError("the shard is missing", shard=shard.name, key=shard.keys[0], offset=0)]
+    problems = _check_offsets_file(folder, shard)
+    if path.stat().st_size == 0:
+        return 0, [DataError("the shard is empty", shard=shard.name, key=shard.keys[0], offset=0), *problems]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if hashlib.sha256(data).hexdigest() == shard.sha256 and not deep:
+            return len(shard.keys), problems
+        bad = list(_bad_samples(data, shard, deep))
+        if data[shard.offsets[-1] :] != END_OF_ARCHIVE:
+            reason = "the end-of-archive blocks are missing or damaged"
+            problems.append(DataError(reason, shard=shard.name, key=shard.keys[-1], offset=shard.offsets[-1]))
+    return len(shard.keys) - len(bad), bad + problems
+
+
+def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool) -> Iterator[DataError]:
+    for key, start, end, crc32 in zip(shard.keys, shard.offsets[:-1], shard.offsets[1:], shard.crc32, strict=True):
+        origin, packed = Origin(shard.name, key, start), data[start:end]
+        if len(packed) < end - start:
+            yield DataError("the sample is cut off").at(origin)
+        elif zlib.crc32(packed) != crc32:
+            yield DataError("the sample's bytes do not match its crc32").at(origin)
+        elif deep:
+            yield from _bad_content(packed, origin)
+
+
+def _bad_content(packed: bytes, origin: Origin) -> Iterator[DataError]:
+    """What is wrong with a sample whose bytes are those that were written."""
+    try:
+        text, *parts = split_sample(packed)
+        sample = decode(bytes(text), [bytes(part) for part in parts], origin)
+        for index, image in enumerate(sample.images):
+            images.check_decodable(image, f"image {index}")
+    except DataError as error:
+        yield error.at(origin)
+
+
+def _check_offsets_file(folder: Path, shard: ShardIndex) -> list[DataError]:
+    path = folder / f"{shard.name}.idx"
+    if path.exists() and path.read_bytes() == shard.energon_offsets():
+        return []
+    return [DataError(f"{path.name} is missing or does not match the index", shard=shard.name)]
+
+
+def _check_unindexed(path: Path) -> tuple[int, list[DataError]]:
+    found = scan(path)
+    return len(found.whole), found.problems
+
+
+def _index_shard(path: Path, whole: Sequence[Found]) -> ShardIndex:
+    shard = ShardIndex(path.name, num_bytes=path.stat().st_size)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        shard.sha256 = hashlib.sha256(data).hexdigest()
+        for found in whole:
+            shard.add(found.key, data[found.offset : found.offset + found.num_bytes], found.record)
+    return shard
+
+
+def _refuse_repeated_keys(shards: Iterable[ShardIndex]) -> None:
+    home: dict[str, str] = {}
+    for shard in shards:
+        for key, offset in zip(shard.keys, shard.offsets, strict=False):
+            if key in home:
+                raise DataError(f"the key is also in shard {home[key]}", shard=shard.name, key=key, offset=offset)
+            home[key] = shard.name
+
+
+def _repair_shard(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the shard lost. It is left alone if that is nothing."""
+    path = folder / name
+    found = scan(path)
+    if not found.problems:
+        return []
+    temporary = folder / f"{name}.tmp"
+    with open(path, "rb") as damaged, open(temporary, "wb") as file:
+        for sample in found.whole:
+            damaged.seek(sample.offset)
+            file.write(damaged.read(sample.num_bytes))
+        file.write(END_OF_ARCHIVE)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, folder / f"{name}.damaged")
+    if found.whole:
+        publish(temporary, path)
+    else:
+        temporary.unlink()
+    return [{"shard": problem.shard, "key": problem.key, "offset": problem.offset, "reason": problem.reason} for problem in found.problems]
+
+
+def _in_parallel(work: Callable[[Item], Result], items: Sequence[Item], jobs: int, label: str) -> list[Result]:
+    """In threads: hashing, decoding and reading leave the interpreter's lock."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(track(pool.map(work, items), label, total=len(items)))

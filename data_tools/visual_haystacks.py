@@ -1,0 +1,168 @@
+"""Visual Haystacks: read and write its files, and score its answers.
+
+A file `visual_haystack_{N|oracle}.json` is a list of entries with a yes/no question in `conversations` and with `pos_image` and
+`neg_image`, lists of paths. The benchmark shuffles them without a seed; here the order follows from a seed and the entry's key.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.inputs import Entry, ImageRoot, take, take_strings
+from laid_ds.data.record import DataError, Sample, Turn, describe
+
+PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
+ANSWERS = ("yes", "no")
+RESAMPLES = 100
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------
+
+
+def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth: float | None = None) -> Sample:
+    """One entry. `depth` in [0, 1] puts the needle there (single-needle entries); without it all images are shuffled."""
+    said = take(entry, "conversations", list)
+    if len(said) < 2:
+        raise DataError("conversations must hold a question and its answer")
+    question, answer = take(said[0], "value", str), take(said[1], "value", str)
+    if answer not in ANSWERS:
+        raise DataError(f"answer {answer[:40]!r} is neither yes nor no")
+    positive, negative = take_strings(entry, "pos_image"), take_strings(entry, "neg_image", [])
+    names = _ordered(positive, negative, random.Random(f"{seed}:{key}"), depth)
+    needles = tuple(index for index, name in enumerate(names) if name in positive)
+    turns = (Turn("user", (*range(len(names)), PROMPT + question), needles, ANSWERS), Turn("assistant", (answer,)))
+    images = tuple(root.read(name) for name in names)
+    return Sample(key, turns, images, "Visual Haystacks", meta={"vhs": entry, "image_paths": names})
+
+
+def _ordered(positive: list[str], negative: list[str], rng: random.Random, depth: float | None) -> list[str]:
+    if depth is None:
+        names = positive + negative
+        rng.shuffle(names)
+        return names
+    if len(positive) != 1 or not 0 <= depth <= 1:
+        raise DataError(f"depth {depth} needs one needle and a number in [0, 1]; the entry has {len(positive)} needles")
+    names = rng.sample(negative, len(negative))
+    names.insert(min(int(depth * (len(names) + 1)), len(names)), positive[0])
+    return names
+
+
+def write_files(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
+    """Entries by number of images, and the images under `out/images`. An imported sample gives its own entry back."""
+    by_count: dict[str, list[Entry]] = {}
+    for sample in samples:
+        names = write_images(sample, out / "images")
+        for entry in _entries_of(sample, names):
+            oracle = not entry["neg_image"]
+            by_count.setdefault("oracle" if oracle else str(len(names)), []).append(entry)
+    for count, found in by_count.items():
+        (out / f"visual_haystack_{count}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1))
+    return {"folder": str(out), "entries": {count: len(found) for count, found in sorted(by_count.items())}}
+
+
+def _entries_of(sample: Sample, names: list[str]) -> Iterable[Entry]:
+    if "vhs" in sample.meta:
+        yield sample.meta["vhs"]
+        return
+    for question, answer in zip(sample.turns, sample.turns[1:], strict=False):
+        if question.role != "user" or answer.role != "assistant" or answer.text.lower() not in ANSWERS:
+            continue
+        yield {
+            "conversations": [
+                {"from": "human", "value": question.text.removeprefix(PROMPT)},
+                {"from": "gpt", "value": answer.text.lower()},
+            ],
+            "pos_image": [names[needle] for needle in question.needles],
+            "neg_image": [name for index, name in enumerate(names) if index not in question.needles],
+        }
+
+
+def write_images(sample: Sample, folder: Path) -> list[str]:
+    """The images under the names they came with, or under the sample's key."""
+    known = sample.meta.get("image_paths") or []
+    names = []
+    for index, image in enumerate(sample.images):
+        name = known[index] if len(known) == len(sample.images) else f"{sample.key}.{index:03d}.{describe(image).fmt}"
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise DataError(f"image name {name!r} leads out of {folder}", key=sample.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        names.append(name)
+    return names
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------------
+
+
+def score(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Scores of each `{N}_images` folder of results, by the benchmark's rule and by the strict one."""
+    groups = sorted(folder.glob("*_images"), key=lambda path: (len(path.name), path.name)) or [folder]
+    results = {}
+    for group in groups:
+        entries = [json.loads(path.read_text()) for path in sorted(group.glob("*.json"))]
+        if not entries:
+            raise DataError(f"{group} holds no results (*.json)")
+        results[group.name.removesuffix("_images")] = score_entries(entries, seed)
+    return {"benchmark": "vhs", "results": results}
+
+
+def score_entries(entries: list[Entry], seed: int = 0) -> dict[str, float]:
+    """Accuracy and compliance. Official: the answer is among the words of the response; mean and deviation over 100 resamples, here with
+    a seed. Strict: the response is the answer and nothing else."""
+    rows = [_judge(entry) for entry in entries]
+    table = np.array(rows, np.float64)  # [entries, 4]
+    rng = np.random.default_rng(seed)
+    means = np.array([table[rng.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES)])
+    return {
+        "entries": len(table),
+        "official_accuracy": float(means[:, 0].mean()),
+        "official_accuracy_std": float(means[:, 0].std()),
+        "official_compliance": float(means[:, 1].mean()),
+        "strict_accuracy": float(table[:, 2].mean()),
+        "says_yes_and_no": float(table[:, 3].mean()),
+    }
+
+
+def _judge(entry: Entry) -> np.ndarray:
+    """(in the words, compliant, exactly the answer, both yes and no), a mean where the entry has one response for each needle position."""
+    said = take(entry, "conversations", list)
+    answer = take(said[1] if len(said) > 1 else {}, "value", str)
+    rows = []
+    for response in _responses(entry):
+        found = words(response.lower())
+        rows.append((answer in found, not found.isdisjoint(ANSWERS), plain(response) == answer, found.issuperset(ANSWERS)))
+    return np.mean(np.array(rows, np.float64), axis=0)
+
+
+def _responses(entry: Entry) -> list[str]:
+    """One response, or one for each needle position."""
+    holder = entry if "response" in entry else take(entry, "result", dict)
+    response = take(holder, "response", (str, list))
+    responses = [response] if isinstance(response, str) else take_strings(holder, "response")
+    if not responses:
+        raise DataError("an entry without responses")
+    return responses
+
+
+def words(text: str) -> set[str]:
+    """Tokens as the benchmark's tokenizer would give them, where "yes" and "no" are concerned: sentences first, then punctuation that
+    ends one; "yes/no" and "**yes**" stay single tokens, "cannot" holds no "no"."""
+    found: set[str] = set()
+    for sentence in re.split(r"(?<=[.!?])\s+", text):
+        sentence = re.sub(r"([,:])(?!\d)", r" \1 ", sentence)
+        sentence = re.sub(r"([;@#$%&?!\"()\[\]{}<>]|--|\.\.\.)", r" \1 ", sentence)
+        sentence = re.sub(r"\.([\])}>\"'\s]*)$", r" . \1", sentence)
+        sentence = re.sub(r"(?<!\w)'|'(?=\s|$)|``|''", " ' ", sentence)
+        found.update(sentence.split())
+    return found
+
+
+def plain(response: str) -> str:
+    """A response without case, surrounding space, quotes and final punctuation: what the strict rules compare."""
+    return response.strip().strip("\"'`*").rstrip(".!").strip().lower()

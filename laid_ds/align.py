@@ -1,0 +1,149 @@
+"""What the student learns beside its own weights, and how two models' attention is turned into loss sums.
+
+`Align` owns the head mixture of each layer pair and the RoPE gains of the student's layers, so that they live in the student's engine,
+are sharded and checkpointed with it, and never touch the stock model's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laid_ds.config import Align as Options
+from laid_ds.kernels.attention_matching import Omega, attention_matching
+from laid_ds.kernels.head_alignment import head_alignment
+
+
+class Heads(Protocol):
+    """What one attention layer compared (models.attention.Captured is one)."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    window: int | None
+
+
+def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+    """(student layer, teacher layer) pairs. "last": last to last (Paper). "proportional": student layer i listens to teacher layer
+    round((i + 1) L_t / L_s) - 1 (ours). Raises ValueError for a layer that does not exist."""
+    if rule == "last":
+        return ((student_layers - 1, teacher_layers - 1),)
+    if rule == "proportional":
+        return tuple((i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers))
+    for student, teacher in rule:
+        if not (0 <= student < student_layers and 0 <= teacher < teacher_layers):
+            raise ValueError(
+                f"align.pairs: [{student}, {teacher}] is outside the models, which have {student_layers} and {teacher_layers} decoder layers"
+            )
+    return tuple((student, teacher) for student, teacher in rule)
+
+
+def start_mixing(student_heads: int, teacher_heads: int, options: Options) -> Tensor:
+    """Mixing parameters [H_s, H_t] at the start.
+
+    "one_hot" spreads the student's heads evenly over the teacher's; "uniform" is the mean of all teacher heads.
+    As softmax logits or, with weights = "free", as the weights themselves.
+    """
+    chosen = torch.arange(student_heads) * teacher_heads // student_heads
+    one_hot = torch.nn.functional.one_hot(chosen, teacher_heads).float()
+    if options.weights == "free":
+        return one_hot if options.start == "one_hot" else torch.full_like(one_hot, 1 / teacher_heads)
+    return options.start_logit * one_hot if options.start == "one_hot" else torch.zeros_like(one_hot)
+
+
+class Align(nn.Module):
+    """Mixtures and gains as parameters; forward turns captured heads of both models into sums with counts."""
+
+    def __init__(
+        self,
+        options: Options,
+        pairs: Sequence[tuple[int, int]],
+        student_shape: tuple[int, int, int],
+        teacher_shape: tuple[int, int, int],
+        gain_shapes: dict[int, tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        """Shapes are (H, K, D) of each model; gain_shapes maps student layers to [H, P] (empty: no gains)."""
+        super().__init__()
+        self.options, self.pairs = options, tuple(pairs)
+        (student_heads, student_keys, student_dim), (teacher_heads, teacher_keys, teacher_dim) = student_shape, teacher_shape
+        self.mixing, self.key_mixing, self.projections = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for student, _ in self.pairs:
+            self.mixing[str(student)] = start_mixing(student_heads, teacher_heads, options).to(dtype)
+            if options.mixing == "separate":
+                self.key_mixing[str(student)] = start_mixing(student_keys, teacher_keys, options).to(dtype)
+            if student_dim != teacher_dim:
+                self.projections[str(student)] = torch.stack([torch.eye(teacher_dim, student_dim)] * 2).to(dtype)
+        self.gain = nn.ParameterDict({str(layer): torch.zeros(shape, dtype=dtype) for layer, shape in gain_shapes.items()})
+
+    def weights(self, layer: int) -> Tensor | tuple[Tensor, Tensor]:
+        """Mixing weights of a student layer: [H_s, H_t], or with separate mixing the pair for queries and keys."""
+
+        def of(parameter: Tensor) -> Tensor:
+            return torch.softmax(parameter.float(), -1) if self.options.weights == "softmax" else parameter.float()
+
+        queries = of(self.mixing[str(layer)])
+        return (queries, of(self.key_mixing[str(layer)])) if str(layer) in self.key_mixing else queries
+
+    def forward(
+        self,
+        student: dict[int, Heads],
+        teacher: dict[int, Heads],
+        segments: Tensor,
+        terms: Sequence[str],
+        omega: Omega,
+        rows: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Sums of the asked terms, each a mean over layer pairs and student heads; `counted_by` names what they are divided by.
+
+        student, teacher: captured heads by layer; segments [B, T] int64, -1 = padding.
+        "align": head-level alignment (Paper, Eq. 7). "match": distance-weighted attention matching (ours).
+        """
+        compute = {"align": self._alignment, "match": self._matching}
+        sums = {}
+        for term in terms:
+            parts = [compute[term](s, student[s], teacher[t], segments, omega, rows) for s, t in self.pairs]
+            sums[term] = torch.stack(parts).mean()
+        return sums
+
+    def counted_by(self) -> dict[str, str]:
+        """The count of a batch (data.batch.Batch.counts) that each term's sum is divided by."""
+        return {"align": "tokens" if self.options.reduction == "mean" else "samples", "match": "tokens"}
+
+    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+        total, _ = head_alignment(
+            student.query,
+            student.key,
+            teacher.query,
+            teacher.key,
+            self.weights(layer),
+            reduction=self.options.reduction,
+            segments=segments,
+            projection=tuple(self.projections[str(layer)].float()) if str(layer) in self.projections else None,
+        )
+        return total / student.query.shape[1] if self.options.reduction == "relative" else total
+
+    def _matching(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+        total, _ = attention_matching(
+            student.query,
+            student.key,
+            teacher.query,
+            teacher.key,
+            self.mixing[str(layer)].float(),
+            student_scale=student.scale,
+            teacher_scale=teacher.scale,
+            student_window=student.window,
+            teacher_window=teacher.window,
+            omega=omega,
+            segments=segments,
+            rows=rows,
+        )
+        return total / student.query.shape[1]
+
+    def mixture_entropy(self) -> float:
+        """Mean entropy of the mixture's rows in nats: 0 is one teacher head per student head, ln H_t is the plain mean."""
+        rows = torch.cat([torch.softmax(p.detach().float(), -1) for p in self.mixing.values()])
+        return torch.special.entr(rows).sum(-1).mean().item()

@@ -1,0 +1,163 @@
+"""`laid`: train, export, evaluate, report. Each command prints one clear sentence and a non-zero status when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command(epilog="Example: laid train recipes/demo.toml losses.match=0 --ranks 2")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = 0,
+    port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Only read the recipe and print the resolved run as JSON.")] = False,
+) -> None:
+    """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
+    from laid_ds import config
+
+    run = config.load(recipe, overrides or [])
+    if check:
+        print(json.dumps(config.as_tree(run), indent=1))
+        return
+    raise typer.Exit(_launch([str(recipe), *(overrides or [])], ranks or _gpus() or 1, port or _free_port()))
+
+
+@app.command(epilog="Example: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train")
+def init(
+    model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    corpus: Annotated[Path, typer.Option(help="Shards whose text trains the tokenizer.")],
+    vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer before its special tokens.")] = 400,
+    image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
+    seed: int = 0,
+) -> None:
+    """Make a small model with random weights and its processor, without any download, as an ordinary model folder."""
+    from laid_ds.data.index import Dataset
+    from laid_ds.models.load import write_new_model
+
+    dataset = Dataset.open(corpus)
+    texts = [turn.text for i in range(min(len(dataset), 500)) for turn in dataset.record(i).turns]
+    size = write_new_model(model_config, output, texts, vocabulary, image_tokens, seed)
+    print(f"{output}: {size:,} parameters")
+
+
+@app.command(epilog="Example: laid export runs/demo/laid runs/demo/models/laid")
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    output: Annotated[Path, typer.Argument(help="Model folder to write; must not exist.")],
+) -> None:
+    """Write the trained student as a stock model folder: gain folded in, processor and model card beside it."""
+    from laid_ds.export import export_run
+
+    export_run(run, output)
+    print(f"{output}: loads with transformers' from_pretrained")
+
+
+@app.command("eval", epilog="Example: laid eval runs/demo/test teacher=runs/demo/models/teacher laid=runs/demo/models/laid --out e.json")
+def evaluate(
+    shards: Annotated[Path, typer.Argument(help="Test shards with recorded needles.")],
+    models: Annotated[list[str], typer.Argument(help="NAME=FOLDER of stock model folders.")],
+    out: Annotated[Path, typer.Option(help="Results file; models in it already are kept and not asked again.")],
+    sizes: Annotated[str, typer.Option(help="Numbers of images.")] = "1,2,5,10,20,50,100,150",
+    haystacks: Annotated[int, typer.Option(min=1, help="Haystacks of each size.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Measure accuracy against the number of images and keep every answer in a results file."""
+    from laid_ds.evaluation.evaluate import evaluate_models
+
+    evaluate_models(shards, _named(models), out, _sizes(sizes), haystacks, questions, dtype)
+
+
+@app.command(epilog="Example: laid report runs/demo")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with evaluation.json, and the runs beside it.")],
+    baseline: Annotated[str, typer.Option(help="Model whose one-image skill sets the threshold.")] = "student",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
+) -> None:
+    """Turn results files into a table, a picture and one self-contained report.html."""
+    from laid_ds.evaluation.report import write_report
+
+    summary = write_report(folder, baseline)
+    print(json.dumps(summary.as_json()) if as_json else summary.as_text())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: user errors are one sentence on stderr and status 2; Ctrl-C is status 130."""
+    try:
+        app(arguments)
+    except ValueError as error:
+        print(f"laid: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _launch(words: list[str], ranks: int, port: int) -> int:
+    """DeepSpeed's launcher on this machine; its exit status. Ctrl-C reaches the ranks, which save and leave; we wait for them."""
+    environment = dict(os.environ)
+    if not _gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
+    command = [*launcher, "--no_local_rank", "--module", "laid_ds.train", *words]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: _stop_ranks(process.pid))
+    return process.wait()
+
+
+def _stop_ranks(launcher: int) -> None:
+    """Ask the ranks themselves to save and leave: the launcher, if it were asked, would kill them after 30 seconds."""
+    import psutil
+
+    processes = psutil.Process(launcher).children(recursive=True)
+    spawners = [p.pid for p in processes if "deepspeed.launcher.launch" in p.cmdline()]
+    ranks = [p for p in processes if p.ppid() in spawners]
+    for process in ranks or [psutil.Process(launcher)]:
+        process.terminate()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _named(models: list[str]) -> dict[str, Path]:
+    wrong = [word for word in models if "=" not in word]
+    if wrong:
+        raise ValueError(f"models are given as NAME=FOLDER, got {wrong}")
+    return {name: Path(folder) for name, _, folder in (word.partition("=") for word in models)}
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise ValueError(f"--sizes {text!r}: give whole numbers separated by commas") from None
+    if sizes[0] < 1:
+        raise ValueError(f"--sizes {text!r}: sizes start at 1")
+    return sizes
+
+
+if __name__ == "__main__":
+    main()

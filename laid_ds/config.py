@@ -1,0 +1,225 @@
+"""A run: one typed, frozen object read from one TOML file. Unknown keys are errors.
+
+What DeepSpeed calls mechanics (ZeRO stage, offload, buckets) lives in ds_configs/*.json; what a run means (learning rate, batch, clip,
+loss weights) lives here and only here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _ordered(pair: tuple[int, int]) -> tuple[int, int]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the first number must not exceed the second, got {list(pair)}")
+    return pair
+
+
+Range = Annotated[tuple[Count, Count], AfterValidator(_ordered)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    path: Path
+    """An ordinary transformers folder."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    deepspeed: Path
+    """JSON with this engine's mechanics (see ds_configs/)."""
+
+
+class Student(Model):
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = True
+
+
+class Data(Section):
+    shards: tuple[Path, ...]
+    """Folders written by `laid-data`."""
+    images: Range | None = None
+    """Train on windows of [least, most] images, drawn anew for each step; None keeps samples whole."""
+    grow_from: Count | None = None
+    """Let the upper end of `images` grow from here to its full value over the first `grow_until` of the run (geometric)."""
+    grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
+    questions: Count | None = None
+    """Ask at most this many of a sample's questions in each window; None asks all."""
+    shuffle: Literal["full", "none"] = "full"
+    micro_batch: Count = 1
+    """Samples per rank and forward pass."""
+    workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _growth_has_a_range(self) -> Data:
+        if self.grow_from is not None and (self.images is None or not self.images[0] <= self.grow_from <= self.images[1]):
+            raise ValueError(f"grow_from={self.grow_from} must lie inside images={self.images}")
+        return self
+
+
+class Optimizer(Section):
+    lr: Positive = 1e-5
+    mixing_lr: NonNegative = 1e-5
+    """Learning rate of the head mixture; 0 keeps it as it starts."""
+    gain_lr: NonNegative = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.0
+    clip: Positive = 1.0
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["cosine", "constant"] = "cosine"
+    accumulation: Count = 1
+
+
+class Losses(Section):
+    """Weights of the terms of the loss (docs/method.md). The paper prints no values; these are ours."""
+
+    align: NonNegative = 1.0
+    match: NonNegative = 1.0
+    kl: NonNegative = 1.0
+    sft: NonNegative = 1.0
+    temperature: Positive = 1.0
+    rows_per_chunk: Count = 1024
+    """Rows of logits that exist at one time."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether attention of the two models is compared at all."""
+        return self.align > 0 or self.match > 0
+
+
+class Align(Section):
+    pairs: Literal["last", "proportional"] | tuple[tuple[int, int], ...] = "last"
+    """(student layer, teacher layer) pairs, or a rule that makes them. The paper: last to last."""
+    start: Literal["one_hot", "uniform"] = "one_hot"
+    """`one_hot` (ours, anchored): each student head starts on one teacher head. `uniform`: the mean of all heads (the paper's recipe)."""
+    start_logit: Positive = 3.0
+    """Logit of the chosen head at a one-hot start; inf-like values (30 and more) freeze the choice in practice."""
+    weights: Literal["softmax", "free"] = "softmax"
+    mixing: Literal["tied", "separate"] = "tied"
+    reduction: Literal["relative", "mean", "sum"] = "relative"
+
+
+class Match(Section):
+    omega: Literal["uniform", "frontier", "power"] = "frontier"
+    gamma: NonNegative = 4.0
+    frontier_tokens: tuple[NonNegative, NonNegative] = (64.0, 4096.0)
+    """The frontier moves from the first to the second distance over the run."""
+    width_tokens: Positive = 256.0
+    delta_tokens: Positive = 256.0
+    alpha: NonNegative = 1.0
+    rows: Count | None = None
+    """Compare this many sampled rows per sample instead of all (an unbiased estimate)."""
+
+
+class Gain(Section):
+    enabled: bool = True
+
+
+class Checkpoint(Section):
+    every_steps: Count = 500
+    keep_last: Count = 2
+
+
+class Logging(Section):
+    every_steps: Count = 1
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class Run(Section):
+    """Everything that decides the outcome of a run."""
+
+    name: str
+    output: Path
+    seed: int = 0
+    steps: Count
+    student: Student
+    teacher: Model | None = None
+    """Without a teacher the run is plain supervised training (only losses.sft may be positive)."""
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    losses: Losses = Losses()
+    align: Align = Align()
+    match: Match = Match()
+    gain: Gain = Gain()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _terms_have_their_parts(self) -> Run:
+        needs_teacher = self.losses.listens or self.losses.kl > 0
+        if needs_teacher and self.teacher is None:
+            raise ValueError("losses.align, losses.match and losses.kl need a [teacher]; set them to 0 to train without one")
+        if not needs_teacher and self.losses.sft == 0:
+            raise ValueError("every loss weight is 0: nothing would be learned")
+        if self.losses.match > 0 and self.align.weights == "free":
+            raise ValueError("align.weights = 'free' gives no distribution to match; use 'softmax' or set losses.match = 0")
+        return self
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
+    """Read a recipe and apply `section.key=value` overrides (values as TOML; a bare word is a string; `section=none` removes it).
+
+    Raises ValueError with one line per wrong key or value, each with its place in the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(path, item) for item in error.errors())) from None
+
+
+def as_tree(run: Run) -> dict[str, Any]:
+    """The resolved run as plain values, for run.json and for comparing two runs."""
+    return run.model_dump(mode="json")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    if not sign:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+    if text.strip().lower() == "none":
+        tree.pop(key, None)
+    else:
+        tree[key] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _sentence(path: Path, item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "the run"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key {place!r}; see laid_ds/config.py for the keys of each section"
+    if item["type"] == "missing":
+        return f"{path}: {place!r} is missing"
+    return (
+        f"{path}: {place}: {item['msg'].removeprefix('Value error, ')} (value: {item['input']!r})"
+        if item["loc"]
+        else f"{path}: {item['msg'].removeprefix('Value error, ')}"
+    )

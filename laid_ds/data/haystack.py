@@ -1,0 +1,56 @@
+"""Windows of a sample: fewer images and questions, in a new order, as a pure function of a seed.
+
+One shard set of long haystacks serves every window length: a draw keeps the images that its questions need (their needles) and fills up
+with others of the same sample, as Visual Haystacks does for its sizes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from laid_ds.data.record import Sample, Turn
+
+
+def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[int, ...]) -> Sample:
+    """A window of `images` images that asks at most `questions` of the sample's questions (all when None).
+
+    Which questions, which other images, and the order of all images follow from `seed` alone. Asks fewer questions when their needles
+    would not fit. Raises ValueError when the sample has fewer than `images` images.
+    """
+    total = len(sample.images)
+    if images > total:
+        raise ValueError(f"sample {sample.key} has {total} images; a window of {images} was asked for")
+    rng = random.Random(repr(seed))
+    asked = _questions(sample, images, questions, rng)
+    needed = {needle for turn in asked for needle in sample.turns[turn].needles}
+    others = [image for image in range(total) if image not in needed]
+    kept = [*needed, *rng.sample(others, images - len(needed))]
+    rng.shuffle(kept)
+    return _rebuilt(sample, asked, kept)
+
+
+def _questions(sample: Sample, images: int, most: int | None, rng: random.Random) -> list[int]:
+    """Turn numbers of the questions of a window, in a random order, whose needles fit into it together."""
+    order = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]
+    rng.shuffle(order)
+    chosen: list[int] = []
+    needed: set[int] = set()
+    for number in order[:most]:
+        together = needed | set(sample.turns[number].needles)
+        if len(together) <= images:
+            chosen.append(number)
+            needed = together
+    return chosen
+
+
+def _rebuilt(sample: Sample, asked: list[int], kept: list[int]) -> Sample:
+    """The sample with the images `kept` in that order at its start, then the asked questions with their answers."""
+    place = {old: new for new, old in enumerate(kept)}
+    turns: list[Turn] = [turn for turn in sample.turns if turn.role == "system"]
+    for number in asked:
+        question, answer = sample.turns[number], sample.turns[number + 1]
+        text = tuple(segment for segment in question.segments if not isinstance(segment, int))
+        shown = tuple(range(len(kept))) if not any(turn.role == "user" for turn in turns) else ()
+        turns += [replace(question, segments=shown + text, needles=tuple(place[needle] for needle in question.needles)), answer]
+    return replace(sample, turns=tuple(turns), images=tuple(sample.images[image] for image in kept))

@@ -1,0 +1,356 @@
+"""One sample: interleaved text and images in turns, and its JSON form (`docs/data_format.md`). Standard library only.
+
+A segment is a `str` (text) or an `int` (index into the sample's images); on disk {"t": text} or {"i": index}.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+VERSION = 1
+MAX_IMAGES = 1000  # member names hold three digits
+MAX_JSON_BYTES = 64 << 20
+ROLES = ("system", "user", "assistant")
+FORMATS = ("jpg", "png", "webp", "gif")
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")  # stock readers cut a member name at its first dot
+
+Segment = str | int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample lies: shard file, key, and byte offset of its first tar header."""
+
+    shard: str
+    key: str
+    offset: int
+
+
+class DataError(ValueError):
+    """A record, shard or data set that is not what it declares. The message names shard, key and offset where known."""
+
+    def __init__(self, reason: str, *, shard: str | None = None, key: str | None = None, offset: int | None = None):
+        place = {"shard": shard, "key": key, "offset": offset}
+        known = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
+        super().__init__(f"{reason} [{known}]" if known else reason)
+        self.reason, self.shard, self.key, self.offset = reason, shard, key, offset
+
+    def __reduce__(self):
+        return _rebuild_error, (self.reason, self.shard, self.key, self.offset)
+
+    def at(self, origin: Origin | None) -> "DataError":
+        """The same error with its place filled in."""
+        if origin is None:
+            return self
+        return DataError(self.reason, shard=origin.shard, key=origin.key, offset=origin.offset)
+
+
+def _rebuild_error(reason, shard, key, offset):
+    return DataError(reason, shard=shard, key=key, offset=offset)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One speaker's turn. A question is a user turn; the assistant turn after it is its answer."""
+
+    role: str
+    segments: tuple[Segment, ...]
+    needles: tuple[int, ...] = ()
+    """Images that this turn's question needs."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from, word for word, where the question has such a list."""
+
+    @property
+    def text(self) -> str:
+        """The text segments alone, joined."""
+        return "".join(segment for segment in self.segments if isinstance(segment, str))
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the record declares about one encoded image."""
+
+    width: int
+    height: int
+    fmt: str
+    num_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Turns and their encoded images, with where they come from and what they may be used for."""
+
+    key: str
+    turns: tuple[Turn, ...]
+    images: tuple[bytes, ...] = ()
+    source: str = ""
+    licence: str = ""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Exact length per processor fingerprint, where it was measured."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample without its image bytes: what the JSON member holds."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageInfo, ...]
+    source: str
+    licence: str
+    tokens: Mapping[str, int]
+    meta: Mapping[str, Any]
+
+
+def describe(image: bytes) -> ImageInfo:
+    """Format and size from the header bytes alone; nothing is decompressed."""
+    fmt, width, height = _image_header(image)
+    if width < 1 or height < 1:
+        raise DataError(f"{fmt} image of {width} x {height} pixels")
+    return ImageInfo(width, height, fmt, len(image), zlib.crc32(image))
+
+
+def estimate_tokens(turns: Sequence[Turn], images: Sequence[ImageInfo]) -> int:
+    """Length without a tokenizer: 4 bytes of text a token, 28 x 28 pixels an image token, 2 marks an image, 5 marks a turn."""
+    text = sum((len(turn.text.encode()) + 3) // 4 + 5 for turn in turns)
+    shown = [segment for turn in turns for segment in turn.segments if isinstance(segment, int)]
+    return text + sum(-(-images[i].width // 28) * -(-images[i].height // 28) + 2 for i in shown)
+
+
+def record_of(sample: Sample) -> Record:
+    """The sample without its image bytes, checked."""
+    try:
+        check_key(sample.key)
+        infos = tuple(describe(image) for image in sample.images)
+        record = Record(sample.turns, infos, sample.source, sample.licence, sample.tokens, sample.meta)
+        _check_record(record)
+    except DataError as error:
+        raise DataError(error.reason, key=sample.key) from None
+    return record
+
+
+def encode(sample: Sample) -> bytes:
+    """The JSON member of a sample. The same sample always gives the same bytes."""
+    return encode_record(record_of(sample), sample.key)
+
+
+def encode_record(record: Record, key: str) -> bytes:
+    """The JSON member of a record that `record_of` or `parse` checked."""
+    fields = {
+        "v": VERSION,
+        "turns": [_turn_to_json(turn) for turn in record.turns],
+        "images": [
+            {"w": info.width, "h": info.height, "fmt": info.fmt, "bytes": info.num_bytes, "crc32": info.crc32} for info in record.images
+        ],
+        "source": record.source,
+        "licence": record.licence,
+        "tokens": dict(record.tokens),
+        "meta": dict(record.meta),
+    }
+    try:
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"meta cannot be written as JSON: {error}", key=key) from error
+
+
+def decode(data: bytes, images: Sequence[bytes], origin: Origin, *, check_images: bool = True) -> Sample:
+    """Inverse of `encode`. `check_images=False` where a checksum over the whole sample already held."""
+    record = parse(data, origin)
+    if len(images) != len(record.images):
+        raise DataError(f"record declares {len(record.images)} images, {len(images)} are there").at(origin)
+    if check_images:
+        for index, (image, info) in enumerate(zip(images, record.images, strict=True)):
+            if len(image) != info.num_bytes or zlib.crc32(image) != info.crc32:
+                raise DataError(f"image {index} does not match its declared size and crc32").at(origin)
+    return Sample(origin.key, record.turns, tuple(images), record.source, record.licence, record.tokens, record.meta, origin)
+
+
+def parse(data: bytes, origin: Origin | None = None) -> Record:
+    """Read the JSON member and check every field. Any defect is a `DataError` that names the place."""
+    try:
+        return _parse(data)
+    except DataError as error:
+        raise error.at(origin) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, nested too deep
+        raise DataError(f"record is not readable JSON: {error}").at(origin) from error
+
+
+def check_key(key: str) -> None:
+    """A key names the members of its sample: no dot, no slash, at most 80 characters."""
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise DataError(f"key {key!r} must be 1-80 of A-Z a-z 0-9 _ - and start with a letter or digit")
+
+
+def _parse(data: bytes) -> Record:
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"record of {len(data)} bytes; the limit is {MAX_JSON_BYTES}")
+    fields = json.loads(data.decode(), parse_constant=_no_constant)
+    if b"\\u" in data:  # an escape can spell half a surrogate pair, which no UTF-8 file can hold
+        json.dumps(fields, ensure_ascii=False).encode()
+    _expect_keys(fields, {"v", "turns", "images", "source", "licence", "tokens", "meta"}, set(), "record")
+    if fields["v"] != VERSION or isinstance(fields["v"], bool):
+        raise DataError(f"record version {fields['v']!r}; this reader knows {VERSION}")
+    record = Record(
+        turns=tuple(_turn_from_json(turn) for turn in _expect_list(fields["turns"], "turns")),
+        images=tuple(_image_from_json(image) for image in _expect_list(fields["images"], "images")),
+        source=fields["source"],
+        licence=fields["licence"],
+        tokens=fields["tokens"],
+        meta=fields["meta"],
+    )
+    _check_record(record)
+    return record
+
+
+def _check_record(record: Record) -> None:
+    _expect(len(record.images) <= MAX_IMAGES, f"{len(record.images)} images; the limit is {MAX_IMAGES}")
+    _expect(len(record.turns) > 0, "a sample needs at least one turn")
+    for turn in record.turns:
+        _check_turn(turn, len(record.images))
+    shown = {segment for turn in record.turns for segment in turn.segments if isinstance(segment, int)}
+    hidden = set(range(len(record.images))) - shown
+    _expect(not hidden, f"images {sorted(hidden)[:5]} are shown in no turn")
+    for name in ("source", "licence"):
+        _expect_text(getattr(record, name), name)
+    _expect(isinstance(record.tokens, Mapping) and isinstance(record.meta, Mapping), "tokens and meta must be objects")
+    for name, count in record.tokens.items():
+        _expect_text(name, "token count name")
+        _expect(_is_count(count), f"token count {name!r} is {str(count)[:40]!r}")
+    _expect(all(isinstance(name, str) for name in record.meta), "names in meta must be text")
+
+
+def _check_turn(turn: Turn, num_images: int) -> None:
+    _expect(turn.role in ROLES, f"role {str(turn.role)[:40]!r} is none of {', '.join(ROLES)}")
+    _expect(len(turn.segments) > 0, f"a {turn.role} turn without segments")
+    for segment in turn.segments:
+        if isinstance(segment, str):
+            _expect_text(segment, "text segment")
+        else:
+            _expect_image(segment, num_images)
+    for needle in turn.needles:
+        _expect_image(needle, num_images)
+    for choice in turn.choices:
+        _expect_text(choice, "choice")
+    _expect(turn.role == "user" or not (turn.needles or turn.choices), "needles and choices belong to a user turn")
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": turn.role, "segments": [_segment_to_json(segment) for segment in turn.segments]}
+    if turn.needles:
+        fields["needles"] = list(turn.needles)
+    if turn.choices:
+        fields["choices"] = list(turn.choices)
+    return fields
+
+
+def _turn_from_json(fields: Any) -> Turn:
+    _expect_keys(fields, {"role", "segments"}, {"needles", "choices"}, "turn")
+    return Turn(
+        role=fields["role"],
+        segments=tuple(_segment_from_json(value) for value in _expect_list(fields["segments"], "segments")),
+        needles=tuple(_expect_list(fields.get("needles", []), "needles")),
+        choices=tuple(_expect_list(fields.get("choices", []), "choices")),
+    )
+
+
+def _segment_to_json(segment: Segment) -> dict[str, Segment]:
+    return {"t": segment} if isinstance(segment, str) else {"i": segment}
+
+
+def _segment_from_json(value: Any) -> Segment:
+    if isinstance(value, dict) and len(value) == 1:
+        if isinstance(value.get("t"), str):
+            return value["t"]
+        if _is_count(value.get("i")):
+            return value["i"]
+    raise DataError(f'segment {str(value)[:60]} is neither {{"t": text}} nor {{"i": index}}')
+
+
+def _image_from_json(fields: Any) -> ImageInfo:
+    _expect_keys(fields, {"w", "h", "fmt", "bytes", "crc32"}, set(), "image")
+    for name in ("w", "h", "bytes", "crc32"):
+        _expect(_is_count(fields[name]), f"image field {name} is {str(fields[name])[:40]!r}")
+    _expect(fields["w"] > 0 and fields["h"] > 0, "an image without pixels")
+    _expect(fields["fmt"] in FORMATS, f"image format {str(fields['fmt'])[:40]!r} is none of {', '.join(FORMATS)}")
+    return ImageInfo(fields["w"], fields["h"], fields["fmt"], fields["bytes"], fields["crc32"])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _expect(holds: bool, reason: str) -> None:
+    if not holds:
+        raise DataError(reason)
+
+
+def _expect_text(value: Any, name: str) -> None:
+    _expect(isinstance(value, str), f"{name} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} holds half a surrogate pair") from None
+
+
+def _expect_image(index: Any, num_images: int) -> None:
+    _expect(_is_count(index) and index < num_images, f"image index {str(index)[:40]}; the sample has {num_images} images")
+
+
+def _expect_list(value: Any, name: str) -> list:
+    _expect(isinstance(value, list), f"{name} is {type(value).__name__}, not a list")
+    return value
+
+
+def _expect_keys(fields: Any, required: set[str], optional: set[str], name: str) -> None:
+    _expect(isinstance(fields, dict), f"{name} is {type(fields).__name__}, not an object")
+    missing, unknown = required - fields.keys(), fields.keys() - required - optional
+    _expect(not missing, f"{name} lacks {', '.join(sorted(missing))}")
+    _expect(not unknown, f"{name} has unknown fields {str(sorted(unknown))[:80]}")
+
+
+def _no_constant(name: str) -> None:
+    raise DataError(f"{name} is not a JSON number")
+
+
+def _image_header(data: bytes) -> tuple[str, int, int]:
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        return "png", int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg", *_jpeg_size(data)
+    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
+        return "gif", int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        return "webp", *_webp_size(data)
+    raise DataError(f"not a {', '.join(FORMATS)} image (first bytes {data[:8].hex() or 'none'})")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    place = 2
+    while place + 9 <= len(data):
+        if data[place] != 0xFF:
+            raise DataError(f"jpg image with a broken marker at byte {place}")
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill byte
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            return int.from_bytes(data[place + 7 : place + 9]), int.from_bytes(data[place + 5 : place + 7])
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    raise DataError("jpg image without a frame header")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise DataError(f"webp image with an unknown chunk {kind!r}")

@@ -1,0 +1,222 @@
+"""The endless stream of this rank's micro-batches: the same global order for any number of ranks and workers, resumed exactly.
+
+A slot is what one place of a micro-batch holds: a sample or, with packing, a pack of samples. Slots have global positions that count on
+over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [0, B)`, so no rank ever has fewer steps than another.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from laid_ds.data.index import Dataset
+from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
+from laid_ds.data.record import DataError, Sample
+
+log = logging.getLogger(__name__)
+
+Slot = list[tuple[int, int]]  # (sample position, sample index)
+REPLACEMENT = 5  # purpose number of the random bits
+MAX_REPLACEMENTS = 16
+
+
+class Stream:
+    """Iterate over what `prepare` makes of each micro-batch of this rank.
+
+    `prepare` gets `[(position, sample), ...]`, or with packing one such list per pack; it runs in a worker when `workers > 0`. A position
+    is unique over all epochs, so randomness should be a function of (seed, position). `weights` blends the folders of the data set.
+
+    A sample that cannot be read raises `DataError`; so may `prepare`, naming the key. With `on_bad="replace"` another sample, chosen by
+    (seed, position) alone and no longer than the bad one, takes its place, and shard, key and offset are logged.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        prepare: Callable[[list], Any],
+        shuffle: Shuffle = "full",
+        workers: int = 0,
+        weights: Sequence[float] | None = None,
+        packing: Packing | None = None,
+        on_bad: str = "raise",
+    ):
+        if micro_batch < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"micro_batch {micro_batch}, rank {rank} of {world_size}: nothing to stream")
+        if on_bad not in ("raise", "replace"):
+            raise ValueError(f'on_bad {on_bad!r} is neither "raise" nor "replace"')
+        self.dataset, self.seed, self.shuffle, self.weights, self.packing = dataset, seed, shuffle, weights, packing
+        self.micro_batch, self.rank, self.world_size, self.workers = micro_batch, rank, world_size, workers
+        self.lengths = dataset.token_counts(packing.tokens) if packing else dataset.lengths
+        if packing:
+            _check_budget(dataset, self.lengths, packing)
+        self._reader = _Reader(dataset, prepare, self.lengths if packing else None, seed, on_bad)
+        self._plans: dict[int, tuple[np.ndarray, Packs]] = {}
+        self._epoch, self._offset, self._position = 0, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._micro_batches(),
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
+        )
+        for prepared, replaced, failure in loader:
+            if failure is not None:
+                raise failure
+            for reason in replaced:
+                log.warning(reason)
+            self._advance()
+            yield prepared
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the micro-batches already yielded: the same on every rank."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "offset": self._offset,
+            "fingerprint": self.dataset.fingerprint,
+            "order": self._order_facts(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, on any number of ranks. Call it before iterating."""
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise ValueError(
+                f"the data set changed: the state was saved on {state['fingerprint'][:12]}, this one is {self.dataset.fingerprint[:12]}"
+            )
+        for name, value in self._order_facts().items():
+            if state["order"].get(name) != value:
+                raise ValueError(f"the order changed: the state was saved with {name} {state['order'].get(name)!r}, this run has {value!r}")
+        self._epoch, self._offset, self._position = state["epoch"], state["offset"], state["position"]
+
+    def epoch_slots(self, epoch: int) -> list[Slot]:
+        """All slots of an epoch, in global order: what every rank together will read."""
+        return [self._slot(epoch, k) for k in range(len(self._plan(epoch)[1]))]
+
+    def _order_facts(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "weights": None if self.weights is None else [float(weight) for weight in self.weights],
+            "packing": asdict(self.packing) if self.packing else None,
+            "lengths_crc32": zlib.crc32(self.lengths.tobytes()) if self.packing else None,
+        }
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, Packs]:
+        """The epoch's order and its packs. The last few are kept: workers run ahead of the state over an epoch's end."""
+        plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
+        self._plans[epoch] = plan
+        if len(self._plans) > 4:
+            del self._plans[next(iter(self._plans))]
+        return plan
+
+    def _make_plan(self, epoch: int) -> tuple[np.ndarray, Packs]:
+        order = self._order(epoch)
+        if self.packing is None:
+            return order, single_packs(len(order))
+        return order, plan_packs(self.seed, epoch, self.lengths[order], self.packing)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.weights is None:
+            return global_order(self.seed, epoch, self.dataset.shard_sizes, self.shuffle)
+        return blend_order(self.seed, epoch, self.dataset.source_shard_sizes, self.weights, self.shuffle)
+
+    def _slot(self, epoch: int, k: int) -> Slot:
+        order, packs = self._plan(epoch)
+        return [(epoch * len(order) + int(place), int(order[place])) for place in packs[k]]
+
+    def _seek(self, epoch: int, offset: int) -> tuple[int, int]:
+        """Carry an offset beyond the epoch's end into the epochs after it."""
+        while offset >= len(self._plan(epoch)[1]):
+            epoch, offset = epoch + 1, offset - len(self._plan(epoch)[1])
+        return epoch, offset
+
+    def _advance(self) -> None:
+        step = self.world_size * self.micro_batch
+        self._position += step
+        self._epoch, self._offset = self._seek(self._epoch, self._offset + step)
+
+    def _micro_batches(self) -> Iterator[list[Slot]]:
+        epoch, offset = self._epoch, self._offset
+        while True:
+            mine = offset + self.rank * self.micro_batch
+            yield [self._slot(*self._seek(epoch, mine + b)) for b in range(self.micro_batch)]
+            epoch, offset = self._seek(epoch, offset + self.world_size * self.micro_batch)
+
+
+class _Reader:
+    """Reads and prepares one micro-batch. Lives in the worker processes; holds nothing that changes."""
+
+    def __init__(self, dataset: Dataset, prepare: Callable[[list], Any], lengths: np.ndarray | None, seed: int, on_bad: str):
+        self.dataset, self.prepare, self.lengths, self.seed, self.on_bad = dataset, prepare, lengths, seed, on_bad
+
+    def __getitem__(self, slots: list[Slot]) -> tuple[Any, list[str], DataError | None]:
+        """(prepared, notes on replaced samples, the error). The error is a value: raised in a worker it would lose its fields."""
+        try:
+            return *self._prepare(slots), None
+        except DataError as error:
+            return None, [], error
+
+    def _prepare(self, slots: list[Slot]) -> tuple[Any, list[str]]:
+        replaced: list[str] = []
+        slots = [[(position, *self._read(position, index, replaced)) for position, index in slot] for slot in slots]
+        for _ in range(MAX_REPLACEMENTS):
+            packs = [[(position, sample) for position, _, sample in slot] for slot in slots]
+            try:
+                return self.prepare(packs if self.lengths is not None else [pack[0] for pack in packs]), replaced
+            except DataError as error:
+                if self.on_bad == "raise" or error.key is None:
+                    raise
+                slots = [[self._without(error, *entry, replaced) for entry in slot] for slot in slots]
+        raise DataError(f"{MAX_REPLACEMENTS} replacements in one micro-batch were refused as well")
+
+    def _read(self, position: int, index: int, replaced: list[str]) -> tuple[int, Sample]:
+        try:
+            return index, self.dataset.read(index)
+        except DataError as error:
+            if self.on_bad == "raise":
+                raise
+            return self._replace(position, index, error, replaced)
+
+    def _without(self, error: DataError, position: int, index: int, sample: Sample, replaced: list[str]) -> tuple[int, int, Sample]:
+        if sample.key != error.key:
+            return position, index, sample
+        return position, *self._replace(position, index, error.at(sample.origin), replaced)
+
+    def _replace(self, position: int, index: int, error: DataError, replaced: list[str]) -> tuple[int, Sample]:
+        """The first readable sample of a random row that only (seed, position) determines."""
+        candidates = np.arange(len(self.dataset)) if self.lengths is None else np.flatnonzero(self.lengths <= self.lengths[index])
+        candidates = candidates[candidates != index]
+        if not len(candidates):
+            raise DataError(f"{error}; no other sample can take its place")
+        for bits in random_bits(self.seed, position, REPLACEMENT, MAX_REPLACEMENTS):
+            chosen = int(candidates[int(bits) % len(candidates)])
+            try:
+                sample = self.dataset.read(chosen)
+            except DataError:  # bad as well: it will be reported at its own position
+                continue
+            replaced.append(f"sample replaced by {sample.key} of {sample.origin.shard}: {error}")
+            return chosen, sample
+        raise DataError(f"{error}; {MAX_REPLACEMENTS} samples drawn to take its place are bad as well")
+
+
+def _check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:
+    longest = int(lengths.argmax())
+    if lengths[longest] > packing.budget:
+        raise DataError(f"a sample of {lengths[longest]} tokens does not fit a budget of {packing.budget}").at(dataset.origin(longest))
+
+
+def _unchanged(item: Any) -> Any:
+    return item

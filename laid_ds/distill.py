@@ -1,0 +1,142 @@
+"""One optimizer step: the teacher shows, the student listens, sums are divided once, nothing non-finite reaches the optimizer.
+
+Student and teacher come in as callables (engines in a run, plain modules in a test); DeepSpeed is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laid_ds import distributed
+from laid_ds.align import Align
+from laid_ds.config import Losses
+from laid_ds.data.batch import Batch
+from laid_ds.kernels.attention_matching import Omega
+from laid_ds.losses import head_losses, weighted_mean
+from laid_ds.models.attention import Captured, Tap, assert_differentiable
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher shows for one micro-batch."""
+
+    heads: dict[int, Captured]
+    logits: Tensor | None
+    """[R, V] at the supervised rows, in the teacher's dtype."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one forward pass is to compute, besides the batch: pure functions of the step and the loss weights."""
+
+    terms: tuple[str, ...]
+    omega: Omega
+    head_chunks: int
+
+
+class Teacher(nn.Module):
+    """A frozen model that shows its heads at the tapped layers and its logits at the supervised rows, cut to the shared vocabulary."""
+
+    def __init__(self, model: nn.Module, tap: Tap, vocabulary: int, shows_logits: bool):
+        super().__init__()
+        self.model, self.tap, self.vocabulary, self.shows_logits = model.requires_grad_(False).eval(), tap, vocabulary, shows_logits
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Lesson:
+        with self.tap.open() as heads:
+            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[batch.supervised])[:, : self.vocabulary] if self.shows_logits else None
+        return Lesson(heads, logits)
+
+
+class Student(nn.Module):
+    """The model in training beside its `Align`, in one module so that one engine shards and checkpoints both."""
+
+    def __init__(self, model: nn.Module, align: Align | None, tap: Tap, losses: Losses, vocabulary: int, match_rows: int | None = None):
+        super().__init__()
+        self.model, self.align, self.tap = model, align, tap
+        self.temperature, self.vocabulary, self.match_rows = losses.temperature, vocabulary, match_rows
+
+    def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> dict[str, Tensor]:
+        """Sums of the asked terms over this micro-batch."""
+        with self.tap.open() as heads:
+            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        assert_differentiable(heads)
+        sums = head_losses(
+            hidden[batch.supervised],
+            self.model.get_output_embeddings(),
+            batch.labels[batch.supervised],
+            self.vocabulary,
+            lesson.logits if lesson else None,
+            self.temperature,
+            ask.head_chunks,
+        )
+        compared = [term for term in ask.terms if term in ("align", "match")]
+        if compared:
+            sums |= self.align(heads, lesson.heads, batch.segments, compared, ask.omega, self.match_rows)
+        return {term: sums[term] for term in ask.terms}
+
+
+class TrainingEngine(Protocol):
+    """What a step needs of DeepSpeed's engine: gradients are averaged over ranks, the optimizer moves at the accumulation boundary."""
+
+    def __call__(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> dict[str, Tensor]: ...
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None: ...
+    def step(self) -> None: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss was NaN or infinite; the optimizer has not moved."""
+
+
+def train_step(
+    student: TrainingEngine, teacher: Teacher | None, batches: Sequence[Batch], losses: Losses, omega: Omega, counted_by: dict[str, str]
+) -> dict[str, float]:
+    """Run the micro-batches of one optimizer step and move the optimizer; returns the mean of each term, the loss and the counts.
+
+    Counts run over all micro-batches and all ranks, so accumulation and world size change nothing. Raises NonFiniteLoss on every rank.
+    """
+    weights = {term: getattr(losses, term) for term in counted_by}
+    terms = tuple(term for term, weight in weights.items() if weight > 0)
+    counts = _step_counts(batches)
+    divisors = {term: counts[counted_by[term]] for term in terms}
+    ask = Ask(terms, omega, _head_chunks(batches, losses.rows_per_chunk))
+    totals = dict.fromkeys(terms, 0.0)
+    for batch in batches:
+        lesson = teacher(batch) if teacher is not None else None
+        sums = student(batch, lesson, ask)
+        _refuse_non_finite(sums, batch)
+        loss = weighted_mean(sums, divisors, weights)
+        student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
+        student.step()
+        totals = {term: totals[term] + sums[term].item() for term in terms}
+    means = {term: total / divisors[term] for term, total in zip(terms, distributed.add(totals.values()), strict=True)}
+    return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts
+
+
+def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:
+    """Supervised rows, tokens, samples and images of the step, over all ranks."""
+    per_batch = [batch.counts() | {"images": batch.images()} for batch in batches]
+    names = list(per_batch[0])
+    totals = distributed.add(sum(counts[name] for counts in per_batch) for name in names)
+    return dict(zip(names, totals, strict=True))
+
+
+def _head_chunks(batches: Sequence[Batch], rows_per_chunk: int) -> int:
+    """Chunks of the head that keep every rank under rows_per_chunk: the same number everywhere, since ZeRO-3 gathers the head for each."""
+    (most,) = distributed.largest([max(batch.counts()["rows"] for batch in batches)])
+    return max(1, math.ceil(most / rows_per_chunk))
+
+
+def _refuse_non_finite(sums: dict[str, Tensor], batch: Batch) -> None:
+    broken = sorted(term for term, value in sums.items() if not torch.isfinite(value))
+    (ranks,) = distributed.add([float(bool(broken))])
+    if ranks:
+        place = f"{broken} of samples {list(batch.keys)}" if broken else "on another rank"
+        raise NonFiniteLoss(f"the loss is not finite: {place}; the optimizer has not moved")

@@ -1,0 +1,47 @@
+"""The few collective operations that the code above the engine needs. Without a process group they are the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def started() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if started() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if started() else 1
+
+
+def barrier() -> None:
+    if started():
+        dist.barrier()
+
+
+def add(values: Iterable[float]) -> list[float]:
+    """Sum of each value over all ranks (fp64: token counts stay exact)."""
+    return _reduced(values, "sum")
+
+
+def largest(values: Iterable[float]) -> list[float]:
+    """Maximum of each value over all ranks."""
+    return _reduced(values, "max")
+
+
+def _reduced(values: Iterable[float], operation: str) -> list[float]:
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    if started():
+        tensor = tensor.to(_device())
+        dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+    return tensor.tolist()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

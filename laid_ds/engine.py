@@ -1,0 +1,126 @@
+"""DeepSpeed: a training engine (student beside Align) and an optimizer-less engine (frozen teacher). The only place that imports it.
+
+The JSON files hold mechanics; learning rate, batch, clip and precision come from the run and are refused in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laid_ds.config import Run
+
+RUN_KEYS = {
+    "train_batch_size": "data.micro_batch and optimizer.accumulation",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "optimizer.accumulation",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "[optimizer]",
+    "scheduler": "[optimizer]",
+    "bf16": "dtype",
+    "fp16": "dtype",
+}
+
+
+def start_processes() -> None:
+    """Join the process group that the launcher described. Raises ValueError when there is no launcher or its world size is wrong."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"no launcher: {', '.join(missing)} not set; start with `laid train RECIPE` or `deepspeed --module laid_ds.train RECIPE`"
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # the op serves inference only; building it takes minutes of g++
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def read_deepspeed(path: Path, dtype: str, run: Run, trains: bool) -> dict[str, Any]:
+    """The engine config: the JSON's mechanics with the run's values filled in. Raises ValueError for a missing file or a key of the run."""
+    if not path.is_file():
+        raise ValueError(f"no DeepSpeed config at {path}; ready ones are in ds_configs/")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    for key in RUN_KEYS:
+        if key in config:
+            raise ValueError(f"{path} sets {key!r}, which belongs to the recipe ({RUN_KEYS[key]}); remove it from the JSON")
+    config["train_micro_batch_size_per_gpu"] = run.data.micro_batch
+    config["bf16"] = {"enabled": dtype == "bfloat16"}
+    if trains:
+        config["gradient_accumulation_steps"] = run.optimizer.accumulation
+        config["gradient_clipping"] = run.optimizer.clip
+        config["zero_allow_untested_optimizer"] = True
+    return config
+
+
+def parameter_groups(student: nn.Module, run: Run) -> list[dict[str, Any]]:
+    """Model, mixture and gain with their own learning rates; no weight decay on the last two. Empty and frozen groups are left out."""
+    groups = {
+        "model": ([p for name, p in student.named_parameters() if name.startswith("model.")], run.optimizer.lr, run.optimizer.weight_decay),
+        "mixing": (_aligned(student, ("mixing", "key_mixing", "projections")), run.optimizer.mixing_lr, 0.0),
+        "gain": (_aligned(student, ("gain",)), run.optimizer.gain_lr, 0.0),
+    }
+    for parameters, lr, _ in groups.values():
+        if lr == 0:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+    trained = {name: ([p for p in parameters if p.requires_grad], lr, decay) for name, (parameters, lr, decay) in groups.items()}
+    return [
+        {"name": name, "params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
+        for name, (parameters, lr, decay) in trained.items()
+        if parameters
+    ]
+
+
+def _aligned(student: nn.Module, parts: tuple[str, ...]) -> list[nn.Parameter]:
+    return [p for name, p in student.named_parameters() if name.startswith("align.") and name.split(".")[1] in parts]
+
+
+def training_engine(student: nn.Module, run: Run, config: dict[str, Any]):
+    """The student's engine in training mode, with torch's AdamW (DeepSpeed's own would be compiled on first use)."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(parameter_groups(student, run), betas=run.optimizer.betas)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
+    engine.train()
+    return engine
+
+
+def teacher_engine(teacher: nn.Module, config: dict[str, Any]):
+    """The frozen teacher's engine: parameters sharded, no optimizer, no gradient."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    engine.eval()
+    return engine
+
+
+def set_learning_rate(engine, factor: float) -> None:
+    """Every group's learning rate = its base rate x factor."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def checkpoint_weights(saved: Path) -> dict[str, torch.Tensor]:
+    """All fp32 weights of a checkpoint under the names of distill.Student, put together from the ranks' shards on one CPU."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(saved.parent), tag=saved.name)
+
+
+def sharded_bytes(module: nn.Module) -> int:
+    """Bytes of the module's parameters that this rank holds between steps."""
+    return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())

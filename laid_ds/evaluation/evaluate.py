@@ -1,0 +1,70 @@
+"""Ask several stock models about the same haystacks and keep every answer in one results file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from laid_ds.data.index import Dataset
+from laid_ds.evaluation.haystack import ask, choices_of
+from laid_ds.models.load import load_model
+from laid_ds.models.processor import Renderer, load_processor
+
+
+def evaluate_models(
+    shards: Path, models: Mapping[str, Path], out: Path, sizes: Sequence[int], haystacks: int, questions: int, dtype: str
+) -> dict[str, Any]:
+    """Evaluate each model that the results file `out` does not hold yet; the file is rewritten after each model.
+
+    Raises ValueError when `out` was made with other questions.
+    """
+    dataset = Dataset.open(shards)
+    setting = {
+        "shards": str(shards),
+        "fingerprint": dataset.fingerprint,
+        "sizes": list(sizes),
+        "haystacks": haystacks,
+        "questions": questions,
+        "choices": choices_of(dataset),
+        "dtype": dtype,
+    }
+    results = _open_results(out, setting)
+    new = {name: folder for name, folder in models.items() if name not in results["models"]}
+    with _progress() as progress:
+        for name, folder in new.items():
+            task = progress.add_task(name, total=len(sizes))
+            model, renderer = load_model(folder, dtype).eval(), Renderer(load_processor(folder))
+            answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
+            results["models"][name] = {"folder": str(folder), "answers": answers}
+            _write(out, results)
+    return results
+
+
+def _open_results(out: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    if not out.is_file():
+        versions = {name: version(name) for name in ("laid-ds", "torch", "transformers")}
+        return {"setting": setting, "versions": versions, "models": {}}
+    results = json.loads(out.read_text())
+    if results["setting"] != setting:
+        differing = [name for name in setting if results["setting"].get(name) != setting[name]]
+        raise ValueError(f"{out} was made with other {', '.join(differing)}; give another --out or remove the file")
+    return results
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(results))
+    os.replace(partial, out)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)

@@ -1,0 +1,102 @@
+"""What "longer window" means (ours; the paper's "accuracy > 0.5" is chance for yes/no): numbers from saved answers, without a model.
+
+A curve is accuracy at each size (number of images). The window is the largest size up to which accuracy stays at or above a threshold,
+interpolated on the logarithm of the size; it is right-censored when the curve never falls below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Answers = Mapping[str, Sequence[Sequence[int]]]
+SHORT, LONG = (1, 5, 10, 20), (50, 100, 150)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window in images with the interval of a bootstrap over haystacks."""
+
+    images: float
+    censored: bool
+    """The curve never fell below the threshold: the window is at least `images`."""
+    low: float
+    high: float
+    threshold: float
+
+    def __str__(self) -> str:
+        return f"{'>= ' if self.censored else ''}{self.images:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def curve(answers: Answers) -> dict[int, float]:
+    """Accuracy at each size, over all questions."""
+    return {int(size): float(np.mean([hit for haystack in rows for hit in haystack])) for size, rows in answers.items()}
+
+
+def relative_threshold(accuracy_at_one: float, chance: float, share: float = 0.6) -> float:
+    """chance + share x (the baseline's own one-image skill)."""
+    return chance + share * (accuracy_at_one - chance)
+
+
+def window_of(points: Mapping[int, float], threshold: float) -> tuple[float, bool]:
+    """(images, censored): where a curve first falls below the threshold, interpolated on log size. 0 when it starts below."""
+    sizes = sorted(points)
+    if points[sizes[0]] < threshold:
+        return 0.0, False
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        if points[after] < threshold:
+            share = (points[before] - threshold) / (points[before] - points[after])
+            return math.exp(math.log(before) + share * (math.log(after) - math.log(before))), False
+    return float(sizes[-1]), True
+
+
+def window(answers: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Window:
+    """The window with a 95 % bootstrap interval over haystacks (all questions of a haystack go together)."""
+    images, censored = window_of(curve(answers), threshold)
+    resampled = np.array([window_of(points, threshold)[0] for points in _bootstrap_curves(answers, draws, seed)])
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Window(images, censored, float(low), float(high), threshold)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times one model's window is another's; a lower bound where the first is censored."""
+
+    times: float
+    at_least: bool
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{'>= ' if self.at_least else ''}{self.times:.2f} x [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Ratio:
+    """Ratio of two windows on the same haystacks, with a paired bootstrap (the same haystacks are drawn for both)."""
+    (ours, censored), (theirs, _) = (window_of(curve(a), threshold) for a in (answers, baseline))
+    pairs = zip(_bootstrap_curves(answers, draws, seed), _bootstrap_curves(baseline, draws, seed), strict=True)
+    ratios = [_divide(window_of(a, threshold)[0], window_of(b, threshold)[0]) for a, b in pairs]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Ratio(_divide(ours, theirs), censored, float(low), float(high))
+
+
+def average_gain(points: Mapping[int, float], baseline: Mapping[int, float], sizes: Sequence[int]) -> float:
+    """Mean over sizes of the relative change of accuracy against a baseline (the paper's Table 1, with SHORT and LONG sizes)."""
+    return float(np.mean([points[size] / baseline[size] - 1 for size in sizes]))
+
+
+def _divide(a: float, b: float) -> float:
+    return a / b if b > 0 else math.inf
+
+
+def _bootstrap_curves(answers: Answers, draws: int, seed: int) -> list[dict[int, float]]:
+    """Curves over resampled haystacks; the same seed draws the same haystacks for every model."""
+    hits = {int(size): np.array([sum(row) for row in rows], float) for size, rows in answers.items()}
+    asked = {int(size): np.array([len(row) for row in rows], float) for size, rows in answers.items()}
+    number = len(next(iter(hits.values())))
+    picks = np.random.default_rng(seed).integers(number, size=(draws, number))
+    accuracy = {size: hits[size][picks].sum(1) / asked[size][picks].sum(1) for size in hits}
+    return [{size: float(values[draw]) for size, values in accuracy.items()} for draw in range(draws)]

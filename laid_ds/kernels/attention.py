@@ -1,0 +1,81 @@
+"""One batch element's attention, a chunk of query rows at a time, under grouped-query attention: what the chunked kernels share.
+
+Letters: H query heads, K key heads, T query rows, S keys, D head dim; U the heads in use, C rows of a chunk, n keys it sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laid_ds.kernels.visible import hide_
+
+SCRATCH_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
+
+
+def rows_that_fit(row_bytes: int, device: torch.device) -> int:
+    """Rows of a chunk whose score buffers fit the device's scratch budget, between 16 and 256."""
+    return min(max(SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cpu"]) // row_bytes, 16), 256)
+
+
+class Attention:
+    """Scores, probabilities and gradients of chunks of rows; all arithmetic in `dtype`, all large results written where the caller says."""
+
+    def __init__(
+        self,
+        query: Tensor,  # [H, T, D]
+        key: Tensor,  # [K, S, D]
+        scale: float,
+        first: Tensor,  # [T] on the CPU: the first key each row sees; the last is row + query_offset
+        query_offset: int,
+        dtype: torch.dtype,
+        lse: Tensor | None = None,  # [H, T]
+        heads: Tensor | None = None,  # [U] sorted, on the CPU: the heads in use, default all
+    ) -> None:
+        self.query, self.key, self.scale, self.first, self.offset, self.lse = query, key.to(dtype), scale, first, query_offset, lse
+        self.heads = torch.arange(len(query)) if heads is None else heads
+        key_heads, sizes = (self.heads // (len(query) // len(key))).unique_consecutive(return_counts=True)
+        ends = sizes.cumsum(0)
+        self.groups = list(zip(key_heads.tolist(), (ends - sizes).tolist(), ends.tolist(), strict=True))
+
+    def keys_of(self, rows: Tensor) -> slice:
+        """The keys that some row of a sorted chunk sees."""
+        return slice(int(self.first[rows].min()), int(rows[-1]) + self.offset + 1)
+
+    def forward(self, rows: Tensor, keys: slice, scores: Tensor, probabilities: Tensor) -> Tensor:
+        """Fill both [U, C, n] (one tensor may serve as both) and return the scaled query [U, C, D].
+
+        Scores are -inf and probabilities 0 where a row does not see a key.
+        """
+        query = self.query[self.heads[:, None], rows].to(self.key.dtype) * self.scale
+        self.hide_(self.products(query, self.key, keys, scores), rows, keys, -torch.inf)
+        if self.lse is None:
+            torch.softmax(scores, -1, out=probabilities)
+        else:
+            torch.sub(scores, self.log_sum_exp(rows, scores, probabilities), out=probabilities).exp_()
+        return query
+
+    def log_sum_exp(self, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
+        """[U, C, 1] of a finished forward: the given one, else from each row's largest entry, ln p = score - lse."""
+        if self.lse is not None:
+            return self.lse[self.heads[:, None], rows, None].to(scores.dtype)
+        return scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
+
+    def products(self, query: Tensor, key: Tensor, keys: slice, out: Tensor) -> Tensor:
+        """out [U, C, n] = query [U, C, d] . key [K, S, d] for the chunk's keys."""
+        for k, start, stop in self.groups:
+            torch.mm(query[start:stop].flatten(0, 1), key[k, keys].mT, out=out[start:stop].flatten(0, 1))
+        return out
+
+    def backward(self, d_scores: Tensor, query: Tensor, keys: slice, d_key: Tensor) -> Tensor:
+        """d query [U, C, D] for d_scores [U, C, n] and the scaled query of the forward; adds into d_key [K, S, D]."""
+        d_query = torch.empty_like(query)
+        for k, start, stop in self.groups:
+            flat = d_scores[start:stop].flatten(0, 1)
+            torch.mm(flat, self.key[k, keys], out=d_query[start:stop].flatten(0, 1))
+            d_key[k, keys].addmm_(flat.mT, query[start:stop].flatten(0, 1))
+        return d_query.mul_(self.scale)
+
+    def hide_(self, x: Tensor, rows: Tensor, keys: slice, value: float) -> Tensor:
+        """Write `value` into x [..., C, n] where a row does not see a key."""
+        return hide_(x, self.first[rows], rows + self.offset, keys.start, value)

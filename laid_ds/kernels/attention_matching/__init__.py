@@ -1,0 +1,114 @@
+"""Progressive distance-weighted attention matching: how far each student head's attention is from its mixture of teacher heads.
+
+The definition is in README.md and, as code, in reference.py; chunked.py and fused.py compute the same without holding an attention map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laid_ds.kernels import checks
+from laid_ds.kernels.attention_matching.omega import Omega
+from laid_ds.kernels.attention_matching.problem import Problem, Side
+from laid_ds.kernels.switch import choose
+from laid_ds.kernels.visible import first_visible, row_weights
+
+__all__ = ["Omega", "attention_matching"]
+
+
+def attention_matching(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    mixing_logits: Tensor,
+    *,
+    student_scale: float,
+    teacher_scale: float,
+    omega: Omega = Omega(),  # noqa: B008 - frozen
+    segments: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    student_window: int | None = None,
+    teacher_window: int | None = None,
+    query_offset: int = 0,
+    rows: int | None = None,
+    generator: torch.Generator | None = None,
+    teacher_heads: Tensor | None = None,
+    student_lse: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
+    chunk_size: int | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, int]:
+    """(sum of D_i(m) over counted rows m and student heads i, counted rows x student heads); the caller sums both and divides once.
+
+    The sum is a float32 scalar (float64 if an input is), with gradients to student_query, student_key and mixing_logits only; any scalar
+    upstream gradient is fine, a second backward through the same call is an error (except in the reference).
+
+    student_query [B, H^s, T, D^s], student_key [B, K^s, S, D^s], teacher_query [B, H^t, T, D^t], teacher_key [B, K^t, S, D^t]: after RoPE,
+        bfloat16, float16, float32 or float64; K divides H; query row t is the token of key t + query_offset.
+    mixing_logits [H^s, H^t]: student head i matches the teacher heads mixed by softmax(mixing_logits[i]).
+    student_scale, teacher_scale: what each model multiplies its scores with.
+    omega: the weight of a distance, normalised to mean 1 over the keys that a row sees, row by row.
+    segments [B, S] int64: the packed sample of each key; ids grow along the keys; -1 is padding, never seen and never counted.
+    row_mask [B, T] bool: the rows that count (default all). positions [B, S] int64: distances are differences of these, negative ones
+        taken as 0 (default: token indices).
+    student_window, teacher_window: a row sees its own key and the window - 1 before it. The teacher is compared inside the student's
+        window: its softmax runs over the keys that both see.
+    rows, generator: estimate from at most `rows` rows per batch element, stratified over its counted rows, unbiased; the count stays that
+        of all counted rows.
+    teacher_heads [H^s, k] int64: student head i mixes only these k distinct teacher heads.
+    student_lse [B, H^s, T], teacher_lse [B, H^t, T] float32: natural log-sum-exp of the scaled scores over the keys each row sees, to save
+        work; the gradient treats them as the functions of query and key that they are.
+    chunk_size: rows at once in "chunked" and in the dense form of "fused".
+    implementation: "reference" (dense), "chunked" (any device), "fused" (Triton, CUDA), "auto" (fused where it can run, else chunked).
+
+    Raises ValueError naming the argument, its value and what was expected. Source: method section 2 of docs, not the LAid paper.
+    """
+    batch, heads, tokens, _ = student_query.shape if student_query.ndim == 4 else (None, None, None, None)
+    keys = student_key.shape[2] if student_key.ndim == 4 else None
+    device = student_query.device
+    checks.check_attention("student_", student_query, student_key, batch, tokens, keys, device)
+    checks.check_attention("teacher_", teacher_query, teacher_key, batch, tokens, keys, device)
+    checks.check_tensor("mixing_logits", mixing_logits, (heads, teacher_query.shape[1]), checks.FLOATS, device)
+    checks.check_rows(student_query, keys, query_offset, segments, row_mask, positions)
+    named = {"student_scale": student_scale, "teacher_scale": teacher_scale, "rows": rows, "chunk_size": chunk_size}
+    for name, value in (named | {"student_window": student_window, "teacher_window": teacher_window}).items():
+        checks.check_positive(name, value)
+    for name, lse, query in (("student_lse", student_lse, student_query), ("teacher_lse", teacher_lse, teacher_query)):
+        if lse is not None:
+            checks.check_tensor(name, lse, query.shape[:3], (torch.float32, torch.float64), device)
+    teacher_is_cut = student_window is not None and (teacher_window is None or teacher_window > student_window)
+    if teacher_lse is not None and teacher_is_cut:
+        raise ValueError(
+            f"teacher_lse is given, but teacher_window {teacher_window} is cut to student_window {student_window}: expected None"
+        )
+
+    student_first = first_visible(batch, tokens, query_offset, segments, student_window)
+    teacher_first = torch.maximum(student_first, first_visible(batch, tokens, query_offset, segments, teacher_window))
+    weight, count = row_weights(batch, tokens, query_offset, segments, row_mask, rows, generator)
+    problem = Problem(
+        Side(student_query.detach(), student_key.detach(), student_scale, student_first, student_lse),
+        Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse),
+        weight,
+        positions,
+        query_offset,
+        omega,
+        teacher_heads,
+    )
+    mixing = _mixture(mixing_logits.to(problem.dtype), teacher_heads)
+    run = choose(__name__, "attention_matching", implementation, device)
+    return run(problem, student_query, student_key, mixing, chunk_size), count * heads
+
+
+def _mixture(logits: Tensor, teacher_heads: Tensor | None) -> Tensor:
+    """Row softmax of logits [H^s, H^t], over `teacher_heads` [H^s, k] only where given."""
+    if teacher_heads is None:
+        return logits.softmax(-1)
+    heads, choices = logits.shape
+    checks.check_tensor("teacher_heads", teacher_heads, (heads, None), (torch.int64,), logits.device)
+    ordered = teacher_heads.sort(-1).values
+    if not (ordered.min() >= 0 and ordered.max() < choices and (ordered.diff(dim=-1) > 0).all()):
+        raise ValueError(f"teacher_heads is {teacher_heads.tolist()}: expected distinct heads from 0 to {choices - 1} in each row")
+    return torch.zeros_like(logits).scatter(-1, teacher_heads, logits.gather(-1, teacher_heads).softmax(-1))

@@ -1,0 +1,102 @@
+"""Attention matching in one pass over chunks of query rows, in plain torch on any device; nothing T x S is ever held.
+
+The loss is a leaf whose upstream gradient is one scalar, so the pass that computes it computes its gradients too and keeps only those:
+d query [B, H, T, D], d key [B, K, S, D] and d mixing [H^s, H^t]. Nothing is computed again in the backward.
+Letters: C rows of a chunk, n keys that the chunk sees, U teacher heads that some student head listens to; others as in reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from laid_ds.kernels.attention import Attention, rows_that_fit
+from laid_ds.kernels.attention_matching.problem import Problem, Side
+from laid_ds.kernels.visible import row_chunks
+
+
+def attention_matching(
+    problem: Problem, student_query: Tensor, student_key: Tensor, mixing: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """As reference.attention_matching, `chunk_size` rows at a time (default: as many as a byte budget holds)."""
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (student_query, student_key, mixing))
+    return _Matching.apply(student_query, student_key, mixing, problem, chunk_size or _default_chunk_size(problem), backward)
+
+
+def _default_chunk_size(problem: Problem) -> int:
+    heads = 4 * problem.student.query.shape[1] + problem.teacher.query.shape[1]
+    return rows_that_fit(heads * problem.student.key.shape[2] * problem.dtype.itemsize, problem.student.query.device)
+
+
+class _Matching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_query, student_key, mixing, problem, chunk_size, backward):
+        loss, *ctx.gradients = _walk(problem, mixing.detach(), chunk_size, backward)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError("attention_matching: second backward, but the gradients were handed out in the first; call it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(gradient.mul_(upstream) for gradient in gradients), None, None, None
+
+
+def _walk(problem: Problem, mixing: Tensor, chunk_size: int, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(loss, d query, d key, d mixing); the first two gradients only with `backward`."""
+    dtype, tiny = problem.dtype, torch.finfo(problem.dtype).tiny
+    batch, student_heads, _, _ = problem.student.query.shape
+    used = torch.arange(mixing.shape[1]) if problem.teacher_heads is None else problem.teacher_heads.unique().cpu()
+    pi = mixing[:, used].to(dtype)  # [H^s, U]
+    d_pi, excess = torch.zeros_like(pi), pi.new_zeros(())
+    d_query, d_key = _gradients_of(problem.student, dtype) if backward else (None, None)
+    heads = (len(used), *[student_heads] * 4)
+    scratch = [pi.new_empty(h * chunk_size * problem.student.key.shape[2]) for h in heads]
+    for b in range(batch):
+        student, teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, used)
+        d_key_b = torch.zeros_like(student.key)
+        for rows in row_chunks(problem.weight[b], chunk_size):
+            keys = student.keys_of(rows)
+            shape = len(rows), keys.stop - keys.start
+            a, z, q, p, g = (x[: h * shape[0] * shape[1]].view(h, *shape) for x, h in zip(scratch, heads, strict=True))
+            teacher.forward(rows, keys, a, a)
+            query = student.forward(rows, keys, z, q)
+            torch.mm(pi, a.flatten(1), out=p.flatten(1))
+            omega = _omega(problem, b, rows, keys, student)
+            torch.clamp_min(p, tiny, out=g).log_().sub_(z).add_(student.log_sum_exp(rows, z, q)).mul_(omega)  # omega ln(p / q)
+            student.hide_(g, rows, keys, 0.0)
+            d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
+            d_z = torch.sub(q, p, out=p).mul_(omega)
+            c = d_z.sum(-1, keepdim=True)
+            excess += c.sum()
+            if backward:
+                d_query[b, :, rows] = student.backward(d_z.addcmul_(q, c, value=-1), query, keys, d_key_b).to(d_query.dtype)
+        if backward:
+            d_key[b] = d_key_b
+    d_mixing = torch.zeros_like(mixing)
+    d_mixing[:, used] = d_pi.to(mixing.dtype)
+    return (pi * d_pi).sum() + excess, d_query, d_key, d_mixing  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
+
+
+def _gradients_of(side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where the gradients wait for the backward, in the inputs' dtype; in `dtype` for fp16, whose range unscaled sums may leave."""
+    held = dtype if side.query.dtype is torch.float16 else side.query.dtype
+    return torch.zeros_like(side.query, dtype=held), torch.empty_like(side.key, dtype=held)
+
+
+def _omega(problem: Problem, b: int, rows: Tensor, keys: slice, student: Attention) -> Tensor:
+    """The rows' weight times omega, mean 1 over the keys each row sees: [C, n], or [C, 1] where it is the same for all keys."""
+    device = problem.student.query.device
+    row_weight = problem.weight[b, rows, None].to(device, problem.dtype)
+    if problem.omega.kind == "uniform":
+        return row_weight
+    last = (rows + problem.query_offset).to(device)
+    key = torch.arange(keys.start, keys.stop, device=device)
+    if problem.positions is not None:
+        last, key = problem.positions[b, last], problem.positions[b, keys]
+    omega = problem.omega((last[:, None] - key).clamp_min(0).to(problem.dtype))
+    student.hide_(omega, rows, keys, 0.0)
+    seen = (rows + problem.query_offset + 1 - student.first[rows]).to(device, problem.dtype)
+    return omega.mul_(row_weight * seen[:, None] / omega.sum(-1, keepdim=True))

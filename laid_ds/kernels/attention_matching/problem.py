@@ -1,0 +1,45 @@
+"""What every implementation of attention matching is given: checked tensors and the plan of rows, nothing left to interpret."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laid_ds.kernels.attention import Attention
+from laid_ds.kernels.attention_matching.omega import Omega
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Student against teacher. `weight` says which rows count and how much (see `visible.row_weights`)."""
+
+    student: Side
+    teacher: Side
+    weight: Tensor  # [B, T] float64 on the CPU
+    positions: Tensor | None  # [B, S] int64
+    query_offset: int
+    omega: Omega
+    teacher_heads: Tensor | None  # [H^s, k] int64: the mixture is zero elsewhere
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What sums are accumulated in."""
+        double = torch.float64 in (self.student.query.dtype, self.teacher.query.dtype)
+        return torch.float64 if double else torch.float32
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's attention in one layer, without its graph."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, K, S, D], K divides H; head h reads key head h // (H / K)
+    scale: float
+    first: Tensor  # [B, T] int64 on the CPU: row t sees the keys first .. t + query_offset
+    lse: Tensor | None  # [B, H, T]: ln sum exp of the row's scores, if the caller has it
+
+    def attention(self, b: int, problem: Problem, heads: Tensor | None = None) -> Attention:
+        lse = None if self.lse is None else self.lse[b]
+        return Attention(self.query[b], self.key[b], self.scale, self.first[b], problem.query_offset, problem.dtype, lse, heads)

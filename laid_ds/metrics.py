@@ -1,0 +1,98 @@
+"""What a run tells: metrics.jsonl (one object per step), one line per step on the console, TensorBoard or W&B when asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from laid_ds.config import Logging
+
+LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
+
+
+class Reporter:
+    """Writes on rank 0 only; on other ranks every call is empty."""
+
+    def __init__(self, output: Path, steps: int, options: Logging, active: bool, run: dict[str, Any]):
+        self.output, self.steps, self.options, self.active = output, steps, options, active
+        self.console = Console(quiet=not active)
+        self.progress = _progress(self.console) if self.console.is_terminal else None
+        self.sinks = _sinks(output, options, run) if active else []
+        self.started = self.last = time.monotonic()
+
+    def start(self, step: int) -> None:
+        """Begin at `step`; lines of metrics.jsonl from there on belong to a continuation that was abandoned and are dropped."""
+        self.started = self.last = time.monotonic()
+        self.first_step = step
+        if self.active:
+            keep_until(self.output / "metrics.jsonl", step)
+        if self.progress:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=self.steps, completed=step)
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Record step (1-based, just finished). `values`: term means, counts, learning rate, gradient norm, sample keys."""
+        if not self.active:
+            return
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        record = {"step": step} | values | {"seconds": round(seconds, 4)}
+        with (self.output / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        for sink in self.sinks:
+            sink(step, {name: value for name, value in record.items() if isinstance(value, int | float)})
+        line = self._line(step, record, seconds)
+        if self.progress:
+            self.progress.update(self.task, completed=step, description=line)
+        elif step % self.options.every_steps == 0 or step == self.steps:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def _line(self, step: int, record: dict[str, Any], seconds: float) -> str:
+        terms = "  ".join(f"{label} {record[term]:.4g}" for term, label in LABELS.items() if term in record)
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        remaining = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.steps - step)))
+        rates = f"{record['tokens'] / seconds:,.0f} tokens/s  {record['images'] / seconds:,.0f} images/s"
+        return f"step {step}/{self.steps}  loss {record['loss']:.4g}  {terms}  |g| {record['gradient_norm']:.3g}  {rates}  {remaining} left"
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console)
+
+
+def _sinks(output: Path, options: Logging, run: dict[str, Any]) -> list[Any]:
+    """Functions (step, values) for the loggers that were asked for. Raises ValueError when one is not installed."""
+    sinks = []
+    if options.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("logging.tensorboard needs the extra: pip install 'laid-ds[tensorboard]'") from None
+        writer = SummaryWriter(str(output / "tensorboard"))
+        sinks.append(lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()])
+    if options.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("logging.wandb needs the extra: pip install 'laid-ds[wandb]'") from None
+        board = wandb.init(project="laid", name=run["name"], config=run, dir=str(output), resume="allow")
+        sinks.append(lambda step, values: board.log(values, step=step))
+    return sinks

@@ -1,0 +1,175 @@
+"""Laws of shards: whole or absent, the same bytes every time, every byte covered, and readable by offset."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from data_samples import make_sample, write_dataset
+
+from laid_ds.data.index import DATASET, INDEX, Dataset, ShardWriter, parse_tar_header, tar_header
+from laid_ds.data.record import DataError
+
+SAMPLES = [make_sample(i, i % 4) for i in range(25)]
+
+
+def test_every_sample_comes_back_by_index(dataset):
+    for i, sample in enumerate(SAMPLES):
+        got = dataset.read(i)
+        assert (got.key, got.turns, got.images, got.meta) == (sample.key, sample.turns, sample.images, sample.meta)
+        assert dataset.find(sample.key) == i
+        assert dataset.num_images[i] == len(sample.images)
+    assert dataset.shard_sizes.tolist() == [7, 7, 7, 4]
+
+
+def test_the_same_samples_give_the_same_bytes(dataset, tmp_path):
+    write_dataset(tmp_path / "again", SAMPLES, samples_per_shard=7)
+    digests = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()} for name in ("set", "again")
+    ]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 10
+
+
+def test_a_pickled_dataset_reads_the_same(dataset):
+    dataset.read(3)
+    assert pickle.loads(pickle.dumps(dataset)).read(3) == dataset.read(3)
+
+
+def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("laid_ds.data.index.MAX_OPEN_SHARDS", 2)
+    dataset = write_dataset(tmp_path / "many", SAMPLES, samples_per_shard=1)
+    for i in (0, 5, 9, 0, 24):
+        assert dataset.read(i).key == SAMPLES[i].key
+    assert len(dataset._descriptors) == 2
+
+
+def test_shards_are_bounded_by_bytes_too(tmp_path):
+    dataset = write_dataset(tmp_path / "small", SAMPLES, bytes_per_shard=8192)
+    assert len(dataset.shards) > 4
+    assert all(shard.num_bytes <= 8192 + 1024 or len(shard.keys) == 1 for shard in dataset.shards)
+
+
+def test_exact_token_counts_are_a_column_when_every_sample_has_them(tmp_path):
+    samples = [replace(sample, tokens={"fp": 100 + i} | ({"odd": 1} if i % 2 else {})) for i, sample in enumerate(SAMPLES)]
+    dataset = write_dataset(tmp_path / "set", samples, samples_per_shard=7)
+    assert dataset.token_counts("fp").tolist() == [100 + i for i in range(25)]
+    with pytest.raises(DataError, match="no token counts named 'odd'"):
+        dataset.token_counts("odd")
+
+
+def test_several_folders_are_one_sequence_and_keys_are_unique_over_all(dataset, tmp_path):
+    more = write_dataset(tmp_path / "more", [make_sample(i, 1) for i in range(100, 103)])
+    both = Dataset.open([tmp_path / "set", tmp_path / "more"])
+    assert len(both) == 28
+    assert both.read(26).key == more.read(1).key
+    assert [sizes.sum() for sizes in both.source_shard_sizes] == [25, 3]
+    with pytest.raises(DataError, match="the key is also in shard"):
+        Dataset.open([tmp_path / "set", tmp_path / "set"])
+
+
+def test_a_key_is_written_once(tmp_path):
+    with pytest.raises(DataError, match=r"already in this data set .key sample-00003"):
+        write_dataset(tmp_path / "set", [SAMPLES[3], SAMPLES[4], SAMPLES[3]])
+    assert not list((tmp_path / "set").glob("*.tar*"))
+
+
+@pytest.mark.parametrize("name", [INDEX, DATASET])
+def test_any_changed_byte_of_the_index_files_is_refused(dataset, tmp_path, name):
+    path = tmp_path / "set" / name
+    whole = path.read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(whole), 60):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << int(place % 7)
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="do not agree"):
+            Dataset.open(tmp_path / "set")
+    path.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match="do not agree"):
+        Dataset.open(tmp_path / "set")
+
+
+def test_a_missing_or_cut_shard_is_refused_with_the_first_lost_sample(dataset, tmp_path):
+    shard = tmp_path / "set" / "shard-000001.tar"
+    os.truncate(shard, dataset.offsets[9] + 100)
+    with pytest.raises(DataError, match=r"shard-000001.tar, key sample-00009, offset"):
+        Dataset.open(tmp_path / "set")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"missing .shard .*shard-000001.tar, key sample-00007"):
+        Dataset.open(tmp_path / "set")
+
+
+def test_a_shard_cut_while_it_is_read_is_noticed(dataset, tmp_path):
+    os.truncate(tmp_path / "set" / "shard-000001.tar", dataset.offsets[9] + 100)
+    assert dataset.read(8).key == "sample-00008"
+    with pytest.raises(DataError, match="before the sample does") as caught:
+        dataset.read(9)
+    assert (caught.value.shard, caught.value.key) == ("shard-000001.tar", "sample-00009")
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_no_data_set_is_one_sentence(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"it has no dataset\.json"):
+        Dataset.open(tmp_path / folder)
+
+
+def test_a_header_with_any_changed_byte_is_refused():
+    header = tar_header("sample-00001.000.jpg", 12345, 0xDEADBEEF)
+    assert parse_tar_header(header) == ("sample-00001.000.jpg", 12345, 0xDEADBEEF)
+    for place in range(512):
+        broken = bytearray(header)
+        broken[place] ^= 0x10
+        with pytest.raises(DataError, match="tar header"):
+            parse_tar_header(bytes(broken))
+
+
+WRITER = """
+import sys; sys.path[:0] = [{tests!r}, {root!r}]
+from data_samples import make_sample
+from laid_ds.data.index import ShardWriter
+samples = [make_sample(i, 1) for i in range(60)]
+with ShardWriter({folder!r}, samples_per_shard=3, resume=True) as writer:
+    for number in range(writer.samples_done, 60):
+        print(number, flush=True)
+        writer.write(samples[number])
+"""
+
+
+def start_writer(folder) -> subprocess.Popen:
+    code = WRITER.format(tests=os.path.dirname(__file__), root=os.getcwd(), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+
+
+def test_a_killed_writer_leaves_only_whole_shards_and_resumes_to_the_same_bytes(tmp_path):
+    start_writer(tmp_path / "whole").communicate()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(whole) == 42
+
+    moments = np.random.default_rng(0)
+    for trial in range(20):
+        folder = tmp_path / f"killed-{trial}"
+        process = start_writer(folder)
+        for _ in range(moments.integers(1, 60)):
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.003))
+        process.kill()
+        process.wait()
+        for path in folder.glob("*.tar"):
+            assert path.read_bytes() == whole[path.name]
+    if not (folder / DATASET).exists():
+        start_writer(folder).communicate()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_a_writer_refuses_a_folder_in_use(dataset, tmp_path):
+    with pytest.raises(DataError, match="already holds a finished data set"):
+        ShardWriter(tmp_path / "set")
+    (tmp_path / "set" / DATASET).unlink()
+    with pytest.raises(DataError, match="unfinished data set"):
+        ShardWriter(tmp_path / "set")

@@ -1,0 +1,177 @@
+"""Laws of the stream: one global order for any number of ranks and workers, resumed at any step, never uneven, nothing dropped silently."""
+
+import logging
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from data_samples import make_sample, write_dataset
+
+from laid_ds.data.index import Dataset
+from laid_ds.data.order import Packing
+from laid_ds.data.record import DataError
+from laid_ds.data.stream import Stream
+
+GLOBAL_BATCH = 24
+PACKING = Packing(budget=120, buffer=8, group=3)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Dataset:
+    """23 samples of different lengths in shards of 5, 5, 5, 5, 3."""
+    folder = tmp_path_factory.mktemp("uneven")
+    return write_dataset(folder, [make_sample(i, i % 3, "word " * (i % 11)) for i in range(23)], samples_per_shard=5)
+
+
+def keys(batch):
+    """A batch as comparable values, packed or not."""
+    return [keys(entry) if isinstance(entry, list) else (entry[0], entry[1].key) for entry in batch]
+
+
+def run(dataset, world_size, steps, state=None, workers=0, **options):
+    """Global batches of all ranks together, and the state after them."""
+    options = {"seed": 5, "prepare": keys, "workers": workers, **options}
+    ranks = [Stream(dataset, micro_batch=GLOBAL_BATCH // world_size, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    for rank in ranks:
+        if state is not None:
+            rank.load_state_dict(state)
+    iterators = [iter(rank) for rank in ranks]
+    batches = [[entry for iterator in iterators for entry in next(iterator)] for _ in range(steps)]
+    states = [rank.state_dict() for rank in ranks]
+    assert all(other == states[0] for other in states)
+    return batches, states[0]
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@pytest.mark.parametrize("shuffle", ["full", "none", 6])
+def test_global_batches_do_not_depend_on_the_world_size(uneven, packing, shuffle):
+    reference, _ = run(uneven, 1, 5, packing=packing, shuffle=shuffle)
+    for world_size in (2, 3, 4, 6, 8):
+        assert run(uneven, world_size, 5, packing=packing, shuffle=shuffle)[0] == reference
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+def test_the_world_size_may_change_at_any_step(uneven, packing):
+    reference, _ = run(uneven, 1, 6, packing=packing)
+    for step in range(1, 6):
+        for before, after in ((4, 3), (1, 8), (6, 2)):
+            first, state = run(uneven, before, step, packing=packing)
+            assert first + run(uneven, after, 6 - step, state, packing=packing)[0] == reference
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+def test_workers_change_neither_the_order_nor_the_random_state(uneven, packing):
+    reference, _ = run(uneven, 1, 5, packing=packing)
+    before = torch.get_rng_state()
+    first, state = run(uneven, 1, 2, packing=packing, workers=2)
+    assert first + run(uneven, 1, 3, state, packing=packing, workers=1)[0] == reference
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+def test_each_epoch_holds_each_sample_once_and_epochs_differ(uneven, packing):
+    stream = Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=packing)
+    epochs = [[entry for slot in stream.epoch_slots(epoch) for entry in slot] for epoch in range(2)]
+    for epoch, entries in enumerate(epochs):
+        assert sorted(index for _, index in entries) == list(range(23))
+        assert sorted(position for position, _ in entries) == list(range(23 * epoch, 23 * epoch + 23))
+    assert [index for _, index in epochs[0]] != [index for _, index in epochs[1]]
+
+
+def test_packs_keep_to_their_budget(uneven):
+    stream = Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=PACKING)
+    assert all(sum(int(uneven.lengths[index]) for _, index in slot) <= PACKING.budget for slot in stream.epoch_slots(0))
+    with pytest.raises(DataError, match=r"does not fit a budget of 20 .shard"):
+        Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=Packing(budget=20))
+
+
+def test_another_data_set_or_order_is_refused(uneven, dataset):
+    _, state = run(uneven, 1, 1)
+    with pytest.raises(ValueError, match="the data set changed"):
+        run(dataset, 1, 1, state)
+    with pytest.raises(ValueError, match="saved with seed 5, this run has 6"):
+        run(uneven, 1, 1, state, seed=6)
+    with pytest.raises(ValueError, match="packing"):
+        run(uneven, 1, 1, state, packing=PACKING)
+
+
+def spoil(folder, dataset, i):
+    """Flip a byte in the middle of sample `i`."""
+    origin = dataset.origin(i)
+    with open(folder / origin.shard, "r+b") as file:
+        file.seek(origin.offset + int(dataset.sizes[i]) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    return origin
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_stops_the_stream_with_its_place(dataset, tmp_path, workers):
+    origin = spoil(tmp_path / "set", dataset, 11)
+    with pytest.raises(DataError, match="crc32") as caught:
+        run(dataset, 1, 2, workers=workers)
+    assert (caught.value.shard, caught.value.key, caught.value.offset) == (origin.shard, origin.key, origin.offset)
+
+
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+def test_a_bad_sample_is_replaced_by_the_same_one_on_any_world_size_and_logged(dataset, tmp_path, packing, caplog):
+    origin = spoil(tmp_path / "set", dataset, 11)
+    with caplog.at_level(logging.WARNING):
+        reference, _ = run(dataset, 1, 4, packing=packing, on_bad="replace")
+    assert all(origin.key not in str(batch) for batch in reference)
+    assert f"shard {origin.shard}, key {origin.key}, offset {origin.offset}" in caplog.text
+    assert run(dataset, 3, 4, packing=packing, on_bad="replace")[0] == reference
+    sound, _ = run(write_dataset(tmp_path / "sound", dataset_samples(), samples_per_shard=7), 1, 4, packing=packing)
+    assert [[len(slot) for slot in batch] for batch in sound] == [[len(slot) for slot in batch] for batch in reference]
+
+
+def dataset_samples():
+    return [make_sample(i, i % 4) for i in range(25)]
+
+
+def test_a_sample_that_prepare_refuses_is_replaced_too(dataset):
+    def picky(batch):
+        for _, sample in batch:
+            if sample.key == "sample-00011":
+                raise DataError("image 0 cannot be decoded", key=sample.key)
+        return keys(batch)
+
+    with pytest.raises(DataError, match="cannot be decoded"):
+        run(dataset, 1, 2, prepare=picky)
+    batches, _ = run(dataset, 2, 2, prepare=picky, on_bad="replace")
+    assert all(len(batch) == GLOBAL_BATCH for batch in batches)
+    assert "sample-00011" not in str(batches)
+
+
+def test_any_other_error_of_prepare_is_not_hidden(dataset):
+    def broken(batch):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        run(dataset, 1, 1, prepare=broken, on_bad="replace")
+
+
+def _train(rank, world_size, port, folder, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    stream = Stream(Dataset.open(folder), micro_batch=2, rank=rank, world_size=world_size, seed=0, prepare=keys)
+    seen = torch.zeros(1)
+    for _, batch in zip(range(15), stream, strict=False):  # beyond the epoch's end on every rank
+        count = torch.tensor([float(len(batch))])
+        dist.all_reduce(count)  # hangs if a rank runs out of steps
+        seen += count
+    results[rank] = int(seen)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_has_the_same_steps_over_uneven_shards(dataset, tmp_path, world_size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = torch.zeros(world_size, dtype=torch.int64).share_memory_()
+    torch.multiprocessing.start_processes(
+        _train, (world_size, port, str(tmp_path / "set"), results), nprocs=world_size, start_method="fork"
+    )
+    assert results.tolist() == [15 * 2 * world_size] * world_size

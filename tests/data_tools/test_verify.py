@@ -1,0 +1,261 @@
+"""Law: any damage is found and named with shard, key and offset; nothing is lost silently; repair keeps every whole sample."""
+
+import io
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from data_samples import make_sample, write_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.scan import scan
+from data_tools.verify import reindex, repair, verify
+from laid_ds.data.index import DATASET, END_OF_ARCHIVE, INDEX, Dataset
+from laid_ds.data.record import DataError
+
+SAMPLES = [make_sample(i, i % 3) for i in range(12)]
+FIRST, SECOND = "shard-000000.tar", "shard-000001.tar"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """Two shards of six samples."""
+    folder = tmp_path_factory.mktemp("sound") / "set"
+    write_dataset(folder, SAMPLES, samples_per_shard=6)
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "set"))
+
+
+def flip(path: Path, offset: int, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= mask
+    path.write_bytes(data)
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def contents(folder: Path) -> dict[str, tuple]:
+    return {sample.key: (sample.turns, sample.images, sample.meta) for sample in Dataset.open(folder)}
+
+
+def places(report) -> set[tuple]:
+    return {(problem["shard"], problem["key"], problem["offset"]) for problem in report["problems"]}
+
+
+def shard_of(folder: Path, name: str = FIRST):
+    return next(shard for shard in Dataset.open(folder).shards if shard.name == name)
+
+
+def test_a_sound_set_is_sound(folder):
+    for deep in (False, True):
+        assert verify(folder, deep, 2) == {"sound": True, "shards": 2, "whole_samples": 12, "problems": []}
+    assert scan(folder / FIRST).problems == []
+
+
+# --- the matrix: what stock readers drop or splice without a word ----------------------------------------------------------------
+
+
+def cut_in_data(path, shard):
+    cut(path, shard.offsets[5] + 700)
+    return 5
+
+
+def cut_on_a_block(path, shard):
+    cut(path, shard.offsets[5] + 512)
+    return 5
+
+
+def cut_on_a_sample(path, shard):
+    cut(path, shard.offsets[4])
+    return 4
+
+
+def flip_in_a_header(path, shard):
+    flip(path, shard.offsets[4] + 3)
+    return 4
+
+
+def flip_in_a_size(path, shard):
+    flip(path, shard.offsets[4] + 130)
+    return 4
+
+
+def flip_in_an_image(path, shard):
+    flip(path, shard.offsets[5] - 700)
+    return 4
+
+
+def remove_the_shard(path, shard):
+    path.unlink()
+    return 0
+
+
+def empty_the_shard(path, shard):
+    cut(path, 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_in_data, cut_on_a_block, cut_on_a_sample, flip_in_a_header, flip_in_a_size, flip_in_an_image, remove_the_shard, empty_the_shard],
+)
+def test_every_known_fault_is_found_refused_and_repaired(folder, damage):
+    shard = shard_of(folder)
+    whole = contents(folder)
+    first_bad = damage(folder / FIRST, shard)
+
+    report = verify(folder, False, 1)
+    assert not report["sound"]
+    assert (FIRST, shard.keys[first_bad], shard.offsets[first_bad]) in places(report)
+
+    with pytest.raises(DataError) as caught:
+        list(Dataset.open(folder))
+    assert Path(caught.value.shard).name == FIRST
+    assert (caught.value.key, caught.value.offset) == (shard.keys[first_bad], shard.offsets[first_bad])
+
+    if damage is not remove_the_shard:
+        assert scan(folder / FIRST).problems
+
+    lost = {entry["key"] for entry in repair(folder, 1)["lost"]}
+    assert verify(folder, True, 1)["sound"]
+    kept = contents(folder)
+    assert all(kept[key] == whole[key] for key in kept)
+    if damage in (flip_in_a_header, flip_in_a_size, flip_in_an_image):
+        assert whole.keys() - kept.keys() == {shard.keys[4]}
+    assert whole.keys() - kept.keys() <= lost | {shard.keys[-1]} | set(shard.keys)
+
+
+def test_two_halves_of_one_key_are_never_one_sample(folder):
+    """Shard A cut inside the sample with key K, shard B beginning with another sample of the same key: the splice of stock readers."""
+    shard = shard_of(folder)
+    cut(folder / FIRST, shard.offsets[5] + 512)
+    twin = replace(SAMPLES[5], images=tuple(reversed(SAMPLES[5].images)))
+    write_dataset(folder / "b", [twin], samples_per_shard=6)
+    shutil.copy(folder / "b" / FIRST, folder / SECOND)
+    shutil.rmtree(folder / "b")
+
+    report = verify(folder, False, 1)
+    assert {(FIRST, SAMPLES[5].key), (SECOND, SAMPLES[6].key)} <= {place[:2] for place in places(report)}
+    repair(folder, 1)
+    assert contents(folder)[twin.key] == (twin.turns, twin.images, twin.meta)
+
+
+def test_half_a_picture_that_was_written_so_is_found_by_deep_verify(tmp_path):
+    whole = make_sample(4, 2)
+    half = replace(whole, images=(whole.images[0], whole.images[1][: len(whole.images[1]) // 2]))
+    write_dataset(tmp_path / "set", [make_sample(0), half])
+    assert verify(tmp_path / "set", False, 1)["sound"]
+    (problem,) = verify(tmp_path / "set", True, 1)["problems"]
+    assert problem["key"] == half.key
+    assert "image 1" in problem["reason"]
+
+
+def test_repeated_keys_over_shards_are_refused(folder):
+    shutil.copy(folder / FIRST, folder / "shard-000002.tar")
+    with pytest.raises(DataError, match=r"also in shard shard-000000.tar .shard shard-000002.tar, key sample-00000, offset 0"):
+        reindex(folder, 1)
+
+
+def test_a_damaged_shard_is_not_indexed(folder):
+    flip(folder / SECOND, 700)
+    with pytest.raises(DataError, match=r"shard shard-000001.tar, key sample-00006, offset 0"):
+        reindex(folder, 1)
+
+
+def test_an_index_made_anew_is_the_same(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in (INDEX, DATASET, FIRST + ".idx"):
+        (folder / name).unlink()
+    assert not verify(folder, False, 1)["sound"]
+    assert reindex(folder, 2) == {"shards": 2, "samples": 12}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_files_that_no_reader_would_see_are_reported(folder):
+    shutil.copy(folder / FIRST, folder / "shard-000009.tar")
+    (folder / "shard-000003.tar.tmp").write_bytes(b"")
+    (folder / (FIRST + ".idx")).write_bytes(b"")
+    reasons = " ".join(f"{problem['shard']}: {problem['reason']}" for problem in verify(folder, False, 1)["problems"])
+    for name in ("shard-000009.tar: the shard is not", "shard-000003.tar.tmp: the shard is not", "shard-000000.tar.idx is missing or"):
+        assert name in reasons
+
+
+def test_bytes_lost_in_the_middle_cost_only_their_sample(folder):
+    """Everything behind is no longer on a block boundary; stock readers see the end of the archive."""
+    shard = shard_of(folder)
+    data = (folder / FIRST).read_bytes()
+    (folder / FIRST).write_bytes(data[: shard.offsets[2] + 600] + data[shard.offsets[2] + 613 :])
+    repair(folder, 1)
+    assert contents(folder).keys() == {sample.key for sample in SAMPLES} - {shard.keys[2]}
+
+
+def test_repair_keeps_the_damaged_file_and_leaves_sound_ones_alone(folder):
+    flip(folder / FIRST, 700)
+    damaged, other = (folder / FIRST).read_bytes(), (folder / SECOND).stat().st_mtime_ns
+    repair(folder, 1)
+    assert (folder / (FIRST + ".damaged")).read_bytes() == damaged
+    assert (folder / SECOND).stat().st_mtime_ns == other
+    assert repair(folder, 1) == {"shards": 2, "samples": 11, "lost": []}
+
+
+def test_a_shard_without_one_whole_sample_goes(folder):
+    cut(folder / SECOND, 100)
+    assert repair(folder, 1)["shards"] == 1
+    assert len(Dataset.open(folder)) == 6
+
+
+# --- random damage ----------------------------------------------------------------------------------------------------------------
+
+
+@given(is_cut=st.booleans(), where=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_damage_is_found_named_and_repaired(sound, tmp_path, is_cut, where, mask):
+    folder = tmp_path / "set"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(sound, folder)
+    shard = shard_of(folder)
+    offset = int(where * shard.num_bytes)
+    (cut(folder / FIRST, offset) if is_cut else flip(folder / FIRST, offset, mask))
+    hit = next((i for i, end in enumerate(shard.offsets[1:]) if offset < end), None)  # None: the end-of-archive blocks
+    expected = (shard.keys[-1], shard.offsets[-1]) if hit is None else (shard.keys[hit], shard.offsets[hit])
+
+    report = verify(folder, False, 1)
+    named = {(key, place) for _, key, place in places(report)}
+    assert expected in named
+    lost = set() if hit is None else set(shard.keys[hit:] if is_cut else [shard.keys[hit]])
+    assert {key for key, place in named if place != shard.offsets[-1]} == lost
+    assert report["whole_samples"] == 12 - len(lost)
+
+    unindexed = scan(folder / FIRST)
+    assert unindexed.problems
+    assert {problem.key for problem in unindexed.problems} <= lost | {None}
+    assert [found.key for found in unindexed.whole] == [key for key in shard.keys if key not in lost]
+
+    if hit is not None:
+        with pytest.raises(DataError) as caught:
+            list(Dataset.open(folder))
+        assert (caught.value.key, caught.value.offset) == expected
+
+    repair(folder, 1)
+    assert {found.key for found in scan(folder / FIRST).whole} == set(shard.keys) - lost if (folder / FIRST).exists() else len(lost) == 6
+
+
+def test_the_end_is_checked_to_its_last_byte(folder):
+    for position in range(len(END_OF_ARCHIVE)):
+        damaged = bytearray((folder / FIRST).read_bytes())
+        damaged[-1 - position] = 7
+        if position % 64 == 0:
+            (folder / "other.tar").write_bytes(damaged)
+            assert scan(folder / "other.tar").problems
+    with tarfile.open(fileobj=io.BytesIO((folder / FIRST).read_bytes())) as stock:
+        assert len(stock.getmembers()) == 6 + sum(len(sample.images) for sample in SAMPLES[:6])
