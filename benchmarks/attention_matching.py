@@ -1,16 +1,14 @@
 """Attention matching against dense autograd and against its own matrix products.
 
-    python -m benchmarks.attention_matching --tokens 4096 --json     time and memory at one length, on the CPU
-    python -m benchmarks.attention_matching --slope --json           added peak memory at 2k, 4k, 8k and 16k tokens
-    python -m benchmarks.attention_matching --step --json            what one layer adds to a training step of two small models
-    python -m benchmarks.attention_matching --device cuda --json     GPU times of chunked and fused (needs an NVIDIA GPU and Triton)
+python -m benchmarks.attention_matching --tokens 4096 --json     time and memory at one length, on the CPU
+python -m benchmarks.attention_matching --slope --json           added peak memory at 2k, 4k, 8k and 16k tokens
+python -m benchmarks.attention_matching --step --json            what one layer adds to a training step of two small models
+python -m benchmarks.attention_matching --device cuda --json     GPU times of chunked and fused (needs an NVIDIA GPU and Triton)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 
 import torch
 from torch import Tensor
@@ -81,8 +79,7 @@ def products(x: dict, chunk_size: int) -> None:
     for start in range(0, tokens, chunk_size):
         stop = min(start + chunk_size, tokens)
         a, z, p = (
-            x[: h * (stop - start) * stop].view(h, stop - start, stop)
-            for x, h in zip(buffers, (teacher_heads, heads, heads), strict=True)
+            x[: h * (stop - start) * stop].view(h, stop - start, stop) for x, h in zip(buffers, (teacher_heads, heads, heads), strict=True)
         )
         for k in range(teacher_key_heads):
             group = slice(k * teacher_heads // teacher_key_heads, (k + 1) * teacher_heads // teacher_key_heads)
@@ -110,8 +107,6 @@ def compare(tokens: int, omega: str, repeats: int) -> dict:
     }
     memory = {name: measure.added_peak_mb(inputs, work, tokens, omega) for name, work in (("ours", ours), ("dense", dense))}
     return {
-        "tokens": tokens,
-        "omega": omega,
         "cpu_seconds": seconds["ours"],
         "cpu_seconds_dense": seconds["dense"],
         "cpu_seconds_matmul": seconds["matmul"],
@@ -191,7 +186,6 @@ def in_a_step(tokens: int, repeats: int) -> dict:
     seconds = [measure.cpu_seconds(lambda work=work: work(prepared), repeats) for work in (step_alone, step_matched)]
     memory = [measure.added_peak_mb(models, work, tokens) for work in (step_alone, step_matched)]
     return {
-        "tokens": tokens,
         "cpu_seconds_step": seconds[0],
         "cpu_seconds_step_matched": seconds[1],
         "peak_mb_step": memory[0],
@@ -201,8 +195,49 @@ def in_a_step(tokens: int, repeats: int) -> dict:
     }
 
 
+def on_gpu(tokens: int, omega: str, repeats: int) -> dict:
+    """Milliseconds (20th, 50th, 80th percentile) and added peak memory of loss and gradients in bf16: student 28 / 4, teacher 40 / 8, D 128."""
+    figures = {}
+    for mixture, choice in (("dense", None), ("one_hot", torch.arange(28, device="cuda")[:, None])):
+        draw = lambda *shape: torch.randn(1, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        student = [draw(28, tokens).requires_grad_(), draw(4, tokens).requires_grad_()]
+        teacher, mixing = [draw(40, tokens), draw(8, tokens)], torch.zeros(28, 40, device="cuda", requires_grad=True)
+        options = {"student_scale": 128**-0.5, "teacher_scale": 128**-0.5, "omega": OMEGAS[omega], "teacher_heads": choice}
+        for implementation in ("chunked", "fused"):
+
+            def work(options=options | {"implementation": implementation}, student=student, teacher=teacher, mixing=mixing):
+                loss, count = attention_matching(*student, *teacher, mixing, **options)
+                torch.autograd.grad(loss / count, [*student, mixing])
+
+            for name, value in measure.gpu(work, repeats).items():
+                figures[f"{implementation}_{mixture}_{name}"] = value
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--omega", choices=OMEGAS, default="uniform")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--slope", action="store_true")
+    what.add_argument("--step", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        name, figures = "on_gpu", on_gpu(arguments.tokens, arguments.omega, arguments.repeats)
+    else:
+        torch.set_num_threads(1)
+        if arguments.slope:
+            name, figures = "slope", slope()
+        elif arguments.step:
+            name, figures = "step", in_a_step(arguments.tokens, arguments.repeats)
+        else:
+            name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.repeats)
+    measure.append(f"attention_matching.{name}", arguments.device, f"tokens={arguments.tokens} omega={arguments.omega}", figures)
+    measure.show(figures | {"tokens": arguments.tokens, "versions": measure.versions()}, arguments.json)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(compare(4096, "uniform", 5)))
-    print(json.dumps(slope()))
-    print(json.dumps(in_a_step(4096,3)))
+    main()

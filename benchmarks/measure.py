@@ -57,9 +57,36 @@ def _status_mb(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def gpu(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Milliseconds at the 20th, 50th and 80th percentile of `repeats` runs after two to warm up, and added peak megabytes."""
+    work(), work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    low, middle, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    added = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"ms_p20": low, "ms_p50": middle, "ms_p80": high, "added_peak_mb": added}
+
+
 def versions() -> dict[str, str]:
     """What a figure depends on besides the code."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    gpu_name = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version(), "torch": torch.__version__} | gpu_name
+
+
+def show(figures: dict, as_json: bool) -> None:
+    """Print one JSON object, or one line per figure."""
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(f"{name:24} {value if isinstance(value, dict) else f'{value:.4g}'}" for name, value in figures.items()))
 
 
 def commit() -> str:

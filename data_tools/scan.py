@@ -11,6 +11,7 @@ from laid_ds.data.record import KEY, MAX_JSON_BYTES, DataError, Record, parse
 
 MAGIC = b"ustar\x0000crc32-"  # at byte 257 of each header
 MAGIC_PLACE = 257
+END_DAMAGED = "the end-of-archive blocks are missing or damaged"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def scan(path: Path) -> Scan:
     """All samples of a shard."""
     found = Scan()
     if path.stat().st_size == 0:
-        found.problems.append(DataError("the shard is empty", shard=path.name, offset=0))
+        found.problems.append(DataError(END_DAMAGED, shard=path.name, offset=0))
         return found
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _scan(data, path.name, found)
@@ -56,8 +57,9 @@ def _scan(data: mmap.mmap, shard: str, found: Scan) -> None:
 
 def read_sample(data: mmap.mmap, offset: int, shard: str) -> Found:
     """The sample that begins at `offset`, if all its bytes are as they were written."""
-    if len(data) - offset <= len(END_OF_ARCHIVE):
-        raise DataError("the end-of-archive blocks are missing or damaged", shard=shard, offset=offset)
+    rest = data[offset : offset + len(END_OF_ARCHIVE) + 1]
+    if len(rest) <= len(END_OF_ARCHIVE) and len(rest) - rest.count(0) <= 1:
+        raise DataError(END_DAMAGED, shard=shard, offset=offset)
     key = None
     try:
         name, num_bytes, crc32 = parse_tar_header(data[offset : offset + BLOCK])

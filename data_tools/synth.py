@@ -99,11 +99,13 @@ def _cut_out(picture: Image.Image) -> tuple[Image.Image, tuple[int, int, int]]:
 
 
 def scenes(split: str, number: int, seed: int) -> dict[Kind, list[Scene]]:
-    """`number` scenes by anchor; every anchor has the same number, targets are drawn evenly from all kinds."""
+    """`number` scenes by anchor, for each anchor as many as for any other, with targets that repeat only after all 24 kinds have come."""
     rng, by_kind = random.Random(f"scenes {split} {seed}"), pictures(split)
+    targets = {anchor: [kind for _ in range(number // len(KINDS) ** 2 + 1) for kind in rng.sample(KINDS, len(KINDS))] for anchor in KINDS}
     made: dict[Kind, list[Scene]] = defaultdict(list)
     for i in track(range(number), "scenes"):
-        anchor, target = KINDS[i % len(KINDS)], rng.choice(KINDS)
+        anchor = KINDS[i % len(KINDS)]
+        target = targets[anchor][i // len(KINDS)]
         with Image.open(rng.choice(by_kind[anchor])) as a, Image.open(rng.choice(by_kind[target])) as b:
             made[anchor].append(Scene(anchor, target, compose(a, b)))
     return made
@@ -149,6 +151,8 @@ def haystacks(
     """The samples of one data set, a pure function of its arguments."""
     if not 1 <= questions <= min(images, len(KINDS) - 1):
         raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {min(images, len(KINDS) - 1)} questions")
+    if num_scenes < len(KINDS) * (questions + 1):
+        raise ValueError(f"--scenes {num_scenes}: {questions} questions need at least {len(KINDS) * (questions + 1)} scenes")
     library = scenes(split, num_scenes, seed)
     for i in range(samples):
         yield haystack(f"{split}-{seed}-{i:06d}", library, images, questions, ask, f"haystack {split} {seed} {i}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.console import track
-from data_tools.scan import Found, scan
+from data_tools.scan import END_DAMAGED, Found, scan
 from laid_ds.data import images
 from laid_ds.data.index import (
     DATASET,
@@ -46,9 +46,7 @@ def verify(folder: Path, deep: bool, jobs: int) -> dict[str, Any]:
         "sound": not problems,
         "shards": len(reports),
         "whole_samples": whole,
-        "problems": [
-            {"shard": problem.shard, "key": problem.key, "offset": problem.offset, "reason": problem.reason} for problem in problems
-        ],
+        "problems": [_facts(problem) for problem in problems],
     }
 
 
@@ -72,20 +70,26 @@ def reindex(folder: Path, jobs: int) -> dict[str, Any]:
 
 def repair(folder: Path, jobs: int) -> dict[str, Any]:
     """Keep every whole sample. A damaged shard is written anew without the others and stays beside it as `NAME.damaged`."""
-    shards = _indexed_shards(folder, []) or []
-    lost: list[dict[str, Any]] = []
+    known = _indexed_shards(folder, [])
+    kept: set[str] = set()
+    problems: list[DataError] = []
     for name in track(_shard_names(folder), "repair"):
-        lost += _repair_shard(folder, name)
-    found = reindex(folder, jobs) if _shard_names(folder, may_be_empty=True) else {"shards": 0, "samples": 0}
-    for shard in shards:
-        if not (folder / shard.name).exists():
-            known = {entry["key"] for entry in lost}
-            lost += [
-                {"shard": shard.name, "key": key, "offset": offset, "reason": "the shard is missing"}
-                for key, offset in zip(shard.keys, shard.offsets, strict=False)
-                if key not in known
-            ]
-    return {**found, "lost": lost}
+        keys, found = _repair_shard(folder, name)
+        kept |= keys
+        problems += found
+    lost = [problem for problem in problems if problem.reason != END_DAMAGED] if known is None else _lost(known, kept, problems)
+    if not kept:
+        raise DataError(f"{folder} holds no whole sample; its shards are kept as *.damaged")
+    return {**reindex(folder, jobs), "lost": [_facts(problem) for problem in lost]}
+
+
+def _lost(known: Sequence[ShardIndex], kept: set[str], problems: Sequence[DataError]) -> list[DataError]:
+    """Each indexed sample that was not kept, with the reason that the scan found at its place."""
+    reasons = {(problem.shard, problem.offset): problem.reason for problem in problems if problem.reason != END_DAMAGED}
+    gone = [lost for shard in known for lost in _all_lost(shard, "the sample is cut off or its shard is missing") if lost.key not in kept]
+    return [
+        DataError(reasons.get((lost.shard, lost.offset), lost.reason), shard=lost.shard, key=lost.key, offset=lost.offset) for lost in gone
+    ]
 
 
 def _indexed_shards(folder: Path, problems: list[DataError]) -> list[ShardIndex] | None:
@@ -101,9 +105,9 @@ def _indexed_shards(folder: Path, problems: list[DataError]) -> list[ShardIndex]
     return None
 
 
-def _shard_names(folder: Path, may_be_empty: bool = False) -> list[str]:
+def _shard_names(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("*.tar"))
-    if not names and not may_be_empty:
+    if not names:
         raise DataError(f"{folder} holds no shards")
     return names
 
@@ -120,18 +124,21 @@ def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list
     """Whole samples of an indexed shard, and its problems."""
     path = folder / shard.name
     if not path.exists():
-        return 0, [DataError("the shard is missing", shard=shard.name, key=shard.keys[0], offset=0)]
+        return 0, _all_lost(shard, "the shard is missing")
     problems = _check_offsets_file(folder, shard)
     if path.stat().st_size == 0:
-        return 0, [DataError("the shard is empty", shard=shard.name, key=shard.keys[0], offset=0), *problems]
+        return 0, [*_all_lost(shard, "the shard is empty"), *problems]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if hashlib.sha256(data).hexdigest() == shard.sha256 and not deep:
             return len(shard.keys), problems
         bad = list(_bad_samples(data, shard, deep))
         if data[shard.offsets[-1] :] != END_OF_ARCHIVE:
-            reason = "the end-of-archive blocks are missing or damaged"
-            problems.append(DataError(reason, shard=shard.name, key=shard.keys[-1], offset=shard.offsets[-1]))
+            problems.append(DataError(END_DAMAGED, shard=shard.name, key=shard.keys[-1], offset=shard.offsets[-1]))
     return len(shard.keys) - len(bad), bad + problems
+
+
+def _all_lost(shard: ShardIndex, reason: str) -> list[DataError]:
+    return [DataError(reason, shard=shard.name, key=key, offset=offset) for key, offset in zip(shard.keys, shard.offsets, strict=False)]
 
 
 def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool) -> Iterator[DataError]:
@@ -186,26 +193,31 @@ def _refuse_repeated_keys(shards: Iterable[ShardIndex]) -> None:
             home[key] = shard.name
 
 
-def _repair_shard(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What the shard lost. It is left alone if that is nothing."""
+def _repair_shard(folder: Path, name: str) -> tuple[set[str], list[DataError]]:
+    """Keys that were kept, and what was wrong. A shard without problems is left alone."""
     path = folder / name
     found = scan(path)
-    if not found.problems:
-        return []
-    temporary = folder / f"{name}.tmp"
-    with open(path, "rb") as damaged, open(temporary, "wb") as file:
-        for sample in found.whole:
-            damaged.seek(sample.offset)
-            file.write(damaged.read(sample.num_bytes))
+    if found.problems:
+        os.replace(path, folder / f"{name}.damaged")
+        if found.whole:
+            _copy_whole(folder / f"{name}.damaged", found.whole, path)
+    return {sample.key for sample in found.whole}, found.problems
+
+
+def _copy_whole(damaged: Path, whole: Sequence[Found], path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(damaged, "rb") as source, open(temporary, "wb") as file:
+        for sample in whole:
+            source.seek(sample.offset)
+            file.write(source.read(sample.num_bytes))
         file.write(END_OF_ARCHIVE)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path, folder / f"{name}.damaged")
-    if found.whole:
-        publish(temporary, path)
-    else:
-        temporary.unlink()
-    return [{"shard": problem.shard, "key": problem.key, "offset": problem.offset, "reason": problem.reason} for problem in found.problems]
+    publish(temporary, path)
+
+
+def _facts(problem: DataError) -> dict[str, Any]:
+    return {"shard": problem.shard, "key": problem.key, "offset": problem.offset, "reason": problem.reason}
 
 
 def _in_parallel(work: Callable[[Item], Result], items: Sequence[Item], jobs: int, label: str) -> list[Result]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,8 @@ from laid_ds.losses import head_losses, weighted_mean
 from laid_ds.models.attention import Captured, Tap, assert_differentiable
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the teacher shows for one micro-batch."""
+class Lesson(NamedTuple):
+    """What the teacher shows for one micro-batch (a tuple, since DeepSpeed looks for tensors in a module's output)."""
 
     heads: dict[int, Captured]
     logits: Tensor | None

@@ -52,7 +52,7 @@ class Training:
 def train(run: Run) -> None:
     """Run to the end, or to a stop signal, from the latest checkpoint if there is one. Every rank calls it."""
     _open_output(run)
-    _seed(run.seed + distributed.rank())
+    seed_everything(run.seed + distributed.rank())
     training = build(run)
     reporter = Reporter(run.output, run.steps, run.logging, active=distributed.rank() == 0, run=config.as_tree(run))
     saved = checkpoint.latest(run.output)
@@ -143,6 +143,8 @@ def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Str
         global_batch=data.micro_batch * world * run.optimizer.accumulation,
         image_range=partial(schedule.image_range, steps=run.steps, data=data),
         questions=data.questions,
+        windows=data.windows,
+        most_images=data.images[1] if data.images else 0,
     )
     return Stream(
         dataset,
@@ -216,7 +218,7 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def _seed(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

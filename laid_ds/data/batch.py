@@ -5,6 +5,7 @@ Rows are padded on the right and attention is causal, so padding changes nothing
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -89,22 +90,24 @@ class Prepare:
     pad_token: int
     seed: int = 0
     global_batch: int = 1
-    """Samples per optimizer step over all ranks: positions // global_batch is the step, so all samples of a step get the same size."""
+    """Samples per optimizer step over all ranks: position // global_batch is the step."""
     image_range: Callable[[int], tuple[int, int] | None] = lambda step: None
     questions: int | None = None
+    windows: int = 1
+    most_images: int = 0
+    """With `windows` > 1: a sample gives as many windows as fit into this many images together, at most `windows`."""
 
     def __call__(self, items: list[tuple[int, Sample]]) -> Batch:
-        samples = [self._window(position, sample) for position, sample in items]
+        samples = [window for position, sample in items for window in self._windows(position, sample)]
         return collate([self._rendered(sample) for sample in samples], [sample.key for sample in samples], self.pad_token)
 
-    def _window(self, position: int, sample: Sample) -> Sample:
-        step = position // self.global_batch
-        bounds = self.image_range(step)
+    def _windows(self, position: int, sample: Sample) -> list[Sample]:
+        bounds = self.image_range(position // self.global_batch)
         if bounds is None:
-            return sample
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        images = int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator))
-        return draw_window(sample, images, self.questions, (self.seed, position))
+            return [sample]
+        images = random.Random(f"images {self.seed} {position}").randint(*bounds)
+        copies = max(1, min(self.windows, self.most_images // images))
+        return [draw_window(sample, images, self.questions, (self.seed, position, copy)) for copy in range(copies)]
 
     def _rendered(self, sample: Sample) -> Rendered:
         try:

@@ -7,6 +7,7 @@ A data set is a folder: `shard-*.tar`, an energon offset table `shard-*.tar.idx`
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ DATASET = "dataset.json"
 ESTIMATE = "estimate"
 MAX_SAMPLE_BYTES = (1 << 31) - (1 << 20)  # one pread
 MAX_OPEN_SHARDS = 128
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 
 
 # --- tar members ------------------------------------------------------------------------------------------------------------------
@@ -146,7 +148,10 @@ class ShardIndex:
     def from_line(cls, line: bytes) -> "ShardIndex":
         """Inverse of `line`."""
         fields = json.loads(line)
-        return cls(fields.pop("shard"), fields.pop("bytes"), **fields)
+        name = fields.pop("shard")
+        if not SHARD_NAME.fullmatch(name):  # it becomes part of paths and of download commands
+            raise DataError(f"{name[:80]!r} cannot be the name of a shard")
+        return cls(name, fields.pop("bytes"), **fields)
 
     def energon_offsets(self) -> bytes:
         """The `.tar.idx` that megatron-energon reads."""
@@ -332,10 +337,10 @@ def check_size(path: Path, shard: ShardIndex) -> None:
 
 
 class LocalFolder:
-    """Shards that lie on a disk. `remote.RemoteFolder` has the same three methods."""
+    """Shards that lie on a disk. `remote.RemoteFolder` has the same methods."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.max_open = Path(path), MAX_OPEN_SHARDS
 
     def read(self, name: str) -> bytes:
         """A small file of the set."""
@@ -348,9 +353,12 @@ class LocalFolder:
         """Refuse a shard that cannot be whole."""
         check_size(self.path / shard.name, shard)
 
-    def locate(self, shard: ShardIndex) -> Path:
-        """A local file with the shard's bytes."""
-        return self.path / shard.name
+    def open(self, shard: ShardIndex) -> int:
+        """A descriptor of the shard's bytes."""
+        try:
+            return os.open(self.path / shard.name, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"the shard cannot be opened: {error.strerror}", shard=shard.name) from None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -379,6 +387,7 @@ class Dataset:
         self.lengths = self.token_counts(ESTIMATE)
         """Estimated tokens of each sample; `token_counts` has exact ones where they were recorded."""
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._max_open = min(folder.max_open for folder in folders)
         self._check_keys()
 
     @classmethod
@@ -464,13 +473,8 @@ class Dataset:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
-        path = self._folder_of[shard].locate(self.shards[shard])
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"the shard cannot be opened: {error.strerror}", shard=str(path)) from None
-        self._descriptors[shard] = descriptor
-        if len(self._descriptors) > MAX_OPEN_SHARDS:
+        self._descriptors[shard] = descriptor = self._folder_of[shard].open(self.shards[shard])
+        if len(self._descriptors) > self._max_open:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
 

@@ -7,11 +7,13 @@ Letters: C rows of a chunk, n keys that the chunk sees, U teacher heads that som
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from laid_ds.kernels.attention import Attention, rows_that_fit
+from laid_ds.kernels.attention_matching.leaf import leaf_loss
 from laid_ds.kernels.attention_matching.problem import Problem, Side
 from laid_ds.kernels.visible import row_chunks
 
@@ -20,8 +22,8 @@ def attention_matching(
     problem: Problem, student_query: Tensor, student_key: Tensor, mixing: Tensor, chunk_size: int | None = None
 ) -> Tensor:
     """As reference.attention_matching, `chunk_size` rows at a time (default: as many as a byte budget holds)."""
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (student_query, student_key, mixing))
-    return _Matching.apply(student_query, student_key, mixing, problem, chunk_size or _default_chunk_size(problem), backward)
+    walk = partial(_walk, problem, chunk_size or _default_chunk_size(problem))
+    return leaf_loss(walk, student_query, student_key, mixing)
 
 
 def _default_chunk_size(problem: Problem) -> int:
@@ -29,22 +31,7 @@ def _default_chunk_size(problem: Problem) -> int:
     return rows_that_fit(heads * problem.student.key.shape[2] * problem.dtype.itemsize, problem.student.query.device)
 
 
-class _Matching(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student_query, student_key, mixing, problem, chunk_size, backward):
-        loss, *ctx.gradients = _walk(problem, mixing.detach(), chunk_size, backward)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError("attention_matching: second backward, but the gradients were handed out in the first; call it again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(gradient.mul_(upstream) for gradient in gradients), None, None, None
-
-
-def _walk(problem: Problem, mixing: Tensor, chunk_size: int, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing); the first two gradients only with `backward`."""
     dtype, tiny = problem.dtype, torch.finfo(problem.dtype).tiny
     batch, student_heads, _, _ = problem.student.query.shape
@@ -96,7 +83,7 @@ def _omega(problem: Problem, b: int, rows: Tensor, keys: slice, student: Attenti
     key = torch.arange(keys.start, keys.stop, device=device)
     if problem.positions is not None:
         last, key = problem.positions[b, last], problem.positions[b, keys]
-    omega = problem.omega((last[:, None] - key).clamp_min(0).to(problem.dtype))
+    omega = problem.omega((last[:, None].to(problem.dtype) - key.to(problem.dtype)).clamp_min_(0))  # float32 counts tokens exactly to 2^24
     student.hide_(omega, rows, keys, 0.0)
     seen = (rows + problem.query_offset + 1 - student.first[rows]).to(device, problem.dtype)
     return omega.mul_(row_weight * seen[:, None] / omega.sum(-1, keepdim=True))

@@ -1,0 +1,168 @@
+"""A table, a picture and one self-contained report.html, from results files alone: no model is loaded here."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laid_ds.evaluation.window import Ratio, Window, curve, ratio, relative_threshold, window
+
+COLOURS = ("#111111", "#9a9a9a", "#c98a1b", "#3b7dd8", "#c2185b", "#2e8b57", "#6a4fb3", "#8c564b")
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "img{max-width:100%}code,pre{background:#f5f5f5;padding:.1rem .3rem}pre{padding:.8rem;overflow:auto}.note{color:#666}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    accuracy: dict[int, float]
+    window: Window
+    against_baseline: Ratio
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the report says, as numbers."""
+
+    rows: list[Row]
+    baseline: str
+    chance: float
+    threshold: float
+    setting: dict[str, Any]
+    path: Path
+
+    def as_json(self) -> dict[str, Any]:
+        models = {row.name: asdict(row) for row in self.rows}
+        return {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models, "report": str(self.path)}
+
+    def as_text(self) -> str:
+        sizes = self.setting["sizes"]
+        names = max(len(row.name) for row in self.rows)
+        head = f"{'':{names}}  {'  '.join(f'{size:>5}' for size in sizes)}   window in images [95 %]     against {self.baseline}"
+        lines = [
+            f"{row.name:{names}}  {'  '.join(f'{row.accuracy[size]:5.2f}' for size in sizes)}   {row.window!s:24}  {row.against_baseline}"
+            for row in self.rows
+        ]
+        return "\n".join([head, *lines, "", self.rule(), f"report: {self.path}"])
+
+    def rule(self) -> str:
+        return (
+            f"accuracy by number of images; window: largest number with accuracy >= {self.threshold:.3f} "
+            f"(chance {self.chance:.3f} + 0.6 of {self.baseline}'s one-image skill), {self.setting['haystacks']} haystacks of "
+            f"{self.setting['questions']} questions at each size, intervals by bootstrap over haystacks"
+        )
+
+
+def write_report(folder: str | Path, baseline: str) -> Summary:
+    """Read folder/evaluation.json and the runs' metrics beside it; write folder/window.png and folder/report.html.
+
+    Raises ValueError when the results or the baseline are missing.
+    """
+    folder = Path(folder)
+    source = folder / "evaluation.json"
+    if not source.is_file():
+        raise ValueError(f"no results at {source}; make them with `laid eval ... --out {source}`")
+    results = json.loads(source.read_text())
+    summary = summarise(results, baseline, folder / "report.html")
+    draw_curves(summary, folder / "window.png")
+    runs = {path.parent.name: _metrics(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
+    pictures = [folder / "window.png"]
+    if runs:
+        draw_training(runs, folder / "training.png")
+        pictures.append(folder / "training.png")
+    summary.path.write_text(_page(summary, pictures, results["versions"]))
+    return summary
+
+
+def summarise(results: dict[str, Any], baseline: str, path: Path) -> Summary:
+    """Windows of all models of a results file against one threshold, set by the baseline's one-image skill."""
+    answers = {name: model["answers"] for name, model in results["models"].items()}
+    if baseline not in answers:
+        raise ValueError(f"no model {baseline!r} in the results, which hold {sorted(answers)}; name one with --baseline")
+    sizes, chance = results["setting"]["sizes"], 1 / results["setting"]["choices"]
+    threshold = relative_threshold(curve(answers[baseline])[sizes[0]], chance)
+    rows = [Row(name, curve(a), window(a, threshold), ratio(a, answers[baseline], threshold)) for name, a in answers.items()]
+    return Summary(rows, baseline, chance, threshold, results["setting"], path)
+
+
+def draw_curves(summary: Summary, path: Path) -> None:
+    """Accuracy against the number of images, one line per model, with each window marked on the threshold."""
+    figure, axes = _figure(8, 4.2)
+    for row, colour in zip(summary.rows, COLOURS, strict=False):
+        sizes = list(row.accuracy)
+        bound = "≥ " if row.window.censored else ""
+        axes.plot(sizes, row.accuracy.values(), marker="o", ms=4, lw=2, color=colour, label=f"{row.name}: {bound}{row.window.images:.0f} images")
+        if row.window.images and not row.window.censored:
+            axes.plot([row.window.images], [summary.threshold], marker="D", ms=7, mfc="white", mec=colour, mew=2, zorder=5)
+    axes.axhline(summary.threshold, color="#888888", lw=1, ls="--")
+    axes.axhline(summary.chance, color="#bbbbbb", lw=1, ls=":")
+    axes.text(min(sizes), summary.threshold, " threshold", va="bottom", color="#666666", size=9)
+    axes.text(min(sizes), summary.chance, " chance", va="bottom", color="#888888", size=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="images in the haystack", ylabel="accuracy", ylim=(0, 1.04))
+    axes.legend(title="window", frameon=False, loc="lower left", bbox_to_anchor=(0, 0.14))
+    _save(figure, path)
+
+
+def draw_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Each term of the loss over the steps, one panel a term, one line a run."""
+    terms = [term for term in ("sft", "kl", "align", "match") if any(term in run[0] for run in runs.values() if run)]
+    figure, panels = _figure(3 * len(terms), 2.6, len(terms))
+    for term, axes in zip(terms, panels if len(terms) > 1 else [panels], strict=True):
+        for (name, lines), colour in zip(runs.items(), COLOURS, strict=False):
+            if lines and term in lines[0]:
+                axes.plot([line["step"] for line in lines], [line[term] for line in lines], lw=1, color=colour, label=name)
+        axes.set(title=term, xlabel="step", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, panels: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), dpi=140, layout="constrained")
+    for one in axes if panels > 1 else [axes]:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", color="#eeeeee")
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> str:
+    sizes = summary.setting["sizes"]
+    head = "".join(f"<th>{size}</th>" for size in sizes)
+    body = "".join(
+        f"<tr><td>{html.escape(row.name)}</td>{''.join(f'<td>{row.accuracy[size]:.2f}</td>' for size in sizes)}"
+        f"<td>{html.escape(str(row.window))}</td><td>{html.escape(str(row.against_baseline))}</td></tr>"
+        for row in summary.rows
+    )
+    images = "".join(f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
+        f"<h1>How far does each model see?</h1>{images}"
+        f"<table><tr><th>accuracy at</th>{head}<th>window [95 %]</th><th>against {html.escape(summary.baseline)}</th></tr>{body}</table>"
+        f"<p class=note>{html.escape(summary.rule())}.</p>"
+        f"<h2>Setting</h2><pre>{html.escape(json.dumps(summary.setting | {'versions': versions}, indent=1))}</pre></html>"
+    )
