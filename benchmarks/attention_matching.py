@@ -9,6 +9,7 @@ python -m benchmarks.attention_matching --device cuda --json     GPU times of ch
 from __future__ import annotations
 
 import argparse
+import statistics
 
 import torch
 from torch import Tensor
@@ -184,7 +185,7 @@ def in_a_step(tokens: int, repeats: int) -> dict:
     """What matching one layer adds to a training step of two small models."""
     prepared = models(tokens)
     seconds = [measure.cpu_seconds(lambda work=work: work(prepared), repeats) for work in (step_alone, step_matched)]
-    memory = [measure.added_peak_mb(models, work, tokens) for work in (step_alone, step_matched)]
+    memory = [statistics.median(measure.added_peak_mb(models, work, tokens) for _ in range(3)) for work in (step_alone, step_matched)]
     return {
         "cpu_seconds_step": seconds[0],
         "cpu_seconds_step_matched": seconds[1],
@@ -196,7 +197,7 @@ def in_a_step(tokens: int, repeats: int) -> dict:
 
 
 def on_gpu(tokens: int, omega: str, repeats: int) -> dict:
-    """Milliseconds (20th, 50th, 80th percentile) and added peak memory of loss and gradients in bf16: student 28 / 4, teacher 40 / 8, D 128."""
+    """Milliseconds (20th, 50th, 80th percentile) and added peak memory in bf16 with 28 / 4 and 40 / 8 heads, D 128."""
     figures = {}
     for mixture, choice in (("dense", None), ("one_hot", torch.arange(28, device="cuda")[:, None])):
         draw = lambda *shape: torch.randn(1, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731

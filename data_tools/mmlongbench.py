@@ -133,10 +133,10 @@ def _judge(text: str, answer: str | int | list, rule: str) -> bool:
 
 def binary_label(text: str, default: int) -> int:
     """1 or 0 for the last yes or no in the text."""
-    said = re.findall(r"\b(?:yes|no)\b", text.lower())
+    text = _without_articles(text)
+    said = re.findall(r"\b(?:yes|no)\b", text)
     if said:
         return int(said[-1] == "yes")
-    text = text.strip()
     return int(text) if text.isdecimal() else default
 
 
@@ -168,5 +168,8 @@ def after_answer_mark(text: str) -> str:
 
 
 def _normal(text: str) -> str:
-    bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return _without_articles("".join(character for character in text if character not in string.punctuation))
+
+
+def _without_articles(text: str) -> str:
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower()).split())

@@ -4,8 +4,8 @@ An image is a scene of two objects, cut out of two pictures: the one that names 
 target, lower right). An object is a shape in a colour: 3 x 8 = 24 kinds. A question names an anchor that stands in exactly one image of the
 haystack; no other object of the haystack is of that kind.
 
-    colour   "For the image with the red circle, what colour is the other shape?"   8 answers, chance 12.5 %
-    yes-no   "For the image with the red circle, is there a blue triangle?"          chance 50 %; a "no" asks for an object of another image
+    colour   "What colour is the other shape in the image with the red circle?"   8 answers, chance 12.5 %
+    yes-no   "For the image with the red circle, is there a blue triangle?"       chance 50 %; a "no" asks for an object of another image
 """
 
 from __future__ import annotations
@@ -112,15 +112,19 @@ def scenes(split: str, number: int, seed: int) -> dict[Kind, list[Scene]]:
 
 
 def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions: int, ask: tuple[Question, ...], seed: str) -> Sample:
-    """One haystack. Each asked anchor stands in one image, and nothing else in the haystack is of an asked kind."""
+    """One haystack. Each asked anchor stands in one image, nothing else in the haystack is of an asked kind, and the targets' colours are
+    as even as the number of images allows, so that the bag of all objects tells nothing about an answer."""
     rng = random.Random(seed)
-    asked = rng.sample(KINDS, questions)
+    asked = _asked_kinds(rng, questions)
     others = [kind for kind in KINDS if kind not in asked]
+    anchors = asked + rng.choices(others, k=images - questions)
+    colours = [colour for _ in range(images // len(COLOURS) + 1) for colour in rng.sample(COLOURS, len(COLOURS))][:images]
+    rng.shuffle(colours)
 
-    def scene(anchor: Kind) -> Scene:
-        return rng.choice([scene for scene in library[anchor] if scene.target not in asked])
+    def scene(anchor: Kind, colour: str) -> Scene:
+        return rng.choice([s for s in library[anchor] if s.target[0] == colour and s.target not in asked])
 
-    shown = [scene(anchor) for anchor in asked] + [scene(rng.choice(others)) for _ in range(images - questions)]
+    shown = [scene(anchor, colour) for anchor, colour in zip(anchors, colours, strict=True)]
     rng.shuffle(shown)
     places = {scene.anchor: place for place, scene in enumerate(shown)}
     turns: list[Turn] = []
@@ -133,26 +137,33 @@ def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions:
     )
 
 
+def _asked_kinds(rng: random.Random, questions: int) -> list[Kind]:
+    """Distinct kinds, at most two of a colour: every colour keeps a shape that may stand anywhere."""
+    free = [(colour, shape) for colour in COLOURS for shape in rng.sample(SHAPES, 2)]
+    return rng.sample(free, questions)
+
+
 def _question(rng: random.Random, ask: Question, shown: list[Scene], needle: int) -> tuple[str, str, tuple[str, ...]]:
     """(text, answer, choices) about the image at `needle`."""
     scene = shown[needle]
-    lead = f"For the image with the {' '.join(scene.anchor)},"
+    anchor = " ".join(scene.anchor)
     if ask == "colour":
-        return f"{lead} what colour is the other shape?", scene.target[0], COLOURS
+        return f"What colour is the other shape in the image with the {anchor}?", scene.target[0], COLOURS
     elsewhere = [other.target for other in shown if other.target != scene.target]
     answer = rng.choice(("yes", "no")) if elsewhere else "yes"
     target = scene.target if answer == "yes" else rng.choice(elsewhere)
-    return f"{lead} is there a {' '.join(target)}?", answer, ("yes", "no")
+    return f"For the image with the {anchor}, is there a {' '.join(target)}?", answer, ("yes", "no")
 
 
 def haystacks(
     split: str, samples: int, images: int, questions: int, ask: tuple[Question, ...], seed: int, num_scenes: int
 ) -> Iterator[Sample]:
     """The samples of one data set, a pure function of its arguments."""
-    if not 1 <= questions <= min(images, len(KINDS) - 1):
-        raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {min(images, len(KINDS) - 1)} questions")
-    if num_scenes < len(KINDS) * (questions + 1):
-        raise ValueError(f"--scenes {num_scenes}: {questions} questions need at least {len(KINDS) * (questions + 1)} scenes")
+    most = min(images, 2 * len(COLOURS))
+    if not 1 <= questions <= most:
+        raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {most} questions")
+    if num_scenes < len(KINDS) ** 2:
+        raise ValueError(f"--scenes {num_scenes}: every anchor needs a scene with every target, {len(KINDS) ** 2} in all")
     library = scenes(split, num_scenes, seed)
     for i in range(samples):
         yield haystack(f"{split}-{seed}-{i:06d}", library, images, questions, ask, f"haystack {split} {seed} {i}")
@@ -174,7 +185,7 @@ def haystack_command(
     images: Annotated[int, typer.Option(min=1, help="Images in each haystack; windows are drawn from them.")] = 64,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack, as turns.")] = 6,
     ask: Annotated[list[str] | None, typer.Option(help="colour (8 answers) and/or yes-no; default colour.")] = None,
-    num_scenes: Annotated[int, typer.Option("--scenes", min=len(KINDS), help="Distinct scenes to draw from.")] = 2400,
+    num_scenes: Annotated[int, typer.Option("--scenes", help="Distinct scenes to draw from.")] = 2304,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:

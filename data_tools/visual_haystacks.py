@@ -151,16 +151,32 @@ def _responses(entry: Entry) -> list[str]:
 
 
 def words(text: str) -> set[str]:
-    """Tokens as the benchmark's tokenizer would give them, where "yes" and "no" are concerned: sentences first, then punctuation that
-    ends one; "yes/no" and "**yes**" stay single tokens, "cannot" holds no "no"."""
+    """Tokens as the benchmark's tokenizer (nltk) gives them, where "yes" and "no" are concerned: sentences are split first, then
+    punctuation is set apart; "yes/no" and "yes-no" stay single tokens, "cannot" holds no "no"."""
     found: set[str] = set()
     for sentence in re.split(r"(?<=[.!?])\s+", text):
-        sentence = re.sub(r"([,:])(?!\d)", r" \1 ", sentence)
-        sentence = re.sub(r"([;@#$%&?!\"()\[\]{}<>]|--|\.\.\.)", r" \1 ", sentence)
-        sentence = re.sub(r"\.([\])}>\"'\s]*)$", r" . \1", sentence)
-        sentence = re.sub(r"(?<!\w)'|'(?=\s|$)|``|''", " ' ", sentence)
+        for pattern, apart in APART:
+            sentence = pattern.sub(apart, sentence)
         found.update(sentence.split())
     return found
+
+
+APART = [
+    (re.compile(pattern), apart)
+    for pattern, apart in (
+        (r"([«“‘„]|`+)", r" \1 "),
+        (r"(^|[ (\[{<])(\"|'')", r"\1 \" "),
+        (r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", "' "),
+        (r"([^.])(\.)([\])}>\"'»”’ ]*)\s*$", r"\1 \2 \3 "),
+        (r"([:,])(\D|$)", r" \1 \2"),
+        (r"(\.{2,}|[;@#$%&?!*]|[\u2012-\u2015])", r" \1 "),
+        (r"([^'])' ", r"\1 ' "),
+        (r"([][(){}<>]|--)", r" \1 "),
+        (r"([»”’]|''|\")", r" \1 "),
+        (r"\s+|$", " "),
+        (r"([^' ])('[smd]|'|'ll|'re|'ve|n't) ", r"\1 \2 "),
+    )
+]
 
 
 def plain(response: str) -> str:

@@ -36,7 +36,7 @@ def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teac
     for student, teacher in rule:
         if not (0 <= student < student_layers and 0 <= teacher < teacher_layers):
             raise ValueError(
-                f"align.pairs: [{student}, {teacher}] is outside the models, which have {student_layers} and {teacher_layers} decoder layers"
+                f"align.pairs: [{student}, {teacher}] does not exist; the models have {student_layers} and {teacher_layers} decoder layers"
             )
     return tuple((student, teacher) for student, teacher in rule)
 

@@ -22,13 +22,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = 0,
     port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
-    check: Annotated[bool, typer.Option("--check", help="Only read the recipe and print the resolved run as JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved run as JSON, start nothing.")] = False,
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
+    from laid_ds.train import check
 
     run = config.load(recipe, overrides or [])
-    if check:
+    check(run)
+    if dry_run:
         print(json.dumps(config.as_tree(run), indent=1))
         return
     raise typer.Exit(_launch([str(recipe), *(overrides or [])], ranks or _gpus() or 1, port or _free_port()))
@@ -114,9 +116,16 @@ def _launch(words: list[str], ranks: int, port: int) -> int:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*launcher, "--no_local_rank", "--module", "laid_ds.train", *words]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def pass_on(number: int, frame) -> None:
+        received.append(number)
+        _stop_ranks(process.pid)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: _stop_ranks(process.pid))
-    return process.wait()
+        signal.signal(number, pass_on)
+    status = process.wait()
+    return 128 + received[0] if received else status
 
 
 def _stop_ranks(launcher: int) -> None:

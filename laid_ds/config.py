@@ -53,11 +53,9 @@ class Data(Section):
     grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
     questions: Count | None = None
     """Ask at most this many of a sample's questions in each window; None asks all."""
-    windows: Count = 1
-    """Draw up to this many windows from each sample, as many as fit into the upper end of `images` together."""
     shuffle: Literal["full", "none"] = "full"
     micro_batch: Count = 1
-    """Samples per rank and forward pass (rows are these times the windows drawn from each)."""
+    """Samples per rank and forward pass."""
     workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

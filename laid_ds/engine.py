@@ -43,7 +43,11 @@ def start_processes() -> None:
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # the op serves inference only; building it takes minutes of g++
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the ranks cannot meet at {place} ({error}); is the port in use? choose another") from None
 
 
 def read_deepspeed(path: Path, dtype: str, run: Run, trains: bool) -> dict[str, Any]:

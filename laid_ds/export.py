@@ -34,6 +34,6 @@ def model_card(run: Run, versions: dict[str, Any], step: str) -> str:
     resolved = json.dumps(run.model_dump(mode="json"), indent=1)
     return (
         f"---\nlibrary_name: transformers\ntags: [laid-ds, long-context, distillation]\n---\n\n# {run.name}\n\n"
-        f"Student `{run.student.path}`, {made}{source} with laid_ds ({step}). A stock checkpoint: nothing of laid_ds is needed to load it.\n\n"
+        f"Student `{run.student.path}`, {made}{source} with laid_ds ({step}). A stock checkpoint: it loads without laid_ds.\n\n"
         f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}.\n\n## The run\n\n```json\n{resolved}\n```\n"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from laid_ds.align import Align, layer_pairs
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch, Prepare
 from laid_ds.data.index import Dataset
+from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.distill import NonFiniteLoss, Student, Teacher, train_step
 from laid_ds.metrics import Reporter
@@ -74,7 +76,7 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
     reporter.start(first)
     for step in range(first, run.steps):
         engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
-        micro_batches = [batch.to(device) for batch in islice(batches, run.optimizer.accumulation)]
+        micro_batches = [batch.to(device) for batch in _next_batches(batches, run.optimizer.accumulation)]
         omega = schedule.omega(schedule.progress(step, run.steps), run.match)
         values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
         reporter.step(step + 1, values | _details(training, micro_batches))
@@ -85,6 +87,25 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         if stopping:
             return step + 1
     return run.steps
+
+
+def _next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
+    """The micro-batches of one step. A sample that cannot be read stops all ranks together, so that none waits for another for ever."""
+    found, failure = [], None
+    try:
+        found = list(islice(batches, number))
+    except DataError as error:
+        failure = error
+    (failures,) = distributed.add([float(failure is not None)])
+    if failure is not None:
+        raise failure
+    if failures:
+        raise StoppedByOthers
+    return found
+
+
+class StoppedByOthers(RuntimeError):
+    """Another rank met an error and tells of it."""
 
 
 def build(run: Run) -> Training:
@@ -143,8 +164,6 @@ def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Str
         global_batch=data.micro_batch * world * run.optimizer.accumulation,
         image_range=partial(schedule.image_range, steps=run.steps, data=data),
         questions=data.questions,
-        windows=data.windows,
-        most_images=data.images[1] if data.images else 0,
     )
     return Stream(
         dataset,
@@ -166,25 +185,47 @@ def _pairs(run: Run) -> Pairs:
     return layer_pairs(run.align.pairs, *layers)
 
 
-def _open_output(run: Run) -> None:
-    """Claim the run folder: write the resolved run, or check that the folder belongs to this very run. Raises ValueError otherwise."""
-    tree = config.as_tree(run)
+def check(run: Run) -> None:
+    """Everything that can be refused before a process is started: output folder, shards, engine files, models, tokenizers.
+
+    Raises ValueError with the first thing that is wrong.
+    """
+    _check_output(run)
+    Dataset.open(list(run.data.shards))
+    processors = []
+    for model, trains in ((run.student, True), (run.teacher, False)):
+        if model is not None:
+            engine.read_deepspeed(model.deepspeed, model.dtype, run, trains)
+            processors.append(load_processor(model.path))
+    if len(processors) == 2:
+        check_same_tokenizer(*processors)
+    _pairs(run)
+
+
+def _check_output(run: Run) -> None:
+    """Raises ValueError unless the folder is new, or belongs to this very run and is unfinished."""
     record = run.output / "run.json"
     if (run.output / DONE).is_file():
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
-        differing = _differences(json.loads(record.read_text())["run"], tree)
+        differing = _differences(json.loads(record.read_text())["run"], config.as_tree(run))
         if differing:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
             )
     elif run.output.is_dir() and any(run.output.iterdir()):
         raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
+
+
+def _open_output(run: Run) -> None:
+    """Claim the run folder by writing the resolved run into it."""
+    _check_output(run)
+    record = run.output / "run.json"
     distributed.barrier()
     if distributed.rank() == 0 and not record.is_file():
         run.output.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("laid-ds", "torch", "transformers", "deepspeed")}
-        record.write_text(json.dumps({"run": tree, "versions": versions, "world_size": distributed.world_size()}, indent=1))
+        record.write_text(json.dumps({"run": config.as_tree(run), "versions": versions, "world_size": distributed.world_size()}, indent=1))
     distributed.barrier()
 
 
@@ -233,8 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
         run = config.load(words[0], words[1:])
         engine.start_processes()
         train(run)
+    except StoppedByOthers:
+        return 2
     except (ValueError, NonFiniteLoss) as error:
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 or isinstance(error, DataError | NonFiniteLoss):
             print(f"laid: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -93,21 +93,17 @@ class Prepare:
     """Samples per optimizer step over all ranks: position // global_batch is the step."""
     image_range: Callable[[int], tuple[int, int] | None] = lambda step: None
     questions: int | None = None
-    windows: int = 1
-    most_images: int = 0
-    """With `windows` > 1: a sample gives as many windows as fit into this many images together, at most `windows`."""
 
     def __call__(self, items: list[tuple[int, Sample]]) -> Batch:
-        samples = [window for position, sample in items for window in self._windows(position, sample)]
+        samples = [self._window(position, sample) for position, sample in items]
         return collate([self._rendered(sample) for sample in samples], [sample.key for sample in samples], self.pad_token)
 
-    def _windows(self, position: int, sample: Sample) -> list[Sample]:
+    def _window(self, position: int, sample: Sample) -> Sample:
         bounds = self.image_range(position // self.global_batch)
         if bounds is None:
-            return [sample]
+            return sample
         images = random.Random(f"images {self.seed} {position}").randint(*bounds)
-        copies = max(1, min(self.windows, self.most_images // images))
-        return [draw_window(sample, images, self.questions, (self.seed, position, copy)) for copy in range(copies)]
+        return draw_window(sample, images, self.questions, (self.seed, position))
 
     def _rendered(self, sample: Sample) -> Rendered:
         try:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,11 @@ from laid_ds.data.record import (
     parse,
     record_of,
 )
+
+try:
+    from isal.isal_zlib import crc32 as crc32_of  # the same numbers, about ten times faster where it is installed
+except ModuleNotFoundError:
+    from zlib import crc32 as crc32_of
 
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -77,7 +81,7 @@ def padding(num_bytes: int) -> int:
 def pack_sample(sample: Sample, record: Record) -> bytes:
     """The tar members of a sample: the JSON first, then the images in order."""
     text = encode_record(record, sample.key)
-    members = [(f"{sample.key}.json", text, zlib.crc32(text))]
+    members = [(f"{sample.key}.json", text, crc32_of(text))]
     for index, (image, info) in enumerate(zip(sample.images, record.images, strict=True)):
         members.append((f"{sample.key}.{index:03d}.{info.fmt}", image, info.crc32))
     pieces = []
@@ -91,11 +95,12 @@ def pack_sample(sample: Sample, record: Record) -> bytes:
 
 def split_sample(packed: bytes) -> list[memoryview]:
     """Member data of a packed sample whose checksum held, JSON first. Views, no copies."""
-    view, parts, place = memoryview(packed), [], 0
-    while place < len(packed):
+    view, parts, place, end = memoryview(packed), [], 0, len(packed)
+    while place < end:
+        start = place + BLOCK
         num_bytes = int(packed[place + 124 : place + 135], 8)
-        parts.append(view[place + BLOCK : place + BLOCK + num_bytes])
-        place += BLOCK + num_bytes + padding(num_bytes)
+        place = start + num_bytes + -num_bytes % BLOCK
+        parts.append(view[start : start + num_bytes])
     return parts
 
 
@@ -127,7 +132,7 @@ class ShardIndex:
             column.append(counts[name])
         self.keys.append(key)
         self.offsets.append(self.offsets[-1] + len(packed))
-        self.crc32.append(zlib.crc32(packed))
+        self.crc32.append(crc32_of(packed))
         self.images.append(len(record.images))
 
     def line(self) -> bytes:
@@ -378,7 +383,7 @@ class Dataset:
         """Samples per shard, one array per folder."""
         self.shard_sizes = np.concatenate(self.source_shard_sizes)
         self.fingerprint = fingerprint_of(self.shards)
-        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._home = np.repeat(np.arange(len(self.shards), dtype=np.int32), self.shard_sizes)
         self.keys = np.array([key for shard in self.shards for key in shard.keys], "S")
         self.offsets = _column(shard.offsets[:-1] for shard in self.shards)
         self.sizes = _column(np.diff(shard.offsets) for shard in self.shards)
@@ -407,7 +412,7 @@ class Dataset:
         return cls(places, groups)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self._home)
 
     def token_counts(self, name: str) -> np.ndarray:
         """Length of each sample under `name`: "estimate", or a processor fingerprint that the samples record."""
@@ -418,8 +423,6 @@ class Dataset:
 
     def origin(self, i: int) -> Origin:
         """Where sample `i` lies."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
         shard = self.shards[self._shard_of(i)]
         return Origin(shard.name, self.keys[i].decode(), int(self.offsets[i]))
 
@@ -432,12 +435,12 @@ class Dataset:
 
     def parts(self, i: int) -> list[memoryview]:
         """The checked member data of sample `i`, JSON first."""
-        origin, num_bytes = self.origin(i), int(self.sizes[i])
-        packed = os.pread(self._descriptor(self._shard_of(i)), num_bytes, origin.offset)
+        num_bytes = int(self.sizes[i])
+        packed = os.pread(self._descriptor(self._shard_of(i)), num_bytes, int(self.offsets[i]))
         if len(packed) != num_bytes:
-            raise DataError(f"the shard ends {num_bytes - len(packed)} bytes before the sample does").at(origin)
-        if zlib.crc32(packed) != self.crc32[i]:
-            raise DataError("the sample's bytes do not match its crc32").at(origin)
+            raise DataError(f"the shard ends {num_bytes - len(packed)} bytes before the sample does").at(self.origin(i))
+        if crc32_of(packed) != self.crc32[i]:
+            raise DataError("the sample's bytes do not match its crc32").at(self.origin(i))
         return split_sample(packed)
 
     def read(self, i: int) -> Sample:
@@ -456,7 +459,7 @@ class Dataset:
             raise error.at(origin) from None
         text = head[BLOCK : BLOCK + num_bytes]
         text += os.pread(descriptor, num_bytes - len(text), origin.offset + BLOCK + len(text))
-        if zlib.crc32(text) != crc32:
+        if crc32_of(text) != crc32:
             raise DataError("the record's bytes do not match their crc32").at(origin)
         return parse(text, origin)
 
@@ -467,7 +470,9 @@ class Dataset:
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
     def _shard_of(self, i: int) -> int:
-        return int(np.searchsorted(self.starts, i, "right")) - 1
+        if not 0 <= i < len(self._home):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(self._home[i])
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:

@@ -110,7 +110,7 @@ class Packing:
 
     budget: int
     buffer: int = 256
-    """Samples that are looked at together; a pack never reaches further than this (and one carried pack)."""
+    """Samples that are looked at together; the places of a pack lie within two buffers."""
     group: int = 8
     """Packs of similar work that lie side by side: best the number of packs in one optimizer step."""
     tokens: str = "estimate"
@@ -143,9 +143,9 @@ def single_packs(total: int) -> Packs:
 def plan_packs(seed: int, epoch: int, lengths: np.ndarray, packing: Packing) -> Packs:
     """Packs of an epoch whose places have these `lengths`; every place is in exactly one pack.
 
-    Best fit decreasing over a buffer of places; the least full pack of a buffer goes back into the next one. Packs are then brought into
-    groups of similar sum of squared lengths (attention's work), and the groups into a random order, so that ranks which work on
-    neighbouring packs finish together.
+    Best fit decreasing over a buffer of places; the least full pack of a buffer goes back into the next one, once. Packs are then
+    brought into groups of similar sum of squared lengths (attention's work), and the groups into a random order, so that ranks which
+    work on neighbouring packs finish together.
     """
     longest = int(lengths.max(initial=0))
     if longest > packing.budget or packing.buffer < 1 or packing.group < 1:
@@ -154,14 +154,15 @@ def plan_packs(seed: int, epoch: int, lengths: np.ndarray, packing: Packing) -> 
     carried: list[int] = []
     for first in range(0, len(lengths), packing.buffer):
         places = carried + list(range(first, min(first + packing.buffer, len(lengths))))
-        full, carried = _fit_buffer(lengths, places, packing.budget)
-        packs += full
+        full = _fit_buffer(lengths, places, packing.budget)
+        carried = _least_full(full, carried)
+        packs += [pack for pack in full if pack is not carried]
     packs += [carried] if carried else []
     return _lay_out(_balanced(seed, epoch, lengths, packs, packing.group))
 
 
-def _fit_buffer(lengths: np.ndarray, places: list[int], budget: int) -> tuple[list[list[int]], list[int]]:
-    """Best fit decreasing. Returns the packs, and apart from them the least full one."""
+def _fit_buffer(lengths: np.ndarray, places: list[int], budget: int) -> list[list[int]]:
+    """Best fit decreasing; the fullest pack first."""
     room_left: list[int] = []  # ascending
     packs: list[list[int]] = []  # in step with room_left
     sizes = lengths[places].tolist()
@@ -175,7 +176,12 @@ def _fit_buffer(lengths: np.ndarray, places: list[int], budget: int) -> tuple[li
         at = bisect_left(room_left, room)
         room_left.insert(at, room)
         packs.insert(at, pack)
-    return packs[:-1], packs[-1]
+    return packs
+
+
+def _least_full(packs: list[list[int]], carried: list[int]) -> list[int]:
+    """The pack to carry on: the least full one of which nothing was carried before; none if there is no such pack."""
+    return next((pack for pack in reversed(packs) if set(carried).isdisjoint(pack)), [])
 
 
 def _balanced(seed: int, epoch: int, lengths: np.ndarray, packs: list[list[int]], group: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ MAX_IMAGES = 1000  # member names hold three digits
 MAX_JSON_BYTES = 64 << 20
 ROLES = ("system", "user", "assistant")
 FORMATS = ("jpg", "png", "webp", "gif")
+IMAGE_FIELDS = {"w", "h", "fmt", "bytes", "crc32"}
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")  # stock readers cut a member name at its first dot
 
 Segment = str | int
@@ -272,12 +273,13 @@ def _segment_from_json(value: Any) -> Segment:
 
 
 def _image_from_json(fields: Any) -> ImageInfo:
-    _expect_keys(fields, {"w", "h", "fmt", "bytes", "crc32"}, set(), "image")
-    for name in ("w", "h", "bytes", "crc32"):
-        _expect(_is_count(fields[name]), f"image field {name} is {str(fields[name])[:40]!r}")
-    _expect(fields["w"] > 0 and fields["h"] > 0, "an image without pixels")
-    _expect(fields["fmt"] in FORMATS, f"image format {str(fields['fmt'])[:40]!r} is none of {', '.join(FORMATS)}")
-    return ImageInfo(fields["w"], fields["h"], fields["fmt"], fields["bytes"], fields["crc32"])
+    _expect_keys(fields, IMAGE_FIELDS, set(), "image")
+    width, height, fmt, num_bytes, crc32 = fields["w"], fields["h"], fields["fmt"], fields["bytes"], fields["crc32"]
+    if not (_is_count(width) and _is_count(height) and _is_count(num_bytes) and _is_count(crc32) and width and height):
+        raise DataError(f"image {str(fields)[:120]} needs whole numbers in w, h, bytes and crc32")
+    if fmt not in FORMATS:
+        raise DataError(f"image format {str(fmt)[:40]!r} is none of {', '.join(FORMATS)}")
+    return ImageInfo(width, height, fmt, num_bytes, crc32)
 
 
 def _is_count(value: Any) -> bool:
@@ -290,7 +292,8 @@ def _expect(holds: bool, reason: str) -> None:
 
 
 def _expect_text(value: Any, name: str) -> None:
-    _expect(isinstance(value, str), f"{name} is {type(value).__name__}, not text")
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -298,7 +301,8 @@ def _expect_text(value: Any, name: str) -> None:
 
 
 def _expect_image(index: Any, num_images: int) -> None:
-    _expect(_is_count(index) and index < num_images, f"image index {str(index)[:40]}; the sample has {num_images} images")
+    if not _is_count(index) or index >= num_images:
+        raise DataError(f"image index {str(index)[:40]}; the sample has {num_images} images")
 
 
 def _expect_list(value: Any, name: str) -> list:
@@ -307,10 +311,12 @@ def _expect_list(value: Any, name: str) -> list:
 
 
 def _expect_keys(fields: Any, required: set[str], optional: set[str], name: str) -> None:
-    _expect(isinstance(fields, dict), f"{name} is {type(fields).__name__}, not an object")
-    missing, unknown = required - fields.keys(), fields.keys() - required - optional
-    _expect(not missing, f"{name} lacks {', '.join(sorted(missing))}")
-    _expect(not unknown, f"{name} has unknown fields {str(sorted(unknown))[:80]}")
+    if not isinstance(fields, dict):
+        raise DataError(f"{name} is {type(fields).__name__}, not an object")
+    if fields.keys() != required:
+        missing, unknown = required - fields.keys(), fields.keys() - required - optional
+        _expect(not missing, f"{name} lacks {', '.join(sorted(missing))}")
+        _expect(not unknown, f"{name} has unknown fields {str(sorted(unknown))[:80]}")
 
 
 def _no_constant(name: str) -> None:

@@ -4,15 +4,18 @@ A slot is what one place of a micro-batch holds: a sample or, with packing, a pa
 over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [0, B)`, so no rank ever has fewer steps than another.
 """
 
+import io
 import logging
+import mmap
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
@@ -21,8 +24,11 @@ from laid_ds.data.record import DataError, Sample
 log = logging.getLogger(__name__)
 
 Slot = list[tuple[int, int]]  # (sample position, sample index)
+Outcome = tuple[Any, list[str], DataError | None]  # (what prepare made, notes on replaced samples, the error)
 REPLACEMENT = 5  # purpose number of the random bits
 MAX_REPLACEMENTS = 16
+PREFETCH = 2  # micro-batches that a worker prepares ahead
+SLAB_BYTES = 1 << 30  # address space for the tensors of one micro-batch; memory is taken only as far as it is used
 
 
 class Stream:
@@ -64,21 +70,31 @@ class Stream:
         self._epoch, self._offset, self._position = 0, 0, 0
 
     def __iter__(self) -> Iterator[Any]:
-        loader = DataLoader(
-            self._reader,
-            batch_size=None,
-            sampler=self._micro_batches(),
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
-        )
-        for prepared, replaced, failure in loader:
+        for prepared, replaced, failure in self._loader():
             if failure is not None:
                 raise failure
             for reason in replaced:
                 log.warning(reason)
             self._advance()
             yield prepared
+
+    def _loader(self) -> Iterator[Outcome]:
+        if self.workers == 0:
+            yield from map(self._reader.__getitem__, self._micro_batches())
+            return
+        slabs = [[mmap.mmap(-1, SLAB_BYTES) for _ in range(PREFETCH + 1)] for _ in range(self.workers)]
+        loader = DataLoader(
+            _Sender(self._reader, slabs),
+            batch_size=None,
+            sampler=self._micro_batches(),
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH,
+            collate_fn=_unchanged,
+            multiprocessing_context="fork",  # the slabs are shared by inheritance
+            generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
+        )
+        for parcel in loader:
+            yield parcel.open(slabs)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the micro-batches already yielded: the same on every rank."""
@@ -162,8 +178,8 @@ class _Reader:
     def __init__(self, dataset: Dataset, prepare: Callable[[list], Any], lengths: np.ndarray | None, seed: int, on_bad: str):
         self.dataset, self.prepare, self.lengths, self.seed, self.on_bad = dataset, prepare, lengths, seed, on_bad
 
-    def __getitem__(self, slots: list[Slot]) -> tuple[Any, list[str], DataError | None]:
-        """(prepared, notes on replaced samples, the error). The error is a value: raised in a worker it would lose its fields."""
+    def __getitem__(self, slots: list[Slot]) -> Outcome:
+        """The micro-batch of these slots. An error is a value: raised in a worker it would lose its fields."""
         try:
             return *self._prepare(slots), None
         except DataError as error:
@@ -210,6 +226,64 @@ class _Reader:
             replaced.append(f"sample replaced by {sample.key} of {sample.origin.shard}: {error}")
             return chosen, sample
         raise DataError(f"{error}; {MAX_REPLACEMENTS} samples drawn to take its place are bad as well")
+
+
+# --- from the workers to the trainer --------------------------------------------------------------------------------------------
+# Tensors travel in slabs of shared memory that are used again and again: fresh shared memory, PyTorch's way, costs about 30 times as much
+# (each page must be made, cleared and mapped), as much as decoding the images, and it lives in /dev/shm, which containers keep small.
+
+
+class _Sender:
+    """A reader that puts what it made into this worker's slabs, in turn: its prefetch is bounded, so a slab was read before it is due."""
+
+    def __init__(self, reader: _Reader, slabs: list[list[mmap.mmap]]):
+        self.reader, self.slabs, self.sent = reader, slabs, 0
+
+    def __getitem__(self, slots: list[Slot]) -> "_Parcel":
+        worker, slab = get_worker_info().id, self.sent % (PREFETCH + 1)
+        self.sent += 1
+        text = io.BytesIO()
+        _Packer(text, self.slabs[worker][slab]).dump(self.reader[slots])
+        return _Parcel(text.getvalue(), worker, slab)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """An outcome whose tensors lie in a slab."""
+
+    text: bytes
+    worker: int
+    slab: int
+
+    def open(self, slabs: list[list[mmap.mmap]]) -> Outcome:
+        """The outcome, with tensors of its own."""
+        return _Unpacker(io.BytesIO(self.text), slabs[self.worker][self.slab]).load()
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, slab: mmap.mmap):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.room, self.used = torch.frombuffer(slab, dtype=torch.uint8), 0
+
+    def persistent_id(self, obj: Any) -> tuple | None:
+        if type(obj) is not torch.Tensor or obj.layout != torch.strided or obj.device.type != "cpu" or self.used + obj.nbytes > SLAB_BYTES:
+            return None
+        first, self.used = self.used, self.used + obj.nbytes + -obj.nbytes % 64
+        if obj.numel():
+            self.room[first : first + obj.nbytes] = obj.detach().contiguous().reshape(-1).view(torch.uint8)
+        return first, obj.nbytes, obj.dtype, tuple(obj.shape)
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, slab: mmap.mmap):
+        super().__init__(file)
+        self.room = torch.frombuffer(slab, dtype=torch.uint8)
+
+    def persistent_load(self, pid: tuple) -> torch.Tensor:
+        first, num_bytes, dtype, shape = pid
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        return self.room[first : first + num_bytes].clone().view(dtype).reshape(shape)
 
 
 def _check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:

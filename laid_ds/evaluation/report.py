@@ -99,7 +99,8 @@ def draw_curves(summary: Summary, path: Path) -> None:
     for row, colour in zip(summary.rows, COLOURS, strict=False):
         sizes = list(row.accuracy)
         bound = "≥ " if row.window.censored else ""
-        axes.plot(sizes, row.accuracy.values(), marker="o", ms=4, lw=2, color=colour, label=f"{row.name}: {bound}{row.window.images:.0f} images")
+        label = f"{row.name}: {bound}{row.window.images:.0f} images"
+        axes.plot(sizes, row.accuracy.values(), marker="o", ms=4, lw=2, color=colour, label=label)
         if row.window.images and not row.window.censored:
             axes.plot([row.window.images], [summary.threshold], marker="D", ms=7, mfc="white", mec=colour, mew=2, zorder=5)
     axes.axhline(summary.threshold, color="#888888", lw=1, ls="--")
@@ -158,7 +159,9 @@ def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> s
         f"<td>{html.escape(str(row.window))}</td><td>{html.escape(str(row.against_baseline))}</td></tr>"
         for row in summary.rows
     )
-    images = "".join(f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures)
+    images = "".join(
+        f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
         f"<h1>How far does each model see?</h1>{images}"

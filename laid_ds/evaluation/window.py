@@ -79,7 +79,7 @@ def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 10
     (ours, censored), (theirs, _) = (window_of(curve(a), threshold) for a in (answers, baseline))
     pairs = zip(_bootstrap_curves(answers, draws, seed), _bootstrap_curves(baseline, draws, seed), strict=True)
     ratios = [_divide(window_of(a, threshold)[0], window_of(b, threshold)[0]) for a, b in pairs]
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = np.percentile(ratios, [2.5, 97.5], method="closest_observation")  # a ratio may be infinite
     return Ratio(_divide(ours, theirs), censored, float(low), float(high))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laid_ds.kernels.visible import hide_
 
-SCRATCH_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
+SCRATCH_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
 
 
 def rows_that_fit(row_bytes: int, device: torch.device) -> int:

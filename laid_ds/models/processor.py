@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +72,10 @@ def train_processor(texts: Iterable[str], vocabulary: int, patch_size: int, merg
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(alphabet), show_progress=False))
+    roles = ("system", "user", "assistant")  # words of the template, not of the corpus
+    bpe.train_from_iterator(
+        chain(texts, roles), trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(alphabet), show_progress=False)
+    )
     merges = [tuple(merge) for merge in _merges(bpe)]
     tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
@@ -83,8 +88,6 @@ def train_processor(texts: Iterable[str], vocabulary: int, patch_size: int, merg
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
     return json.loads(bpe.to_str())["model"]["merges"]
 
 

@@ -153,6 +153,41 @@ def test_any_other_error_of_prepare_is_not_hidden(dataset):
         run(dataset, 1, 1, prepare=broken, on_bad="replace")
 
 
+def tensors_of(batch):
+    """Tensors of every awkward kind, all of them functions of the positions."""
+    torch.manual_seed(batch[0][0])
+    wide = torch.randn(300, 40)
+    return {
+        "keys": keys(batch),
+        "kinds": [wide.to(kind) for kind in (torch.float64, torch.bfloat16, torch.int32, torch.uint8, torch.bool)],
+        "views": (wide.T, wide[::3], wide[0, 0], wide[:0], wide.expand(2, 300, 40)),
+    }
+
+
+def flat(item):
+    if isinstance(item, dict):
+        return flat(list(item.values()))
+    if isinstance(item, (list, tuple)):
+        return [leaf for entry in item for leaf in flat(entry)]
+    return [item]
+
+
+@pytest.mark.parametrize("slab_bytes", [1 << 22, 1 << 12], ids=["in slabs", "slabs too small"])
+def test_tensors_arrive_from_workers_as_they_were_made(uneven, monkeypatch, slab_bytes):
+    monkeypatch.setattr("laid_ds.data.stream.SLAB_BYTES", slab_bytes)
+
+    def batches(workers):
+        stream = Stream(uneven, micro_batch=3, rank=0, world_size=1, seed=5, prepare=tensors_of, workers=workers)
+        return [batch for _, batch in zip(range(20), stream, strict=False)]  # kept while the slabs are used again
+
+    for one, other in zip(flat(batches(0)), flat(batches(2)), strict=True):
+        if isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        else:
+            assert one == other
+
+
 def _train(rank, world_size, port, folder, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     stream = Stream(Dataset.open(folder), micro_batch=2, rank=rank, world_size=world_size, seed=0, prepare=keys)

@@ -354,11 +354,10 @@ def test_a_bad_entry_stops_the_build_or_is_listed(tmp_path, pictures):
 def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, pictures, monkeypatch, stop_after):
     found = lines(20)
     found[3] = found[12] = {"bad": 1}
-    options = {"skip_bad": True, "samples_per_shard": 4}
-    build_set(tmp_path / "whole", "folder", found, pictures, **options)
-    (tmp_path / "whole.jsonl").rename(tmp_path / "source.jsonl")
-    plan = Build("folder", tmp_path / "source.jsonl", pictures, "s", **options)
-    (tmp_path / "whole" / "build.json").write_bytes(plan.facts())
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps(entry) + "\n" for entry in found))
+    plan = Build("folder", source, pictures, "s", skip_bad=True, samples_per_shard=4)
+    building.build(plan, tmp_path / "whole", resume=False, jobs=2)
 
     written = 0
     write = building.ShardWriter.write
@@ -378,6 +377,6 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, pictures, monk
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "set")]
     assert files[0] == files[1]
     assert building.build(plan, tmp_path / "set", resume=True, jobs=2)["already_complete"]
-    other = Build("folder", tmp_path / "source.jsonl", pictures, "t", **options)
+    other = Build("folder", source, pictures, "t", skip_bad=True, samples_per_shard=4)
     with pytest.raises(DataError, match="holds another build"):
         building.build(other, tmp_path / "set", resume=True, jobs=2)

@@ -52,7 +52,7 @@ def test_a_plane_of_a_head_scales_its_contribution_to_the_scores(world):
     torch.manual_seed(0)
     query, key, theta = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(2, 4)
     g = gain(theta)
-    by_plane = [sum(query[..., d] [..., :, None] * key[..., d][..., None, :] for d in (f, f + 4)) for f in range(4)]
+    by_plane = [sum(query[..., d][..., :, None] * key[..., d][..., None, :] for d in (f, f + 4)) for f in range(4)]
     expected = sum(g[None, :, f, None, None] * scores for f, scores in enumerate(by_plane))
     torch.testing.assert_close(apply_gain(query, theta) @ key.mT, expected)
 

@@ -46,7 +46,7 @@ def test_captured_tensors_and_window_are_those_of_the_layer(world):
     with tap.open() as heads:
         model.model(**batch.inputs, use_cache=False)
     rows, tokens = batch.labels.shape
-    for layer, window in ((0, 16), (1, None)):
+    for layer, window in ((0, 10), (1, None)):
         assert heads[layer].query.shape == (rows, 4, tokens, 16)
         assert heads[layer].key.shape == (rows, 2, tokens, 16)
         assert heads[layer].window == window

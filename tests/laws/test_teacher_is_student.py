@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from laid_ds.align import Align, layer_pairs
 from laid_ds.config import Align as Options
 from laid_ds.config import Losses

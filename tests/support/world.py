@@ -71,14 +71,17 @@ class World:
 def make_world(folder: Path) -> World:
     """12 haystacks of 6 images; a teacher of 4 query and 2 key heads, a student of 2 and 1."""
     with ShardWriter(folder / "shards", samples_per_shard=5) as writer:
-        for sample in haystacks("train", 12, 6, 3, ("colour",), seed=0, num_scenes=96):
+        for sample in haystacks("train", 12, 6, 3, ("colour",), seed=0, num_scenes=576):
             writer.write(sample)
     dataset = Dataset.open(folder / "shards")
     texts = [turn.text for i in range(len(dataset)) for turn in dataset.record(i).turns]
     for who, hidden, heads, keys in (("teacher", 64, 4, 2), ("student", 32, 2, 1)):
         tree = json.loads((ROOT / "recipes" / f"demo_{who}_model.json").read_text())
         sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": heads, "num_key_value_heads": keys}
-        tree["text_config"] |= sizes | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        tree["text_config"] |= sizes | {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        }
         tree["vision_config"] |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden}
         (folder / f"{who}.json").write_text(json.dumps(tree))
         write_new_model(folder / f"{who}.json", folder / who, texts, vocabulary=300, image_tokens=1, seed=1)

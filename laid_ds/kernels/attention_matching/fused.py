@@ -1,0 +1,511 @@
+"""Attention matching on CUDA, in Triton, in two forms chosen by the mixture; README.md counts the FLOPs and bytes of each.
+
+*Sparse*, for at most 4 teacher heads per student head: a row pass (loss, c, d query) and a column pass (d key) that never leave the tile.
+*Dense*, otherwise: scores of a chunk of rows by batched matrix products, one kernel for everything elementwise and row-wise.
+No atomics: sums over blocks are written side by side and added in a fixed order. Letters: R rows of the plan (see kernels/tiles.py),
+S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a chunk, n keys it sees.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from laid_ds.kernels import tiles
+from laid_ds.kernels.attention_matching.leaf import leaf_loss
+from laid_ds.kernels.attention_matching.problem import Problem, Side
+from laid_ds.kernels.tiles import LN2, LOG2E, key_range, load_bounds, load_tile, load_tile_transposed, store_tile
+
+MOST_SPARSE_HEADS = tl.constexpr(4)
+DENSE_BYTES = 2 * 2**30  # score buffers of the dense form
+KINDS = ("uniform", "frontier", "power")
+UNIFORM, FRONTIER = tl.constexpr(0), tl.constexpr(1)
+TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number: 0 ln 0 = 0
+
+
+def attention_matching(
+    problem: Problem, student_query: Tensor, student_key: Tensor, mixing: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """As reference.attention_matching, for bfloat16, float16 and float32. `chunk_size` is the dense form's."""
+    if problem.dtype is torch.float64:
+        raise ValueError("implementation is 'fused' with float64 inputs: expected bfloat16, float16 or float32")
+    sparse = problem.teacher_heads is not None and problem.teacher_heads.shape[1] <= MOST_SPARSE_HEADS.value
+    walk = partial(_sparse, problem) if sparse else partial(_dense, problem, chunk_size)
+    return leaf_loss(walk, student_query, student_key, mixing)
+
+
+@triton.jit
+def omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND: tl.constexpr):
+    """omega at float distances >= 0."""
+    if KIND == FRONTIER:
+        return 1.0 + gamma / (1.0 + tl.exp2((frontier - distance) * inv_width * LOG2E))
+    else:
+        return tl.exp2(alpha * tl.log2(1.0 + distance * inv_delta_0))
+
+
+@triton.jit
+def norm_kernel(
+    weight,  # [B, R] float32
+    first,  # [B, R] int32
+    last,  # [B, R] int32
+    positions,  # [B, S] int32
+    norm,  # [B, R] float32: weight * number of keys seen / sum of omega over them
+    gamma,
+    frontier,
+    inv_width,
+    inv_delta_0,
+    alpha,
+    R,
+    S,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    row_first, row_last = load_bounds(first, last, b, rows, R)
+    seen = row_first <= row_last
+    here = tl.load(positions + b * S + row_last, mask=seen, other=0)
+    total = tl.zeros([M], tl.float32)
+    start, stop = key_range(row_first, row_last, S, N)
+    for n in range(start, stop, N):
+        keys = n + tl.arange(0, N)
+        there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
+        distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
+        omega = omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
+        visible = (keys[None, :] >= row_first[:, None]) & (keys[None, :] <= row_last[:, None])
+        total += tl.sum(tl.where(visible, omega, 0.0), 1)
+    count = (row_last - row_first + 1).to(tl.float32)
+    row_weight = tl.load(weight + b * R + rows, mask=rows < R, other=0.0)
+    tl.store(norm + b * R + rows, tl.where(seen, row_weight * count / tl.where(seen, total, 1.0), 0.0), mask=rows < R)
+
+
+@triton.jit
+def row_kernel(
+    student_query,  # [B, H^s, R, D^s]
+    student_key,  # [B, K^s, S, D^s]
+    teacher_query,  # [B, H^t, R, D^t]
+    teacher_key,  # [B, K^t, S, D^t]
+    heads,  # [H^s, U] int32
+    pi,  # [H^s, U] float32
+    student_lse,  # [B, H^s, R] float32, base 2
+    teacher_lse,  # [B, H^t, R]
+    student_first,  # [B, R] int32
+    teacher_first,  # [B, R] int32
+    last,  # [B, R] int32
+    norm,  # [B, R] float32
+    positions,  # [B, S] int32
+    d_query,  # [B, H^s, R, D^s]
+    excess,  # [B, H^s, R] float32: c = sum of omega (q - p)
+    loss,  # [B, H^s, blocks] float32
+    d_pi,  # [B, H^s, blocks, U] float32
+    student_scale,
+    teacher_scale,  # both without log2(e)
+    gamma,
+    frontier,
+    inv_width,
+    inv_delta_0,
+    alpha,
+    R,
+    S,
+    HS,
+    KS,
+    HT,
+    KT,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    U: tl.constexpr,
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_DS: tl.constexpr,
+    BLOCK_DT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    i, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = block * M + tl.arange(0, M)
+    ok = rows < R
+    first, row_last = load_bounds(student_first, last, b, rows, R)
+    first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)
+    row_norm = tl.load(norm + b * R + rows, mask=ok, other=0.0)
+    at = (b * HS + i) * R
+    lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
+    query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)
+    key_base = student_key + (b * KS + i // (HS // KS)) * S * DS
+    here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
+    acc = tl.zeros([M, BLOCK_DS], tl.float32)  # sum of omega (q - p) k
+    mean_key = tl.zeros([M, BLOCK_DS], tl.float32)  # sum of q k
+    c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    choice = tl.arange(0, MOST_SPARSE_HEADS)
+    d_mix = tl.zeros([MOST_SPARSE_HEADS], tl.float32)
+    start, stop = key_range(first, row_last, S, N)
+    for n in range(start, stop, N):
+        keys = n + tl.arange(0, N)
+        key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N)
+        log_q = tl.dot(query, key_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[:, None]
+        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
+        q = tl.where(visible, tl.exp2(log_q), 0.0)
+        seen = visible & (keys[None, :] >= first_t[:, None])
+        p = tl.zeros([M, N], tl.float32)
+        parts = ()
+        for u in tl.static_range(U):
+            j = tl.load(heads + i * U + u)
+            at_t = (b * HT + j) * R
+            query_t = load_tile(teacher_query + at_t * DT, block * M, R, DT, BLOCK_DT, M)
+            key_u = load_tile_transposed(teacher_key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
+            lse_t = tl.load(teacher_lse + at_t + rows, mask=ok, other=0.0)
+            log_a = tl.dot(query_t, key_u, input_precision="tf32x3") * (teacher_scale * LOG2E) - lse_t[:, None]
+            a = tl.where(seen, tl.exp2(log_a), 0.0)
+            p += tl.load(pi + i * U + u) * a
+            parts = parts + (a,)  # noqa: RUF005 - Triton knows no star
+        weight = row_norm[:, None]
+        if KIND != UNIFORM:
+            there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
+            distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
+            weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
+        g = tl.where(visible, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)  # omega ln(p / q)
+        row_loss += tl.sum(p * g, 1)
+        for u in tl.static_range(U):
+            if U > 1:  # one head's share is 1 whatever its logit
+                d_mix += tl.where(choice == u, tl.sum(g * parts[u]), 0.0)
+        e = weight * (q - p)
+        c += tl.sum(e, 1)
+        if BACKWARD:
+            key = tl.trans(key_t)
+            acc = tl.dot(e.to(key.dtype), key, acc, input_precision="tf32x3")
+            if KIND != UNIFORM:
+                mean_key = tl.dot(q.to(key.dtype), key, mean_key, input_precision="tf32x3")
+    partial_at = (b * HS + i) * tl.num_programs(0) + block
+    tl.store(loss + partial_at, tl.sum(row_loss + c))
+    tl.store(d_pi + partial_at * U + choice, d_mix, mask=choice < U)
+    tl.store(excess + at + rows, c, mask=ok)
+    if BACKWARD:
+        if KIND == UNIFORM:
+            d = acc * student_scale
+        else:
+            d = (acc - c[:, None] * mean_key) * student_scale
+        store_tile(d_query + at * DS, block * M, R, d, DS, BLOCK_DS, M)
+
+
+@triton.jit
+def column_kernel(
+    student_query,
+    student_key,
+    teacher_query,
+    teacher_key,
+    heads,
+    pi,
+    student_lse,
+    teacher_lse,
+    student_first,
+    teacher_first,
+    last,
+    norm,
+    positions,
+    excess,  # all as in row_kernel
+    row_range,  # [B, key blocks, 2] int32: plan rows that see a key of the block
+    d_key,  # [B, K^s, S, D^s]
+    student_scale,
+    teacher_scale,
+    gamma,
+    frontier,
+    inv_width,
+    inv_delta_0,
+    alpha,
+    R,
+    S,
+    HS,
+    KS,
+    HT,
+    KT,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    U: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_DS: tl.constexpr,
+    BLOCK_DT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    block, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    keys = block * N + tl.arange(0, N)
+    key_ok = keys < S
+    key_at = (b * KS + g) * S
+    key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)
+    there = tl.load(positions + b * S + keys, mask=key_ok, other=0)
+    range_at = (b * tl.num_programs(0) + block) * 2
+    start, stop = tl.load(row_range + range_at), tl.load(row_range + range_at + 1)
+    acc = tl.zeros([N, BLOCK_DS], tl.float32)
+    for i in range(g * (HS // KS), (g + 1) * (HS // KS)):
+        at = (b * HS + i) * R
+        for m in range(start, stop, M):
+            rows = m + tl.arange(0, M)
+            ok = rows < R
+            first, row_last = load_bounds(student_first, last, b, rows, R)
+            first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)
+            weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
+            lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
+            query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M)
+            log_q = tl.dot(key, query_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[None, :]
+            visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= row_last[None, :])
+            q = tl.where(visible, tl.exp2(log_q), 0.0)
+            seen = visible & (keys[:, None] >= first_t[None, :])
+            p = tl.zeros([N, M], tl.float32)
+            for u in tl.static_range(U):
+                j = tl.load(heads + i * U + u)
+                at_t = (b * HT + j) * R
+                key_u = load_tile(teacher_key + (b * KT + j // (HT // KT)) * S * DT, block * N, S, DT, BLOCK_DT, N)
+                query_u = load_tile_transposed(teacher_query + at_t * DT, m, R, DT, BLOCK_DT, M)
+                lse_t = tl.load(teacher_lse + at_t + rows, mask=ok, other=0.0)
+                log_a = tl.dot(key_u, query_u, input_precision="tf32x3") * (teacher_scale * LOG2E) - lse_t[None, :]
+                p += tl.load(pi + i * U + u) * tl.where(seen, tl.exp2(log_a), 0.0)
+            if KIND != UNIFORM:
+                here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
+                distance = tl.maximum(here[None, :] - there[:, None], 0).to(tl.float32)
+                weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
+            d = weight * (q - p)
+            if KIND != UNIFORM:
+                d -= q * tl.load(excess + at + rows, mask=ok, other=0.0)[None, :]
+            acc = tl.dot(d.to(key.dtype), tl.trans(query_t), acc, input_precision="tf32x3")
+    store_tile(d_key + key_at * DS, block * N, S, acc * student_scale, DS, BLOCK_DS, N)
+
+
+@triton.jit(do_not_specialize=["b"])
+def mix_kernel(
+    teacher_scores,  # [H^t, C, n] float32, q . k
+    student_scores,  # [H^s, C, n] float32
+    d_scores,  # [H^s, C, n]: gradients of the scaled student scores
+    pi,  # [H^s, H^t] float32
+    student_lse,  # as in row_kernel, like all without a comment
+    teacher_lse,
+    student_first,
+    teacher_first,
+    last,
+    norm,
+    positions,
+    loss,  # [C] float32
+    d_pi,  # [C, H^s, H^t] float32
+    b,
+    row_start,
+    key_start,
+    n,
+    student_scale,
+    teacher_scale,
+    gamma,
+    frontier,
+    inv_width,
+    inv_delta_0,
+    alpha,
+    R,
+    S,
+    HS,
+    HT,
+    KIND: tl.constexpr,
+    BLOCK_HS: tl.constexpr,
+    BLOCK_HT: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One plan row: first c = sum of omega (q - p) where omega varies, then loss, d pi and d scores."""
+    row, num_rows = tl.program_id(0), tl.num_programs(0)
+    at = b.to(tl.int64) * R + row_start + row
+    first, first_t, row_last = tl.load(student_first + at), tl.load(teacher_first + at), tl.load(last + at)
+    row_norm = tl.load(norm + at)
+    here = tl.load(positions + b.to(tl.int64) * S + row_last, mask=first <= row_last, other=0)
+    i, j = tl.arange(0, BLOCK_HS), tl.arange(0, BLOCK_HT)
+    i_ok, j_ok = i < HS, j < HT
+    mixture = tl.load(pi + i[:, None] * HT + j[None, :], mask=i_ok[:, None] & j_ok[None, :], other=0.0)
+    lse = tl.load(student_lse + (b.to(tl.int64) * HS + i) * R + row_start + row, mask=i_ok, other=0.0)
+    lse_t = tl.load(teacher_lse + (b.to(tl.int64) * HT + j) * R + row_start + row, mask=j_ok, other=0.0)
+    from_i = (i.to(tl.int64) * num_rows + row) * n
+    from_j = (j.to(tl.int64) * num_rows + row) * n
+    c, row_loss = tl.zeros([BLOCK_HS], tl.float32), tl.zeros([BLOCK_HS], tl.float32)
+    d_mix = tl.zeros([BLOCK_HS, BLOCK_HT], tl.float32)
+    for sweep in tl.static_range(1 if KIND == UNIFORM else 0, 2):
+        for start in range(0, n, N):
+            column = start + tl.arange(0, N)
+            ok, keys = column < n, key_start + column
+            visible = ok & (keys >= first) & (keys <= row_last)
+            t = tl.load(teacher_scores + from_j[:, None] + column[None, :], mask=j_ok[:, None] & ok[None, :], other=0.0)
+            a = tl.exp2(t * (teacher_scale * LOG2E) - lse_t[:, None])
+            a = tl.where(j_ok[:, None] & (visible & (keys >= first_t))[None, :], a, 0.0)
+            z = tl.load(student_scores + from_i[:, None] + column[None, :], mask=i_ok[:, None] & ok[None, :], other=0.0)
+            log_q = z * (student_scale * LOG2E) - lse[:, None]
+            shown = i_ok[:, None] & visible[None, :]
+            q = tl.where(shown, tl.exp2(log_q), 0.0)
+            p = tl.dot(mixture, a, input_precision="tf32x3")
+            weight = row_norm
+            if KIND != UNIFORM:
+                there = tl.load(positions + b.to(tl.int64) * S + keys, mask=ok, other=0)
+                distance = tl.maximum(here - there, 0).to(tl.float32)
+                weight = (row_norm * omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND))[None, :]
+            e = weight * (q - p)
+            if sweep == 0:
+                c += tl.sum(e, 1)
+            else:
+                g = tl.where(shown, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)
+                row_loss += tl.sum(p * g + e, 1)
+                d_mix = tl.dot(g, tl.trans(a), d_mix, input_precision="tf32x3")
+                d = (e - q * c[:, None]).to(d_scores.dtype.element_ty)
+                tl.store(d_scores + from_i[:, None] + column[None, :], d, mask=i_ok[:, None] & ok[None, :])
+    tl.store(loss + row, tl.sum(row_loss))
+    where = (row.to(tl.int64) * HS + i[:, None]) * HT + j[None, :]
+    tl.store(d_pi + where, d_mix, mask=i_ok[:, None] & j_ok[None, :])
+
+
+def row_options(student_dim: int, teacher_dim: int, heads: int) -> dict[str, int]:
+    """Tile and launch sizes of row_kernel."""
+    blocks = {"BLOCK_DS": tiles.block_d(student_dim), "BLOCK_DT": tiles.block_d(teacher_dim)}
+    wide = max(blocks.values()) > 128
+    return blocks | {"M": 64, "N": 32 if wide or heads > 1 else 64, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+
+
+def column_options(student_dim: int, teacher_dim: int, heads: int) -> dict[str, int]:
+    """Tile and launch sizes of column_kernel."""
+    blocks = {"BLOCK_DS": tiles.block_d(student_dim), "BLOCK_DT": tiles.block_d(teacher_dim)}
+    wide = max(blocks.values()) > 128
+    return blocks | {"M": 32 if wide or heads > 1 else 64, "N": 64, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+
+
+def _omega_numbers(problem: Problem) -> tuple[float, ...]:
+    omega = problem.omega
+    return float(omega.gamma), float(omega.frontier), 1 / omega.width, 1 / omega.delta_0, float(omega.alpha)
+
+
+def _positions(problem: Problem) -> Tensor:
+    """[B, S] int32: what distances are differences of."""
+    key = problem.student.key
+    if problem.positions is not None:
+        return problem.positions.int().contiguous()
+    return torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(len(key), -1).contiguous()
+
+
+def _norm(problem: Problem, plan: tiles.Plan, positions: Tensor) -> Tensor:
+    """[B, R]: what omega is multiplied with in each row."""
+    if problem.omega.kind == "uniform":
+        return plan.weight
+    norm = torch.empty_like(plan.weight)
+    (batch, rows), keys = norm.shape, positions.shape[1]
+    options = {"KIND": KINDS.index(problem.omega.kind), "M": 64, "N": 64}
+    norm_kernel[(triton.cdiv(rows, 64), batch)](
+        plan.weight, plan.first, plan.last, positions, norm, *_omega_numbers(problem), rows, keys, **options
+    )
+    return norm
+
+
+def _log_sum_exp(side: Side, query: Tensor, key: Tensor, plan: tiles.Plan, first: Tensor, heads: Tensor | None) -> Tensor:
+    """[B, H, R] base 2: the caller's, else computed for `heads`."""
+    if side.lse is not None:
+        return plan.gather(side.lse).float() * LOG2E.value
+    return tiles.log_sum_exp(query, key, side.scale, plan, first, heads)
+
+
+def _prepare(problem: Problem, used: Tensor | None) -> tuple[tiles.Plan, dict[str, Tensor]]:
+    """The plan and the contiguous tensors that both forms read, named as the kernels' arguments."""
+    student, teacher = problem.student, problem.teacher
+    plan = tiles.plan(problem.weight, student.first, problem.query_offset, student.query.device)
+    teacher_first = tiles.plan(problem.weight, teacher.first, problem.query_offset, student.query.device).first
+    x = {"student_query": plan.gather(student.query), "student_key": student.key.contiguous()}
+    x |= {"teacher_query": plan.gather(teacher.query), "teacher_key": teacher.key.contiguous()}
+    x["student_lse"] = _log_sum_exp(student, x["student_query"], x["student_key"], plan, plan.first, None)
+    x["teacher_lse"] = _log_sum_exp(teacher, x["teacher_query"], x["teacher_key"], plan, teacher_first, used)
+    x |= {"student_first": plan.first, "teacher_first": teacher_first, "last": plan.last, "positions": _positions(problem)}
+    return plan, x | {"norm": _norm(problem, plan, x["positions"])}
+
+
+def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(loss, d query, d key, d mixing) by the row and the column pass."""
+    choice = problem.teacher_heads
+    plan, x = _prepare(problem, choice.unique())
+    x |= {"heads": choice.int().contiguous(), "pi": mixing.gather(1, choice).contiguous()}
+    (batch, heads, rows, size), (_, key_heads, keys, _) = x["student_query"].shape, x["student_key"].shape
+    (_, teacher_heads, _, teacher_size), teacher_key_heads = x["teacher_query"].shape, x["teacher_key"].shape[1]
+    new = partial(torch.empty, dtype=torch.float32, device=mixing.device)
+    x |= dict(zip(("gamma", "frontier", "inv_width", "inv_delta_0", "alpha"), _omega_numbers(problem), strict=True))
+    x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys}
+    x |= {"HS": heads, "KS": key_heads, "HT": teacher_heads, "KT": teacher_key_heads}
+    x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind), "excess": new(batch, heads, rows)}
+
+    options = row_options(size, teacher_size, choice.shape[1])
+    blocks = triton.cdiv(rows, options["M"])
+    held = torch.float32 if problem.student.query.dtype is torch.float16 else problem.student.query.dtype
+    d_query = new(batch, heads, rows, size, dtype=held) if backward else x["student_query"]
+    loss, d_pi = new(batch, heads, blocks), new(batch, heads, blocks, choice.shape[1])
+    row_kernel[(blocks, heads, batch)](**x, d_query=d_query, loss=loss, d_pi=d_pi, BACKWARD=backward, **options)
+    d_mixing = torch.zeros_like(mixing).scatter(1, choice, d_pi.sum((0, 2)).to(mixing.dtype))
+    if not backward:
+        return loss.sum(), None, None, d_mixing
+
+    options = column_options(size, teacher_size, choice.shape[1])
+    d_key = new(batch, key_heads, keys, size, dtype=held)
+    ranges = plan.row_range(keys, options["N"])
+    column_kernel[(triton.cdiv(keys, options["N"]), key_heads, batch)](**x, row_range=ranges, d_key=d_key, **options)
+    return loss.sum(), plan.scatter(d_query, problem.student.query.shape[2]), d_key, d_mixing
+
+
+def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(loss, d query, d key, d mixing) by chunks of rows."""
+    plan, x = _prepare(problem, None)
+    student_query, student_key, teacher_query, teacher_key = (x.pop(n) for n in ("student_query", "student_key", "teacher_query", "teacher_key"))
+    (batch, heads, rows, _), (teacher_heads, keys) = student_query.shape, (teacher_query.shape[1], student_key.shape[2])
+    x |= dict(zip(("gamma", "frontier", "inv_width", "inv_delta_0", "alpha"), _omega_numbers(problem), strict=True))
+    x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys, "HS": heads, "HT": teacher_heads}
+    x |= {"KIND": KINDS.index(problem.omega.kind), "pi": mixing.contiguous()} | mix_options(heads, teacher_heads)
+    row_bytes = keys * (4 * teacher_heads + (4 + student_query.itemsize) * heads)
+    chunk_size = chunk_size or max(DENSE_BYTES // row_bytes, 16)
+    new = partial(torch.empty, dtype=torch.float32, device=mixing.device)
+    scratch = [new(teacher_heads * chunk_size * keys), new(heads * chunk_size * keys), student_query.new_empty(heads * chunk_size * keys)]
+    held = torch.float32 if student_query.dtype is torch.float16 else student_query.dtype
+    d_query, d_key = torch.zeros_like(student_query, dtype=held), torch.empty_like(student_key, dtype=held)
+    loss, d_pi = new(batch, rows), torch.zeros_like(mixing)
+    for b in range(batch):
+        d_key_b = torch.zeros_like(student_key[b], dtype=torch.float32)
+        bounds = torch.stack([plan.first[b], plan.last[b]]).cpu()
+        for start in range(0, rows, chunk_size):
+            chunk = slice(start, min(start + chunk_size, rows))
+            num_rows = chunk.stop - start
+            first, last = bounds[:, chunk][:, bounds[0, chunk] <= bounds[1, chunk]]
+            span = _aligned(int(first.min()), int(last.max()) + 1, keys) if len(first) else slice(0, 0)
+            n = span.stop - span.start
+            t, z, d = (s[: h * num_rows * n].view(h, num_rows, n) for s, h in zip(scratch, (teacher_heads, heads, heads), strict=True))
+            query = student_query[b, :, chunk]
+            _products(teacher_query[b, :, chunk], teacher_key[b, :, span], t)
+            _products(query, student_key[b, :, span], z)
+            d_pi_rows = new(num_rows, heads, teacher_heads)
+            where = {"b": b, "row_start": start, "key_start": span.start, "n": n}
+            mix_kernel[(num_rows,)](t, z, d, loss=loss[b, chunk], d_pi=d_pi_rows, **where, **x)
+            d_pi += d_pi_rows.sum(0)
+            if backward:
+                per_key = d.view(len(student_key[b]), -1, n)  # [K, C H/K, n]
+                d_query[b, :, chunk] = (_bmm(per_key, student_key[b, :, span]).view(query.shape) * problem.student.scale).to(held)
+                d_key_b[:, span] += _bmm(per_key.mT, query.reshape(len(per_key), -1, query.shape[2])) * problem.student.scale
+        d_key[b] = d_key_b
+    if not backward:
+        return loss.sum(), None, None, d_pi
+    return loss.sum(), plan.scatter(d_query, problem.student.query.shape[2]), d_key, d_pi
+
+
+def _aligned(start: int, stop: int, keys: int) -> slice:
+    """The span widened to multiples of 16, so that rows of the score buffers can be read in whole vectors."""
+    return slice(start // 16 * 16, min(-(-stop // 16) * 16, keys))
+
+
+def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
+    """out [H, C, n] = query [H, C, D] . key [K, n, D], in float32."""
+    _bmm(query.reshape(len(key), -1, query.shape[2]), key.mT, out=out.view(len(key), -1, key.shape[1]))
+
+
+def _bmm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Batched product in float32 of low-precision operands; only CUDA has the product that need not convert them first."""
+    if x.is_cuda and x.dtype is not torch.float32:
+        return torch.bmm(x, y, out_dtype=torch.float32, out=out)
+    return torch.bmm(x.float(), y.float(), out=out)
+
+
+def mix_options(heads: int, teacher_heads: int) -> dict[str, int]:
+    """Tile and launch sizes of mix_kernel."""
+    return {"BLOCK_HS": tiles.block_d(heads), "BLOCK_HT": tiles.block_d(teacher_heads), "N": 64, "num_warps": 4, "num_stages": 2}

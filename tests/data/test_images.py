@@ -1,0 +1,118 @@
+"""Laws of pixels: the default path gives PIL's pixels bit for bit; limits are checked before anything is decompressed."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from data_samples import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from laid_ds.data import images
+from laid_ds.data.images import Pixels
+from laid_ds.data.record import DataError
+
+
+def stock(data: bytes) -> Image.Image:
+    """The path of the stock processors."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def saved(mode: str, fmt: str, size=(67, 45), **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(file, fmt, **options)
+    return file.getvalue()
+
+
+KINDS = {
+    **{
+        f"jpeg {mode} {subsampling} {'progressive' if progressive else 'baseline'}": saved(
+            mode, "JPEG", subsampling=subsampling, progressive=progressive
+        )
+        for mode in ("RGB", "L", "CMYK")
+        for subsampling in (0, 1, 2)
+        for progressive in (False, True)
+    },
+    "jpeg one pixel": saved("RGB", "JPEG", (1, 1)),
+    "jpeg restart": saved("RGB", "JPEG", restart_marker_rows=1),
+    "jpeg stored as rgb": saved("RGB", "JPEG", keep_rgb=True),
+    **{f"png {mode}": saved(mode, "PNG") for mode in ("RGB", "RGBA", "P", "L", "LA", "1", "I;16")},
+    "webp": saved("RGB", "WEBP"),
+    "webp lossless": saved("RGBA", "WEBP", lossless=True),
+    "gif": saved("P", "GIF"),
+}
+
+
+@pytest.mark.parametrize("data", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("decoder", ["exact", "pil"])
+def test_the_default_pixels_are_those_of_the_stock_path(data, decoder):
+    decoded = Pixels(decoder).decode(data)
+    assert decoded.mode == "RGB"
+    assert decoded.tobytes() == stock(data).tobytes()
+
+
+def test_the_faster_decoder_is_used_only_where_it_was_seen_to_agree(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    assert images.simplejpeg_equals_pil()
+    monkeypatch.setattr(images, "simplejpeg_equals_pil", lambda: False)
+    monkeypatch.setattr(images, "_decode_jpeg", None)  # must not be called
+    assert Pixels("exact").decode(KINDS["jpeg one pixel"]).size == (1, 1)
+
+
+def test_the_approximate_decoder_is_close_and_has_to_be_asked_for():
+    pytest.importorskip("simplejpeg")
+    data = saved("RGB", "JPEG", (300, 200), quality=90)
+    difference = np.asarray(Pixels("fast").decode(data), int) - np.asarray(stock(data), int)
+    assert 0 < np.abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize("size", [(40, 30), (100, 90)])
+def test_resizing(size):
+    image = stock(saved("RGB", "PNG"))
+    assert Pixels().resize(image, *size).tobytes() == image.resize(size, Image.Resampling.BICUBIC).tobytes()
+    difference = np.asarray(Pixels(resizer="torch").resize(image, *size), int) - np.asarray(Pixels().resize(image, *size), int)
+    assert np.abs(difference).mean() < 1
+    assert Pixels().resize(image, *image.size) is image
+
+
+def test_the_choice_can_be_recorded_and_made_again():
+    choice = Pixels(resizer="torch", max_side=100)
+    assert Pixels(**choice.state_dict()) == choice
+    with pytest.raises(ValueError, match="choose from"):
+        Pixels("cv2")
+
+
+@pytest.mark.parametrize("limit, allowed", [({"max_side": 66}, False), ({"max_side": 67}, True), ({"max_pixels": 3014}, False)])
+def test_limits(limit, allowed):
+    pixels = replace(Pixels(), **limit)
+    if allowed:
+        assert pixels.decode(KINDS["png RGB"]).size == (67, 45)
+    else:
+        with pytest.raises(DataError, match="image of 67 x 45 pixels; the limits are"):
+            pixels.decode(KINDS["png RGB"])
+
+
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    end=st.integers(0, 10**6),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_damaged_image_is_decoded_or_refused(kind, end, flips):
+    data = bytearray(KINDS[kind])
+    for place, mask in flips:
+        data[place % len(data)] ^= mask
+    try:
+        Pixels(max_pixels=1 << 20).decode(bytes(data[: len(data) - end % len(data)]))
+    except DataError:
+        return
+
+
+def test_half_an_image_is_refused():
+    for fmt in ("JPEG", "PNG", "WEBP"):
+        data = picture(0, fmt, 200, 150)
+        with pytest.raises(DataError, match=r"decoded"):
+            Pixels().decode(data[: len(data) // 2])

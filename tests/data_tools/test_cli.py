@@ -1,0 +1,162 @@
+"""Laws of the command line: every verb has help with an example and works on a small set; bad input is one sentence and exit code 2."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from data_samples import make_sample, picture, write_dataset
+from PIL import Image
+from typer.main import get_command
+
+from data_tools import cli
+from laid_ds.data.index import Dataset
+
+VERBS = [name for name in get_command(cli.app).commands if name != "synth"]
+SAMPLES = [make_sample(i, i % 4) for i in range(25)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_dataset(tmp_path / "set", SAMPLES, samples_per_shard=7)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def source(tmp_path) -> tuple[Path, Path]:
+    """(lines, image root)."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"p{number}.jpg").write_bytes(picture(number))
+    entry = {"images": ["p0.jpg", "p1.jpg"], "question": "Same?", "answer": "no"}
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(entry) + "\n" for _ in range(5)))
+    return tmp_path / "lines.jsonl", tmp_path / "images"
+
+
+def test_the_verbs_are_those_that_are_documented():
+    expected = "build import export score index verify repair info stats plan cat preview reshard merge split shuffle"
+    assert set(VERBS) == set(expected.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(laid_data, verb):
+    outcome = laid_data(verb, "--help")
+    assert outcome.code == 0
+    assert f"Example: laid-data {verb}" in outcome.out
+    assert "--json" in outcome.out
+
+
+def test_a_set_is_built_and_looked_at(laid_data, source, tmp_path):
+    lines, images = source
+    out = tmp_path / "built"
+    built = laid_data("build", "folder", lines, out, "--images", images, "--samples-per-shard", 2, "--licence", "CC0-1.0", "--json")
+    assert built.json == {"folder": str(out), "shards": 3, "samples": 5, "rejected": 0}
+    assert laid_data("info", out, "--json").json["samples"] == 5
+    stats = laid_data("stats", out, "--json").json
+    assert stats["licences"] == {"CC0-1.0": 5}
+    assert stats["images_histogram"] == {"below 4": 5}
+    assert laid_data("verify", out, "--deep").code == 0
+    again = laid_data("build", "folder", lines, out, "--images", images, "--samples-per-shard", 2, "--licence", "CC0-1.0", "--resume")
+    assert "already complete: True" in again.out
+
+
+def test_cat_and_preview_show_a_sample(laid_data, folder, tmp_path):
+    shown = laid_data("cat", folder, "sample-00006", "--images", tmp_path / "files", "--json").json
+    assert shown["turns"][0] == {"role": "user", "text": "[0][1]which one?", "needles": [1], "choices": ["yes", "no"]}
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["sample-00006.000.jpg", "sample-00006.001.jpg"]
+    assert (tmp_path / "files" / "sample-00006.001.jpg").read_bytes() == SAMPLES[6].images[1]
+    assert "user: [0][1]which one?" in laid_data("preview", folder, "--first", 6, "--sheet", tmp_path / "sheet.png").out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 128, 142)
+
+
+def test_plan_counts_steps_and_agrees_with_the_stream(laid_data, folder):
+    plain = laid_data("plan", folder, "--world-size", 2, "--json").json
+    assert (plain["slots"], plain["micro_steps_per_epoch"]) == (25, 12.5)
+    packed = laid_data("plan", folder, "--world-size", 2, "--budget", 100, "--json").json
+    assert packed["packs"] < 25
+    assert packed["fill"] > plain["fill"]
+    assert laid_data("plan", folder, "--shuffle", "none", "--json").json["first"][0] == {"position": 0, "key": "sample-00000"}
+
+
+def test_samples_survive_every_rewrite(laid_data, folder, tmp_path):
+    def bytes_of(*folders):
+        return {sample.key: (sample.turns, sample.images) for sample in Dataset.open([tmp_path / name for name in folders])}
+
+    whole = bytes_of("set")
+    assert laid_data("reshard", folder, tmp_path / "small", "--samples-per-shard", 3, "--json").json["shards"] == 9
+    assert laid_data("split", folder, tmp_path, "--shares", "train=0.8,val=0.2").code == 0
+    assert laid_data("merge", tmp_path / "train", tmp_path / "val", "--out", tmp_path / "merged").code == 0
+    assert laid_data("shuffle", folder, tmp_path / "shuffled", "--seed", 1).code == 0
+    assert len(Dataset.open(tmp_path / "val")) == 5
+    for name in ("small", "merged", "shuffled"):
+        assert bytes_of(name) == whole
+        assert laid_data("verify", tmp_path / name).code == 0
+    assert Dataset.open(tmp_path / "shuffled").keys.tolist() != Dataset.open(folder).keys.tolist()
+    short = laid_data("reshard", folder, tmp_path / "short", "--max-tokens", 15, "--json").json
+    assert short["samples"] + short["left_out"] == 25
+    assert Dataset.open(tmp_path / "short").lengths.max() <= 15
+
+
+def test_verify_and_repair_tell_by_their_exit_code(laid_data, folder):
+    assert laid_data("verify", folder).code == 0
+    os.truncate(folder / "shard-000001.tar", 9000)
+    found = laid_data("verify", folder, "--json")
+    assert found.code == 1
+    assert {problem["shard"] for problem in found.json["problems"]} == {"shard-000001.tar"}
+    assert "shard shard-000001.tar, key sample-000" in laid_data("verify", folder).out
+    assert laid_data("repair", folder).code == 1
+    assert laid_data("verify", folder, "--deep").code == 0
+    assert laid_data("repair", folder).code == 0
+    assert laid_data("index", folder, "--json").json["shards"] == 4
+
+
+def test_benchmarks_come_in_go_out_and_are_scored(laid_data, source, tmp_path):
+    _, images = source
+    entry = {"conversations": [{"value": "Cat?"}, {"value": "yes"}], "pos_image": ["p0.jpg"], "neg_image": ["p1.jpg", "p2.jpg"]}
+    (tmp_path / "visual_haystack_3.json").write_text(json.dumps([entry]))
+    assert laid_data("import", "vhs", tmp_path / "visual_haystack_3.json", tmp_path / "vhs", "--images", images, "--depth", 0).code == 0
+    assert laid_data("export", "vhs", tmp_path / "vhs", tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out" / "visual_haystack_3.json").read_text()) == [entry]
+    assert laid_data("export", "mm-niah", tmp_path / "vhs", tmp_path / "niah", "--json").json["entries"] == 1
+    assert laid_data("export", "vhs", tmp_path / "vhs", tmp_path / "out").code == 2
+    (tmp_path / "results" / "3_images").mkdir(parents=True)
+    (tmp_path / "results" / "3_images" / "000.json").write_text(json.dumps({**entry, "result": {"response": "Yes."}}))
+    assert laid_data("score", "vhs", tmp_path / "results", "--json").json["results"]["3"]["strict_accuracy"] == 1
+
+
+BAD = {
+    "no such folder": (["info", "{tmp}/none"], "it has no dataset.json"),
+    "no shards": (["verify", "{tmp}/images"], "holds no shards"),
+    "not a folder": (["verify", "{tmp}/lines.jsonl"], "is no folder"),
+    "no such key": (["cat", "{tmp}/set", "nobody"], "no sample has the key 'nobody'"),
+    "no such source": (["build", "llava", "{tmp}/none.json", "{tmp}/new", "--images", "{tmp}/images"], "No such file"),
+    "no image root": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/none"], "is no folder"),
+    "another format": (["build", "llava", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images"], "entry 0: neither conversations"),
+    "full folder": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/set", "--images", "{tmp}/images"], "already holds a finished data set"),
+    "broken json": (["build", "folder", "{tmp}/broken.json", "{tmp}/new", "--images", "{tmp}/images"], "entry 1:"),
+    "shares": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train=0.9"], "sum to 0.9"),
+    "shares form": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train"], "not of the form"),
+    "same set twice": (["merge", "{tmp}/set", "{tmp}/set", "--out", "{tmp}/new"], "the key is also in shard"),
+    "budget too small": (["plan", "{tmp}/set", "--budget", "10"], "does not fit a budget of 10"),
+    "shuffle": (["plan", "{tmp}/set", "--shuffle", "some"], "shuffle 'some' is neither"),
+    "token counts": (["stats", "{tmp}/set", "--tokens", "fp"], "no token counts named 'fp'"),
+    "no results": (["score", "vhs", "{tmp}/none"], "does not exist"),
+    "unknown format": (["build", "csv", "x", "y", "--images", "z"], "csv"),
+    "missing option": (["build", "folder", "x", "y"], "--images"),
+}
+
+
+@pytest.mark.parametrize("args, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_sentence(laid_data, folder, source, tmp_path, args, message):
+    (tmp_path / "broken.json").write_text('[{"images": ["p0.jpg"], "question": "?", "answer": "a"}, {"images"')
+    outcome = laid_data(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert not (tmp_path / "new" / "dataset.json").exists()
+
+
+def test_nothing_but_the_result_is_printed_where_no_terminal_listens(laid_data, folder):
+    assert laid_data("verify", folder, "--json").err == ""

@@ -1,0 +1,96 @@
+"""Asking a model: the teacher-forced score is what greedy decoding gives, and batches change nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from laid_ds.data.haystack import draw_window
+from laid_ds.data.index import Dataset
+from laid_ds.evaluation.evaluate import evaluate_models
+from laid_ds.evaluation.haystack import ask
+from laid_ds.evaluation.report import write_report
+from laid_ds.models.processor import Renderer, load_processor
+
+
+@pytest.fixture(scope="module")
+def renderer(world):
+    return Renderer(load_processor(world.student))
+
+
+@pytest.fixture(scope="module")
+def taught(world, renderer):
+    """A student fitted to one haystack, so that some answers are right and some are wrong."""
+    torch.manual_seed(0)
+    model, dataset = world.load("student").train(), Dataset.open(world.shards)
+    from laid_ds.data.batch import collate
+
+    samples = [draw_window(dataset.read(i), 2, 1, ("evaluation", 2, dataset.read(i).key)) for i in range(3)]
+    batch = collate([renderer(sample) for sample in samples], ["k"] * 3, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state[batch.supervised]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), batch.labels[batch.supervised])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_scores_are_those_of_greedy_decoding(world, renderer, taught):
+    dataset = Dataset.open(world.shards)
+    found = ask(taught, renderer, dataset, [2], haystacks=8, questions=1)["2"]
+    decoded = []
+    for i in range(8):
+        sample = draw_window(dataset.read(i), 2, 1, ("evaluation", 2, dataset.read(i).key))
+        row = renderer(sample)
+        start = int(torch.nonzero(row.supervised)[0])
+        answer = row.input_ids[row.supervised]
+        reply = taught.generate(
+            input_ids=row.input_ids[None, :start],
+            mm_token_type_ids=row.token_types[None, :start],
+            attention_mask=torch.ones(1, start, dtype=torch.long),
+            pixel_values=row.pixel_values,
+            image_grid_thw=row.image_grid_thw,
+            max_new_tokens=len(answer),
+            do_sample=False,
+        )[0, start:]
+        decoded.append([int(torch.equal(reply, answer))])
+    assert found == decoded
+    assert 0 < sum(sum(row) for row in found) < 8
+
+
+def test_batches_change_nothing(world, renderer, taught):
+    dataset = Dataset.open(world.shards)
+    whole = ask(taught, renderer, dataset, [1, 3], 6, 2)
+    assert whole == ask(taught, renderer, dataset, [1, 3], 6, 2, tokens_per_batch=1)
+    assert [len(row) for row in whole["1"]] == [1] * 6
+    assert [len(row) for row in whole["3"]] == [2] * 6
+
+
+def test_results_file_is_extended_not_repeated_and_guards_its_setting(world, tmp_path):
+    out = tmp_path / "evaluation.json"
+    evaluate_models(world.shards, {"student": world.student}, out, [1, 2], 4, 1, "float32")
+    first = json.loads(out.read_text())
+    evaluate_models(world.shards, {"student": world.teacher, "teacher": world.teacher}, out, [1, 2], 4, 1, "float32")
+    second = json.loads(out.read_text())
+    assert second["models"]["student"] == first["models"]["student"]
+    assert set(second["models"]) == {"student", "teacher"}
+    with pytest.raises(ValueError, match="was made with other sizes"):
+        evaluate_models(world.shards, {"x": world.teacher}, out, [1, 4], 4, 1, "float32")
+
+    summary = write_report(tmp_path, "student")
+    page = summary.path.read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("https://", "http").split("<table")[0]
+    assert set(summary.as_json()["models"]) == {"student", "teacher"}
+    assert "window in images" in summary.as_text()
+    with pytest.raises(ValueError, match="no model 'nobody'"):
+        write_report(tmp_path, "nobody")
+
+
+def test_a_report_without_results_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="no results at"):
+        write_report(tmp_path, "student")

@@ -1,0 +1,71 @@
+"""Windows from answers: interpolation on the log, censoring, paired intervals, the paper's average gain recomputed from its own table."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from laid_ds.evaluation.window import LONG, SHORT, average_gain, curve, ratio, relative_threshold, window, window_of
+
+
+def answers(accuracies, haystacks=200, questions=2, seed=0):
+    """Saved answers whose accuracy at each size is close to the given one; a haystack is as hard for every model and size."""
+    hardness = np.random.default_rng(seed).random((haystacks, questions))
+    return {str(size): (hardness < accuracy).astype(int).tolist() for size, accuracy in accuracies.items()}
+
+
+def test_interpolation_is_on_the_logarithm():
+    assert window_of({1: 1.0, 4: 0.8, 16: 0.4}, 0.6) == (pytest.approx(8.0), False)
+    assert window_of({1: 1.0, 2: 0.6, 4: 0.2}, 0.6) == (pytest.approx(2.0), False)
+
+
+def test_the_first_fall_counts_and_a_start_below_is_nothing():
+    images, _ = window_of({1: 1.0, 2: 0.5, 4: 1.0, 8: 1.0}, 0.75)
+    assert images == pytest.approx(math.sqrt(2))
+    assert window_of({1: 0.5, 2: 0.9}, 0.75) == (0.0, False)
+
+
+def test_a_curve_that_never_falls_is_censored():
+    assert window_of({1: 1.0, 64: 0.9}, 0.65) == (64.0, True)
+    found = window(answers({1: 1.0, 64: 0.97}), 0.65)
+    assert found.censored
+    assert str(found).startswith(">= 64.0")
+
+
+def test_the_interval_holds_the_window_and_shrinks_with_more_haystacks():
+    points = {1: 1.0, 4: 0.9, 16: 0.5, 64: 0.2}
+    widths = []
+    for haystacks in (50, 800):
+        found = window(answers(points, haystacks), 0.65)
+        assert found.low < found.images < found.high
+        widths.append(found.high - found.low)
+    assert widths[1] < widths[0] / 2
+
+
+def test_ratio_is_paired():
+    """On the same haystacks the ratio of a model to itself is 1 without any doubt, and to a worse one its interval excludes 1."""
+    better, worse = answers({1: 1.0, 8: 0.9, 32: 0.5, 128: 0.2}), answers({1: 1.0, 8: 0.6, 32: 0.3, 128: 0.2})
+    same = ratio(better, better, 0.65)
+    assert (same.times, same.low, same.high) == (1.0, 1.0, 1.0)
+    found = ratio(better, worse, 0.65)
+    assert 1 < found.low < found.times < found.high
+
+
+def test_threshold_is_relative_to_one_image_skill():
+    assert relative_threshold(1.0, 1 / 8) == pytest.approx(0.65)
+    assert relative_threshold(0.5, 0.5) == 0.5
+
+
+def test_curve_counts_questions_not_haystacks():
+    assert curve({"2": [[1, 1, 1], [0]]}) == {2: 0.75}
+
+
+def test_average_gain_is_the_paper_s():
+    """Table 1 of the paper: 7B base and LAid give 24.1 (short) and 24.5 (long)."""
+    sizes = (*SHORT, *LONG)
+    base = dict(zip(sizes, (80.22, 68.45, 62.19, 57.21, 54.73, 51.08, 47.43), strict=True))
+    laid = dict(zip(sizes, (92.83, 83.26, 80.46, 74.09, 67.04, 63.37, 60.17), strict=True))
+    assert 100 * average_gain(laid, base, SHORT) == pytest.approx(24.1, abs=0.1)
+    assert 100 * average_gain(laid, base, LONG) == pytest.approx(24.5, abs=0.1)

@@ -1,0 +1,99 @@
+"""One run = one file: typed, unknown keys are errors, overrides by dotted name, golden resolved values of every recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laid_ds import config, schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+MINIMAL = """
+name = "tiny"
+output = "out"
+steps = 10
+[student]
+path = "s"
+deepspeed = "z.json"
+[teacher]
+path = "t"
+deepspeed = "z.json"
+[data]
+shards = ["d"]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_are_typed_and_dotted(recipe):
+    run = config.load(
+        recipe, ["optimizer.lr=2e-3", "data.images=[2, 8]", "student.path=/a b/c", "align.pairs=[[0, 1]]", "gain.enabled=false"]
+    )
+    assert run.optimizer.lr == 2e-3
+    assert run.data.images == (2, 8)
+    assert run.student.path == Path("/a b/c")
+    assert run.align.pairs == ((0, 1),)
+    assert not run.gain.enabled
+
+
+def test_a_section_can_be_removed(recipe):
+    run = config.load(recipe, ["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0"])
+    assert run.teacher is None
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["optimiser.lr=1"], "unknown key 'optimiser'"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'"),
+        (["optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0 (value: -1)"),
+        (["steps=none"], "'steps' is missing"),
+        (["data.images=[8, 2]"], "the first number must not exceed the second, got [8, 2]"),
+        (["data.grow_from=4"], "grow_from=4 must lie inside images=None"),
+        (["teacher=none"], "need a [teacher]"),
+        (["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0", "losses.sft=0"], "every loss weight is 0"),
+        (["align.weights=free"], "gives no distribution to match"),
+        (["steps"], "override 'steps' is not of the form section.key=value"),
+        (["steps.a=1"], "'steps' is a value, not a section"),
+    ],
+)
+def test_wrong_values_are_one_sentence(recipe, overrides, sentence):
+    with pytest.raises(ValueError) as error:
+        config.load(recipe, overrides)
+    assert sentence in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="no recipe at"):
+        config.load(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("a = = 1")
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        config.load(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_names_its_engine_files(path):
+    run = config.load(path)
+    for model in (run.student, run.teacher):
+        assert model is None or (ROOT / model.deepspeed).is_file()
+    first, last = (schedule.learning_rate_factor(step, run.steps, run.optimizer) for step in (0, run.steps - 1))
+    assert 0 < first <= 1
+    assert 0 <= last <= 1
+
+
+def test_schedules_are_pure_and_reach_their_ends(recipe):
+    run = config.load(recipe, ["data.images=[1, 96]", "data.grow_from=2", "data.grow_until=0.5", "optimizer.warmup_steps=4"])
+    assert schedule.image_range(0, 100, run.data) == (1, 2)
+    assert schedule.image_range(50, 100, run.data) == schedule.image_range(99, 100, run.data) == (1, 96)
+    tops = [schedule.image_range(step, 100, run.data)[1] for step in range(100)]
+    assert tops == sorted(tops)
+    assert [schedule.learning_rate_factor(step, 10**6, run.optimizer) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    start, end = schedule.omega(0.0, run.match), schedule.omega(1.0, run.match)
+    assert (start.frontier, end.frontier) == run.match.frontier_tokens
+    assert (start.alpha, end.alpha) == (0.0, run.match.alpha)
