@@ -18,6 +18,7 @@ import tempfile
 import time
 import tracemalloc
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from laid_ds.data.order import Packing, global_order, plan_packs
 from laid_ds.data.record import Sample, Turn
 from laid_ds.data.stream import Stream
 
-ROUNDS = 5
+ROUNDS = 9
 PIXELS = Pixels()
 
 
@@ -115,9 +116,8 @@ def reading(dataset: Dataset, folder: Path) -> dict[str, float]:
 
 
 def _exhaust(results: Iterable[Any]) -> None:
-    """Take each result and let it go: what is kept would have to be paged in."""
-    for _ in results:
-        pass
+    """Take each result and let it go at once: what is kept would have to be paged in."""
+    deque(results, maxlen=0)
 
 
 def _read_webdataset(paths: list[str]) -> None:

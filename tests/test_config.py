@@ -32,9 +32,8 @@ def recipe(tmp_path):
 
 
 def test_overrides_are_typed_and_dotted(recipe):
-    run = config.load(
-        recipe, ["optimizer.lr=2e-3", "data.images=[2, 8]", "student.path=/a b/c", "align.pairs=[[0, 1]]", "gain.enabled=false"]
-    )
+    words = ["optimizer.lr=2e-3", "data.images=[2, 8]", "student.path=/a b/c", "align.pairs=[[0, 1]]", "gain.enabled=false"]
+    run = config.load(recipe, words)
     assert run.optimizer.lr == 2e-3
     assert run.data.images == (2, 8)
     assert run.student.path == Path("/a b/c")

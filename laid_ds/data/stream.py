@@ -8,6 +8,7 @@ import io
 import logging
 import mmap
 import pickle
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
@@ -82,11 +83,11 @@ class Stream:
         if self.workers == 0:
             yield from map(self._reader.__getitem__, self._micro_batches())
             return
-        slabs = [[mmap.mmap(-1, SLAB_BYTES) for _ in range(PREFETCH + 1)] for _ in range(self.workers)]
+        slabs = _Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
         loader = DataLoader(
-            _Sender(self._reader, slabs),
+            _Sender(self._reader, slabs.memory),
             batch_size=None,
-            sampler=self._micro_batches(),
+            sampler=((slots, slabs.take()) for slots in self._micro_batches()),
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             collate_fn=_unchanged,
@@ -94,7 +95,7 @@ class Stream:
             generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
         )
         for parcel in loader:
-            yield parcel.open(slabs)
+            yield slabs.open(parcel)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the micro-batches already yielded: the same on every rank."""
@@ -233,31 +234,48 @@ class _Reader:
 # (each page must be made, cleared and mapped), as much as decoding the images, and it lives in /dev/shm, which containers keep small.
 
 
-class _Sender:
-    """A reader that puts what it made into this worker's slabs, in turn: its prefetch is bounded, so a slab was read before it is due."""
-
-    def __init__(self, reader: _Reader, slabs: list[list[mmap.mmap]]):
-        self.reader, self.slabs, self.sent = reader, slabs, 0
-
-    def __getitem__(self, slots: list[Slot]) -> "_Parcel":
-        worker, slab = get_worker_info().id, self.sent % (PREFETCH + 1)
-        self.sent += 1
-        text = io.BytesIO()
-        _Packer(text, self.slabs[worker][slab]).dump(self.reader[slots])
-        return _Parcel(text.getvalue(), worker, slab)
-
-
 @dataclass(frozen=True)
 class _Parcel:
-    """An outcome whose tensors lie in a slab."""
+    """An outcome: pickled, with its tensors in a slab, or as it is where no slab was free."""
 
-    text: bytes
-    worker: int
-    slab: int
+    content: Any
+    slab: int | None
 
-    def open(self, slabs: list[list[mmap.mmap]]) -> Outcome:
-        """The outcome, with tensors of its own."""
-        return _Unpacker(io.BytesIO(self.text), slabs[self.worker][self.slab]).load()
+
+class _Slabs:
+    """The trainer's side: hands slabs out with the tasks, and takes one back when the last tensor in it is gone."""
+
+    def __init__(self, count: int):
+        self.memory = [mmap.mmap(-1, SLAB_BYTES) for _ in range(count)]
+        self.free = list(range(count))
+
+    def take(self) -> int | None:
+        """A free slab, or None while the trainer holds on to many micro-batches."""
+        return self.free.pop() if self.free else None
+
+    def open(self, parcel: _Parcel) -> Outcome:
+        """The outcome of a parcel. Its tensors are views of the slab."""
+        if parcel.slab is None:
+            return parcel.content
+        room = memoryview(self.memory[parcel.slab])
+        weakref.finalize(room, self.free.append, parcel.slab)
+        return _Unpacker(io.BytesIO(parcel.content), room).load()
+
+
+class _Sender:
+    """The worker's side: a reader that puts the tensors it made into the slab that came with the task."""
+
+    def __init__(self, reader: _Reader, memory: list[mmap.mmap]):
+        self.reader, self.memory = reader, memory
+
+    def __getitem__(self, task: tuple[list[Slot], int | None]) -> _Parcel:
+        slots, slab = task
+        outcome = self.reader[slots]
+        if slab is None:
+            return _Parcel(outcome, None)
+        text = io.BytesIO()
+        _Packer(text, self.memory[slab]).dump(outcome)
+        return _Parcel(text.getvalue(), slab)
 
 
 class _Packer(pickle.Pickler):
@@ -275,15 +293,15 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, slab: mmap.mmap):
+    def __init__(self, file: io.BytesIO, room: memoryview):
         super().__init__(file)
-        self.room = torch.frombuffer(slab, dtype=torch.uint8)
+        self.room = torch.frombuffer(room, dtype=torch.uint8)
 
     def persistent_load(self, pid: tuple) -> torch.Tensor:
         first, num_bytes, dtype, shape = pid
         if not num_bytes:
             return torch.empty(shape, dtype=dtype)
-        return self.room[first : first + num_bytes].clone().view(dtype).reshape(shape)
+        return self.room[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 def _check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:

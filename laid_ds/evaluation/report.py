@@ -159,9 +159,7 @@ def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> s
         f"<td>{html.escape(str(row.window))}</td><td>{html.escape(str(row.against_baseline))}</td></tr>"
         for row in summary.rows
     )
-    images = "".join(
-        f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>' for p in pictures
-    )
+    images = "".join(f'<p><img alt="{path.stem}" src="{_embedded(path)}"></p>' for path in pictures)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
         f"<h1>How far does each model see?</h1>{images}"
@@ -169,3 +167,7 @@ def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> s
         f"<p class=note>{html.escape(summary.rule())}.</p>"
         f"<h2>Setting</h2><pre>{html.escape(json.dumps(summary.setting | {'versions': versions}, indent=1))}</pre></html>"
     )
+
+
+def _embedded(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def window_of(points: Mapping[int, float], threshold: float) -> tuple[float, boo
     sizes = sorted(points)
     if points[sizes[0]] < threshold:
         return 0.0, False
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         if points[after] < threshold:
             share = (points[before] - threshold) / (points[before] - points[after])
             return math.exp(math.log(before) + share * (math.log(after) - math.log(before))), False

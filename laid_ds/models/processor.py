@@ -71,11 +71,10 @@ def train_processor(texts: Iterable[str], vocabulary: int, patch_size: int, merg
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     roles = ("system", "user", "assistant")  # words of the template, not of the corpus
-    bpe.train_from_iterator(
-        chain(texts, roles), trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(alphabet), show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(chain(texts, roles), trainer)
     merges = [tuple(merge) for merge in _merges(bpe)]
     tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})

@@ -60,11 +60,13 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
     ]
     base = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=run.optimizer.betas, weight_decay=0.0)
-    tree = run.model_dump() | {
-        "data": run.data.model_dump() | {"micro_batch": 1},
-        "optimizer": run.optimizer.model_dump() | {"accumulation": global_batch},
-    }
-    stream = iter(build_stream(Run.model_validate(tree), Dataset.open(list(run.data.shards)), load_processor(run.student.path)))
+    one_by_one = run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"micro_batch": 1}),
+            "optimizer": run.optimizer.model_copy(update={"accumulation": global_batch}),
+        }
+    )
+    stream = iter(build_stream(one_by_one, Dataset.open(list(run.data.shards)), load_processor(run.student.path)))
     records = []
     for step in range(steps):
         sums, counts = dict.fromkeys(("sft", "kl", "align", "match"), 0.0), {"rows": 0, "tokens": 0, "samples": 0}
@@ -110,9 +112,8 @@ def _dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str
             mine, shown = (getattr(heads, part)[0] for heads in (ours[s], theirs[t]))
             mine, shown = mine.repeat_interleave(2 // len(mine), 0), shown.repeat_interleave(4 // len(shown), 0)
             target = torch.einsum("ij,jtd->itd", weights, shown)
-            sums["align"] = sums["align"] + ((mine - target).square().sum((1, 2)) / target.detach().square().sum((1, 2))).mean() / len(
-                pairs
-            )
+            relative = (mine - target).square().sum((1, 2)) / target.detach().square().sum((1, 2))
+            sums["align"] = sums["align"] + relative.mean() / len(pairs)
         q, p = _attention(ours[s], 2), torch.einsum("ij,jmn->imn", weights, _attention(theirs[t], 4))
         weight = _omega(omega, q.shape[-1])
         terms = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log()), 0.0) - p + q

@@ -78,10 +78,8 @@ def make_world(folder: Path) -> World:
     for who, hidden, heads, keys in (("teacher", 64, 4, 2), ("student", 32, 2, 1)):
         tree = json.loads((ROOT / "recipes" / f"demo_{who}_model.json").read_text())
         sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": heads, "num_key_value_heads": keys}
-        tree["text_config"] |= sizes | {
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-        }
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        tree["text_config"] |= sizes | {"head_dim": 16, "rope_parameters": rope}
         tree["vision_config"] |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden}
         (folder / f"{who}.json").write_text(json.dumps(tree))
         write_new_model(folder / f"{who}.json", folder / who, texts, vocabulary=300, image_tokens=1, seed=1)

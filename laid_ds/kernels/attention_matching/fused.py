@@ -85,6 +85,28 @@ def norm_kernel(
 
 
 @triton.jit
+def teacher_rows(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """a [M, N] of teacher head j for the tile of rows from `row` and keys from `n`; 0 where not seen [M, N]."""
+    at = (b * HT + j) * R
+    q = load_tile(query + at * DT, row, R, DT, BLOCK_DT, M)
+    k = load_tile_transposed(key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
+    m = row + tl.arange(0, M)
+    row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
+    return tl.where(seen, tl.exp2(tl.dot(q, k, input_precision="tf32x3") * (scale * LOG2E) - row_lse[:, None]), 0.0)
+
+
+@triton.jit
+def teacher_columns(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The same tile transposed, [N, M]."""
+    at = (b * HT + j) * R
+    k = load_tile(key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
+    q = load_tile_transposed(query + at * DT, row, R, DT, BLOCK_DT, M)
+    m = row + tl.arange(0, M)
+    row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
+    return tl.where(seen, tl.exp2(tl.dot(k, q, input_precision="tf32x3") * (scale * LOG2E) - row_lse[None, :]), 0.0)
+
+
+@triton.jit
 def row_kernel(
     student_query,  # [B, H^s, R, D^s]
     student_key,  # [B, K^s, S, D^s]
@@ -126,6 +148,7 @@ def row_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
+    """A sweep over the keys for loss, c and d pi, then one for d query; a single sweep where c is 0 and d pi not needed."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     i, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = block * M + tl.arange(0, M)
@@ -138,58 +161,54 @@ def row_kernel(
     query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)
     key_base = student_key + (b * KS + i // (HS // KS)) * S * DS
     here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
-    acc = tl.zeros([M, BLOCK_DS], tl.float32)  # sum of omega (q - p) k
-    mean_key = tl.zeros([M, BLOCK_DS], tl.float32)  # sum of q k
+    acc = tl.zeros([M, BLOCK_DS], tl.float32)
     c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     choice = tl.arange(0, MOST_SPARSE_HEADS)
     d_mix = tl.zeros([MOST_SPARSE_HEADS], tl.float32)
+    single: tl.constexpr = KIND == UNIFORM and U == 1
     start, stop = key_range(first, row_last, S, N)
-    for n in range(start, stop, N):
-        keys = n + tl.arange(0, N)
-        key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N)
-        log_q = tl.dot(query, key_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[:, None]
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
-        q = tl.where(visible, tl.exp2(log_q), 0.0)
-        seen = visible & (keys[None, :] >= first_t[:, None])
-        p = tl.zeros([M, N], tl.float32)
-        parts = ()
-        for u in tl.static_range(U):
-            j = tl.load(heads + i * U + u)
-            at_t = (b * HT + j) * R
-            query_t = load_tile(teacher_query + at_t * DT, block * M, R, DT, BLOCK_DT, M)
-            key_u = load_tile_transposed(teacher_key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
-            lse_t = tl.load(teacher_lse + at_t + rows, mask=ok, other=0.0)
-            log_a = tl.dot(query_t, key_u, input_precision="tf32x3") * (teacher_scale * LOG2E) - lse_t[:, None]
-            a = tl.where(seen, tl.exp2(log_a), 0.0)
-            p += tl.load(pi + i * U + u) * a
-            parts = parts + (a,)  # noqa: RUF005 - Triton knows no star
-        weight = row_norm[:, None]
-        if KIND != UNIFORM:
-            there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
-            distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
-            weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
-        g = tl.where(visible, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)  # omega ln(p / q)
-        row_loss += tl.sum(p * g, 1)
-        for u in tl.static_range(U):
-            if U > 1:  # one head's share is 1 whatever its logit
-                d_mix += tl.where(choice == u, tl.sum(g * parts[u]), 0.0)
-        e = weight * (q - p)
-        c += tl.sum(e, 1)
-        if BACKWARD:
-            key = tl.trans(key_t)
-            acc = tl.dot(e.to(key.dtype), key, acc, input_precision="tf32x3")
+    for sweep in tl.static_range(1 if single or not BACKWARD else 2):
+        for n in range(start, stop, N):
+            keys = n + tl.arange(0, N)
+            key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N)
+            log_q = tl.dot(query, key_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[:, None]
+            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
+            q = tl.where(visible, tl.exp2(log_q), 0.0)
+            seen = visible & (keys[None, :] >= first_t[:, None])
+            if U == 1:
+                j = tl.load(heads + i)
+                p = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+            else:
+                p = tl.zeros([M, N], tl.float32)
+                for u in range(U):
+                    j = tl.load(heads + i * U + u)
+                    a = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                    p += tl.load(pi + i * U + u) * a
+            weight = row_norm[:, None]
             if KIND != UNIFORM:
-                mean_key = tl.dot(q.to(key.dtype), key, mean_key, input_precision="tf32x3")
+                there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
+                distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
+                weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
+            d = weight * (q - p)
+            if sweep == 0:
+                g = tl.where(visible, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)  # omega ln(p / q)
+                row_loss += tl.sum(p * g, 1)
+                c += tl.sum(d, 1)
+                if U > 1:  # one head's share is 1 whatever its logit; for more, their tiles are made again rather than kept
+                    for u in range(U):
+                        j = tl.load(heads + i * U + u)
+                        a = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                        d_mix += tl.where(choice == u, tl.sum(g * a), 0.0)
+            if BACKWARD and (single or sweep == 1):
+                if KIND != UNIFORM:
+                    d -= q * c[:, None]
+                acc = tl.dot(d.to(key_t.dtype), tl.trans(key_t), acc, input_precision="tf32x3")
     partial_at = (b * HS + i) * tl.num_programs(0) + block
     tl.store(loss + partial_at, tl.sum(row_loss + c))
     tl.store(d_pi + partial_at * U + choice, d_mix, mask=choice < U)
     tl.store(excess + at + rows, c, mask=ok)
     if BACKWARD:
-        if KIND == UNIFORM:
-            d = acc * student_scale
-        else:
-            d = (acc - c[:, None] * mean_key) * student_scale
-        store_tile(d_query + at * DS, block * M, R, d, DS, BLOCK_DS, M)
+        store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M)
 
 
 @triton.jit
@@ -232,38 +251,38 @@ def column_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    block, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """d key of one block of keys: all rows that see it, of all query heads that read it. Tiles are [N, M]."""
+    block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     keys = block * N + tl.arange(0, N)
-    key_ok = keys < S
-    key_at = (b * KS + g) * S
+    key_at = (b * KS + group) * S
     key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)
-    there = tl.load(positions + b * S + keys, mask=key_ok, other=0)
+    there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
     range_at = (b * tl.num_programs(0) + block) * 2
     start, stop = tl.load(row_range + range_at), tl.load(row_range + range_at + 1)
     acc = tl.zeros([N, BLOCK_DS], tl.float32)
-    for i in range(g * (HS // KS), (g + 1) * (HS // KS)):
+    for i in range(group * (HS // KS), (group + 1) * (HS // KS)):
         at = (b * HS + i) * R
         for m in range(start, stop, M):
             rows = m + tl.arange(0, M)
             ok = rows < R
             first, row_last = load_bounds(student_first, last, b, rows, R)
             first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)
-            weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
             query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M)
             log_q = tl.dot(key, query_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[None, :]
             visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= row_last[None, :])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
             seen = visible & (keys[:, None] >= first_t[None, :])
-            p = tl.zeros([N, M], tl.float32)
-            for u in tl.static_range(U):
-                j = tl.load(heads + i * U + u)
-                at_t = (b * HT + j) * R
-                key_u = load_tile(teacher_key + (b * KT + j // (HT // KT)) * S * DT, block * N, S, DT, BLOCK_DT, N)
-                query_u = load_tile_transposed(teacher_query + at_t * DT, m, R, DT, BLOCK_DT, M)
-                lse_t = tl.load(teacher_lse + at_t + rows, mask=ok, other=0.0)
-                log_a = tl.dot(key_u, query_u, input_precision="tf32x3") * (teacher_scale * LOG2E) - lse_t[None, :]
-                p += tl.load(pi + i * U + u) * tl.where(seen, tl.exp2(log_a), 0.0)
+            if U == 1:
+                j = tl.load(heads + i)
+                p = teacher_columns(teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+            else:
+                p = tl.zeros([N, M], tl.float32)
+                for u in range(U):
+                    j = tl.load(heads + i * U + u)
+                    a = teacher_columns(teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                    p += tl.load(pi + i * U + u) * a
+            weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             if KIND != UNIFORM:
                 here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
                 distance = tl.maximum(here[None, :] - there[:, None], 0).to(tl.float32)
