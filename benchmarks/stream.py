@@ -7,13 +7,9 @@ CPU seconds, not wall time: they hold on a busy machine. Files are in the page c
 
 import argparse
 import io
-import json
-import os
-import platform
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import tracemalloc
@@ -28,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import measure
 from laid_ds.data.images import Pixels, simplejpeg_equals_pil
 from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.order import Packing, global_order, plan_packs
@@ -105,9 +102,9 @@ def reading(dataset: Dataset, folder: Path) -> dict[str, float]:
     shuffled = global_order(0, 0, dataset.shard_sizes).tolist()
     seconds = {
         "cat": cpu_seconds(lambda: subprocess.run(["cat", *paths], stdout=subprocess.DEVNULL, check=True)),
-        "laid_random": cpu_seconds(lambda: _exhaust(map(dataset.parts, shuffled))),
-        "laid_sequential": cpu_seconds(lambda: _exhaust(map(dataset.parts, range(len(dataset))))),
-        "laid_samples": cpu_seconds(lambda: _exhaust(map(dataset.read, shuffled))),
+        "random_order": cpu_seconds(lambda: _exhaust(map(dataset.parts, shuffled))),
+        "sequential": cpu_seconds(lambda: _exhaust(map(dataset.parts, range(len(dataset))))),
+        "whole_samples": cpu_seconds(lambda: _exhaust(map(dataset.read, shuffled))),
         "webdataset": cpu_seconds(lambda: _read_webdataset(paths), rounds=2),
     }
     if wids := _wids(folder):
@@ -193,10 +190,11 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def packing() -> dict[str, Any]:
+def packing() -> dict[str, float]:
     """Fill of packs, and how unequal the work of eight ranks is."""
     lengths = length_mix()
-    result: dict[str, Any] = {"packing_lengths_p50_p95_max": np.percentile(lengths, [50, 95, 100]).round().tolist()}
+    p50, p95, longest = np.percentile(lengths, [50, 95, 100]).tolist()
+    result = {"packing_length_p50": p50, "packing_length_p95": p95, "packing_length_max": longest}
     for name, budget in (("32k", 1 << 15), ("64k", 1 << 16), ("128k", 1 << 17)):
         began = time.process_time()
         packs = plan_packs(0, 0, lengths, Packing(budget))
@@ -208,8 +206,8 @@ def packing() -> dict[str, Any]:
     return result
 
 
-def measure(megabytes: int, decoded_samples: int) -> dict[str, Any]:
-    """Everything, as one flat object."""
+def run(megabytes: int, decoded_samples: int) -> dict[str, float]:
+    """Every figure."""
     workplace = Path(tempfile.mkdtemp(prefix="laid-stream-"))
     try:
         dataset = write_set(workplace / "set", megabytes)
@@ -217,12 +215,11 @@ def measure(megabytes: int, decoded_samples: int) -> dict[str, Any]:
         speed = loading(dataset, min(decoded_samples, len(dataset)))
     finally:
         shutil.rmtree(workplace)
+    ratios = {f"cpu_ratio_{name}_vs_cat": spent / seconds["cat"] for name, spent in seconds.items() if name not in ("cat", "sequential")}
     return {
-        "cpu_ratio_vs_cat": seconds["laid_random"] / seconds["cat"],
-        "cpu_ratio_sequential_vs_cat": seconds["laid_sequential"] / seconds["cat"],
-        "cpu_ratio_whole_samples_vs_cat": seconds["laid_samples"] / seconds["cat"],
-        "cpu_ratio_webdataset_vs_cat": seconds["webdataset"] / seconds["cat"],
-        "cpu_ratio_wids_vs_cat": seconds["wids"] / seconds["cat"] if "wids" in seconds else None,
+        "cpu_ratio_vs_cat": seconds["sequential"] / seconds["cat"],
+        **ratios,
+        "cat_cpu_seconds": seconds["cat"],
         "decode_limit_share": speed["loader_1_worker"] / speed["decoder"],
         "decode_limit_share_2_workers": speed["loader_2_workers"] / speed["decoder"],
         "decode_limit_share_no_workers": speed["loader"] / speed["decoder"],
@@ -230,29 +227,22 @@ def measure(megabytes: int, decoded_samples: int) -> dict[str, Any]:
         "images_per_cpu_second_loader": speed["loader_1_worker"],
         **packing(),
         **ordering(),
-        "cat_cpu_seconds": seconds["cat"],
-        "samples": len(dataset),
         "images": int(dataset.num_images.sum()),
-        "megabytes": sum(shard.num_bytes for shard in dataset.shards) / (1 << 20),
-        "simplejpeg": simplejpeg_equals_pil(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "webdataset")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "simplejpeg": float(simplejpeg_equals_pil()),
     }
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--megabytes", type=int, default=400, help="size of the set (default 400)")
     parser.add_argument("--decoded-samples", type=int, default=100, help="samples that are decoded (default 100)")
-    args = parser.parse_args()
-    result = measure(args.megabytes, args.decoded_samples)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", file=sys.stdout)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = run(arguments.megabytes, arguments.decoded_samples)
+    peers = {name: version(name) for name in ("numpy", "pillow", "webdataset")}
+    measure.append("stream", "cpu", f"megabytes={arguments.megabytes}", figures)
+    measure.show(figures | {"megabytes": arguments.megabytes, "versions": measure.versions() | peers}, arguments.json)
 
 
 if __name__ == "__main__":

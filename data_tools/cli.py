@@ -251,6 +251,7 @@ def plan(
     seed: Seed = 0,
     epoch: Annotated[int, typer.Option(min=0)] = 0,
     shuffle: Annotated[str, typer.Option(help="full, none, or a window in samples.")] = "full",
+    weights: Annotated[str | None, typer.Option(help="Blend the folders: one weight each, as 0.7,0.3.", show_default=False)] = None,
     tokens: Tokens = "estimate",
     json: Json = False,
 ) -> None:
@@ -273,6 +274,7 @@ def plan(
             epoch=epoch,
             shuffle=window,
             tokens=tokens,
+            weights=[float(weight) for weight in weights.split(",")] if weights else None,
         ),
         json,
     )

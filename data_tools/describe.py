@@ -65,11 +65,20 @@ def plan(
     epoch: int,
     shuffle: Shuffle,
     tokens: str,
+    weights: list[float] | None = None,
 ) -> dict[str, Any]:
     """What one epoch will be: steps, fill, balance over ranks, and its first global positions."""
     packing = Packing(budget, group=group, tokens=tokens) if budget else None
     stream = Stream(
-        dataset, micro_batch=micro_batch, rank=0, world_size=world_size, seed=seed, shuffle=shuffle, packing=packing, prepare=list
+        dataset,
+        micro_batch=micro_batch,
+        rank=0,
+        world_size=world_size,
+        seed=seed,
+        shuffle=shuffle,
+        packing=packing,
+        weights=weights,
+        prepare=list,
     )
     slots = stream.epoch_slots(epoch)
     lengths = dataset.token_counts(tokens)
@@ -78,7 +87,7 @@ def plan(
     step = world_size * micro_batch
     room = budget or int(lengths.max())
     return {
-        "samples": len(dataset),
+        "samples": sum(len(slot) for slot in slots),
         "packs" if budget else "slots": len(slots),
         "micro_steps_per_epoch": len(slots) / step,
         "tokens": int(slot_tokens.sum()),

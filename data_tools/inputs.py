@@ -18,7 +18,7 @@ Entry = dict[str, Any]
 
 def entries(path: Path) -> Iterator[Any]:
     """The entries of a JSON list or a JSON-lines file, one at a time: such lists can be larger than memory."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             start = file.read(1)
             while start.isspace():
@@ -27,6 +27,14 @@ def entries(path: Path) -> Iterator[Any]:
             yield from _list_entries(file, path) if start == "[" else _line_entries(file, path)
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _line_entries(file, path: Path) -> Iterator[Any]:

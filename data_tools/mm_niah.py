@@ -114,11 +114,7 @@ def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
     total, correct = np.zeros((2, len(LENGTH_BINS) + 1, DEPTHS))
     strict = 0
     for line in lines:
-        depth = take(line, "placed_depth", (int, float, list))
-        depth = sum(depth) / len(depth) if isinstance(depth, list) and depth else depth
-        if not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
-            raise DataError(f"placed_depth {str(depth)[:40]} is not in [0, 1]")
-        place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(depth, 0.99) / 0.2)
+        place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
         answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
         if counting and isinstance(answer, (str, int)):
             answer = _json_or_none(str(answer))
@@ -127,6 +123,15 @@ def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
         strict += is_exact(answer, response)
     by_length = np.divide(correct, total, out=np.zeros_like(correct), where=total > 0)[1:].mean(1)
     return {"answers": len(lines), "official_by_length": by_length.round(6).tolist(), "strict_accuracy": strict / max(len(lines), 1)}
+
+
+def _depth(line: Entry) -> float:
+    """Where the needle is, or the mean over several."""
+    depths = take(line, "placed_depth", (int, float, list))
+    depths = depths if isinstance(depths, list) else [depths]
+    if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth <= 1 for depth in depths):
+        raise DataError(f"placed_depth {str(depths)[:40]} is not in [0, 1]")
+    return sum(depths) / len(depths)
 
 
 def official(answer: str | int | list, response: str) -> float:
@@ -142,7 +147,8 @@ def official(answer: str | int | list, response: str) -> float:
 def is_exact(answer: str | int | list, response: str) -> bool:
     """The strict rule: the response is the answer, or its letter, and nothing else."""
     if isinstance(answer, int):
-        return plain(response) == chr(ord("a") + answer)
+        letter = plain(response)
+        return len(letter) == 1 and ord(letter) - ord("a") == answer
     if isinstance(answer, list):
         return _json_or_none(response) == answer
     return plain(response) == plain(answer)

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 from typing import Any
 
-from data_tools.inputs import IMAGE_MARK, Entry, ImageRoot, entries, interleave, take, take_strings
+from data_tools.inputs import IMAGE_MARK, Entry, ImageRoot, entries, interleave, read_json, take, take_strings
 from data_tools.mm_niah import is_exact
 from data_tools.visual_haystacks import ANSWERS, plain
 from laid_ds.data.record import DataError, Sample, Turn
@@ -110,13 +110,7 @@ def score_entries(results: list[Entry], rule: str) -> dict[str, float]:
 
 
 def _results(path: Path) -> list[Entry]:
-    if path.suffix == ".jsonl":
-        results = list(entries(path))
-    else:
-        try:
-            results = take(json.loads(path.read_text()), "data", list)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: {error}") from None
+    results = list(entries(path)) if path.suffix == ".jsonl" else take(read_json(path), "data", list)
     if not results:
         raise DataError(f"{path} holds no answers")
     return results

@@ -8,18 +8,29 @@ from typing import Any
 import numpy as np
 
 from data_tools.console import track
-from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.index import DATASET, Dataset, ShardWriter
 from laid_ds.data.order import permutation
+from laid_ds.data.record import DataError
 
 
 def rewrite(
     dataset: Dataset, indices: Sequence[int], out: Path, *, samples_per_shard: int, bytes_per_shard: int, resume: bool = False
 ) -> dict[str, Any]:
     """These samples, in this order, into new shards. Their records and images stay as they are, byte for byte."""
-    with ShardWriter(out, samples_per_shard=samples_per_shard, bytes_per_shard=bytes_per_shard, resume=resume) as writer:
-        for i in track(indices[writer.samples_done :], f"write {out.name}"):
-            writer.write(dataset.read(int(i)))
-    return {"folder": str(out), "shards": len(writer.shards), "samples": writer.samples_done}
+    if not (resume and (out / DATASET).exists()):
+        with ShardWriter(out, samples_per_shard=samples_per_shard, bytes_per_shard=bytes_per_shard, resume=resume) as writer:
+            _refuse_other(dataset, indices, [key for shard in writer.shards for key in shard.keys], out)
+            for i in track(indices[writer.samples_done :], f"write {out.name}"):
+                writer.write(dataset.read(int(i)))
+    written = Dataset.open(out)
+    _refuse_other(dataset, indices, written.keys.astype(str).tolist(), out)
+    return {"folder": str(out), "shards": len(written.shards), "samples": len(written)}
+
+
+def _refuse_other(dataset: Dataset, indices: Sequence[int], keys: list[str], out: Path) -> None:
+    """What an interrupted run left must be the beginning of what is asked for now."""
+    if dataset.keys[np.asarray(indices[: len(keys)], np.int64)].astype(str).tolist() != keys:
+        raise DataError(f"{out} holds other samples than those asked for now")
 
 
 def within(dataset: Dataset, tokens: str, max_tokens: int | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.inputs import Entry, ImageRoot, take, take_strings
+from data_tools.inputs import Entry, ImageRoot, read_json, take, take_strings
 from laid_ds.data.record import DataError, Sample, Turn, describe
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
@@ -105,7 +105,7 @@ def score(folder: Path, seed: int = 0) -> dict[str, Any]:
     groups = sorted(folder.glob("*_images"), key=lambda path: (len(path.name), path.name)) or [folder]
     results = {}
     for group in groups:
-        entries = [json.loads(path.read_text()) for path in sorted(group.glob("*.json"))]
+        entries = [read_json(path) for path in sorted(group.glob("*.json"))]
         if not entries:
             raise DataError(f"{group} holds no results (*.json)")
         results[group.name.removesuffix("_images")] = score_entries(entries, seed)

@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 def train(
     recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = 0,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = None,
     port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved run as JSON, start nothing.")] = False,
 ) -> None:
@@ -40,7 +40,7 @@ def train(
 def init(
     model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    corpus: Annotated[Path, typer.Option(help="Shards whose text trains the tokenizer.")],
+    corpus: Annotated[Path, typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation.")],
     vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer before its special tokens.")] = 400,
     image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
     seed: int = 0,
@@ -50,8 +50,7 @@ def init(
     from laid_ds.models.load import write_new_model
 
     dataset = Dataset.open(corpus)
-    texts = [turn.text for i in range(min(len(dataset), 500)) for turn in dataset.record(i).turns]
-    size = write_new_model(model_config, output, texts, vocabulary, image_tokens, seed)
+    size = write_new_model(model_config, output, [dataset.read(i) for i in range(min(len(dataset), 500))], vocabulary, image_tokens, seed)
     print(f"{output}: {size:,} parameters")
 
 

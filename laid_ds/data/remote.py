@@ -25,7 +25,7 @@ PAUSE_SECONDS = 0.5
 
 
 class RemoteFolder:
-    """A data set's folder at a URL. Several processes may share the cache; its lock is held while a shard comes in."""
+    """A data set's folder at a URL. Several processes may share the cache; one shard comes in at a time."""
 
     max_open = 2
     """Descriptors per process: a file that left the cache takes up room until it is closed."""
@@ -62,7 +62,7 @@ class RemoteFolder:
             return os.open(path, os.O_RDONLY)
 
     def _fetch(self, shard: ShardIndex, path: Path) -> None:
-        part = self.cache / f".part-{shard.name}"
+        part = self.cache / "incoming.part"
         with open(part, "wb") as file:
             num_bytes, sha256 = self._receive(shard.name, file, shard.num_bytes)
         if num_bytes != shard.num_bytes or sha256 != shard.sha256:
@@ -102,11 +102,9 @@ class RemoteFolder:
                 time.sleep(PAUSE_SECONDS * attempt)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the shards that were opened longest ago, and what a killed process left."""
+        """Remove the shards that were opened longest ago."""
         files = sorted(self.cache.glob("*.tar"), key=lambda path: path.stat().st_mtime)
         used = sum(path.stat().st_size for path in files)
-        for leftover in self.cache.glob(".part-*"):
-            leftover.unlink()
         for path in files:
             if used + num_bytes <= self.cache_bytes:
                 return

@@ -1,9 +1,9 @@
-"""Stock folders in: models from `from_pretrained`, sharded while they load under ZeRO-3, and refused when anything is missing."""
+"""Stock folders in: models from `from_pretrained`, sharded while they load under ZeRO-3 and refused when anything is missing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from laid_ds.models.processor import OfflineProcessor, train_processor
+from laid_ds.models.processor import OfflineProcessor, SampleLike, train_processor
 
 
 @contextmanager
@@ -58,12 +58,12 @@ def load_model(path: str | Path, dtype: str = "float32", deepspeed_config: dict[
 
 
 def write_new_model(
-    model_config: str | Path, output: str | Path, texts: Iterable[str], vocabulary: int, image_tokens: int, seed: int
+    model_config: str | Path, output: str | Path, corpus: Sequence[SampleLike], vocabulary: int, image_tokens: int, seed: int
 ) -> int:
     """Write a model with random weights and its processor as an ordinary folder; returns its number of parameters.
 
-    model_config: JSON with the fields of a transformers config (model_type, text_config, vision_config); vocabulary size and special
-    token ids come from the tokenizer trained on `texts`. Raises ValueError for a config that is missing or wrong, or a folder that exists.
+    model_config: JSON with the fields of a transformers config (model_type, text_config, vision_config); the vocabulary, the ids of
+    special tokens and the images' normalisation come from `corpus`. Raises ValueError for a wrong config and for a folder that exists.
     """
     path, output = Path(model_config), Path(output)
     if output.exists():
@@ -73,7 +73,7 @@ def write_new_model(
     try:
         tree = json.loads(path.read_text())
         vision = tree["vision_config"]
-        processor = train_processor(texts, vocabulary, vision["patch_size"], vision["spatial_merge_size"], image_tokens)
+        processor = train_processor(corpus, vocabulary, vision["patch_size"], vision["spatial_merge_size"], image_tokens)
         config = _with_tokens(tree, processor)
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is not a usable model config: {error!r}") from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -65,8 +66,13 @@ def load_processor(path: str | Path) -> OfflineProcessor:
     return processor
 
 
-def train_processor(texts: Iterable[str], vocabulary: int, patch_size: int, merge_size: int, max_image_tokens: int) -> OfflineProcessor:
-    """A processor made without any download: a byte-level BPE tokenizer trained on `texts`, an image processor of the given geometry."""
+def train_processor(
+    corpus: Sequence[SampleLike], vocabulary: int, patch_size: int, merge_size: int, max_image_tokens: int
+) -> OfflineProcessor:
+    """A processor made without any download: a byte-level BPE tokenizer trained on the corpus' text, an image processor of the given
+    geometry that normalises by the mean and deviation of the corpus' images (of at most 500)."""
+    texts = [turn_text(turn) for sample in corpus for turn in sample.turns]
+    images = [image for sample in corpus for image in sample.images][:500]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,10 +86,28 @@ def train_processor(texts: Iterable[str], vocabulary: int, patch_size: int, merg
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     pixels = (patch_size * merge_size) ** 2
+    mean, deviation = _statistics(images)
     image_processor = Qwen2VLImageProcessorPil(
-        min_pixels=pixels, max_pixels=pixels * max_image_tokens, patch_size=patch_size, merge_size=merge_size, temporal_patch_size=2
+        min_pixels=pixels,
+        max_pixels=pixels * max_image_tokens,
+        patch_size=patch_size,
+        merge_size=merge_size,
+        temporal_patch_size=2,
+        image_mean=mean,
+        image_std=deviation,
     )
     return OfflineProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def turn_text(turn: TurnLike) -> str:
+    """The text segments of a turn, joined."""
+    return "".join(segment for segment in turn.segments if isinstance(segment, str))
+
+
+def _statistics(images: Sequence[bytes]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour channel in [0, 1]."""
+    pixels = np.concatenate([np.asarray(_decoded(image), np.float64).reshape(-1, 3) for image in images]) / 255
+    return pixels.mean(0).tolist(), pixels.std(0).tolist()
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:

@@ -151,7 +151,7 @@ def test_a_killed_writer_leaves_only_whole_shards_and_resumes_to_the_same_bytes(
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(whole) == 42
 
-    moments = np.random.default_rng(0)
+    moments, interrupted = np.random.default_rng(0), 0
     for trial in range(20):
         folder = tmp_path / f"killed-{trial}"
         process = start_writer(folder)
@@ -162,6 +162,8 @@ def test_a_killed_writer_leaves_only_whole_shards_and_resumes_to_the_same_bytes(
         process.wait()
         for path in folder.glob("*.tar"):
             assert path.read_bytes() == whole[path.name]
+        interrupted += not (folder / DATASET).exists()
+    assert interrupted > 10
     if not (folder / DATASET).exists():
         start_writer(folder).communicate()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole

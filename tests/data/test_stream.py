@@ -96,6 +96,18 @@ def test_another_data_set_or_order_is_refused(uneven, dataset):
         run(uneven, 1, 1, state, packing=PACKING)
 
 
+@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+def test_a_blend_keeps_every_law(uneven, tmp_path, packing):
+    write_dataset(tmp_path / "more", [make_sample(i, 1) for i in range(100, 109)], samples_per_shard=4)
+    both = Dataset.open([uneven.folders[0].path, tmp_path / "more"])
+    options = {"packing": packing, "weights": [1, 3]}
+    reference, _ = run(both, 1, 6, **options)
+    first, state = run(both, 4, 2, **options)
+    assert first + run(both, 3, 4, state, **options)[0] == reference
+    with pytest.raises(ValueError, match="weights"):
+        run(both, 1, 1, state, packing=packing, weights=[1, 2])
+
+
 def spoil(folder, dataset, i):
     """Flip a byte in the middle of sample `i`."""
     origin = dataset.origin(i)

@@ -79,6 +79,13 @@ def test_plan_counts_steps_and_agrees_with_the_stream(laid_data, folder):
     assert laid_data("plan", folder, "--shuffle", "none", "--json").json["first"][0] == {"position": 0, "key": "sample-00000"}
 
 
+def test_a_blend_is_planned_by_its_weights(laid_data, folder, tmp_path):
+    write_dataset(tmp_path / "more", [make_sample(i, 1) for i in range(100, 115)])
+    plan = laid_data("plan", folder, tmp_path / "more", "--weights", "1,3", "--shuffle", "none", "--json").json
+    assert plan["samples"] == 40
+    assert sum(entry["key"] >= "sample-00100" for entry in plan["first"]) == 3
+
+
 def test_samples_survive_every_rewrite(laid_data, folder, tmp_path):
     def bytes_of(*folders):
         return {sample.key: (sample.turns, sample.images) for sample in Dataset.open([tmp_path / name for name in folders])}
@@ -93,6 +100,9 @@ def test_samples_survive_every_rewrite(laid_data, folder, tmp_path):
         assert bytes_of(name) == whole
         assert laid_data("verify", tmp_path / name).code == 0
     assert Dataset.open(tmp_path / "shuffled").keys.tolist() != Dataset.open(folder).keys.tolist()
+    assert laid_data("reshard", folder, tmp_path / "small", "--resume", "--json").json["samples"] == 25
+    other = laid_data("shuffle", folder, tmp_path / "small", "--resume")
+    assert (other.code, "holds other samples" in other.err) == (2, True)
     short = laid_data("reshard", folder, tmp_path / "short", "--max-tokens", 15, "--json").json
     assert short["samples"] + short["left_out"] == 25
     assert Dataset.open(tmp_path / "short").lengths.max() <= 15
@@ -140,6 +150,7 @@ BAD = {
     "same set twice": (["merge", "{tmp}/set", "{tmp}/set", "--out", "{tmp}/new"], "the key is also in shard"),
     "budget too small": (["plan", "{tmp}/set", "--budget", "10"], "does not fit a budget of 10"),
     "shuffle": (["plan", "{tmp}/set", "--shuffle", "some"], "shuffle 'some' is neither"),
+    "weights": (["plan", "{tmp}/set", "--weights", "1,2"], "2 weights for 1 sources"),
     "token counts": (["stats", "{tmp}/set", "--tokens", "fp"], "no token counts named 'fp'"),
     "no results": (["score", "vhs", "{tmp}/none"], "does not exist"),
     "unknown format": (["build", "csv", "x", "y", "--images", "z"], "csv"),

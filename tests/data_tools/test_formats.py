@@ -1,9 +1,12 @@
 """Laws of importers: field by field in and out again; any other input is one documented error; no name leads out of the image root."""
 
+import contextlib
 import io
 import json
 import struct
 import zlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools import build as building
-from data_tools import mm_niah, visual_haystacks
+from data_tools import mm_niah, mmlongbench, visual_haystacks
 from data_tools.build import FORMATS, Build
 from data_tools.inputs import ImageRoot, entries, interleave
 from laid_ds.data.index import DATASET, Dataset
@@ -101,16 +104,18 @@ LONGBENCH_NIAH = {
     "needle_image_list": ["p0.jpg"],
     "answer": 0,
 }
-EXAMPLES = {
-    "llava": LLAVA,
-    "sharegpt": SHAREGPT,
-    "obelics": OBELICS,
-    "mmc4": MMC4,
-    "folder": FOLDER,
-    "vhs": VHS,
-    "mm-niah": NIAH,
-    "mmlongbench": LONGBENCH,
-}
+EXAMPLES = [
+    ("llava", LLAVA),
+    ("llava", MIRAGE),
+    ("sharegpt", SHAREGPT),
+    ("obelics", OBELICS),
+    ("mmc4", MMC4),
+    ("folder", FOLDER),
+    ("vhs", VHS),
+    ("mm-niah", NIAH),
+    ("mmlongbench", LONGBENCH),
+    ("mmlongbench", LONGBENCH_NIAH),
+]
 
 
 def read(format: str, entry, pictures):
@@ -220,6 +225,14 @@ def test_any_set_with_such_questions_becomes_a_benchmark(tmp_path, pictures, for
     assert answer.text == {"vhs": "no", "mm-niah": "B"}[format]
 
 
+def test_an_export_never_writes_outside_its_folder(tmp_path, pictures):
+    sample = visual_haystacks.read_entry(VHS, "key", ImageRoot(pictures))
+    hostile = replace(sample, meta={**sample.meta, "image_paths": ["../../p0.jpg", "/p1.jpg", "p2.jpg", "p3.jpg"]})
+    with pytest.raises(DataError, match="leads out"):
+        visual_haystacks.write_files([hostile], tmp_path / "out")
+    assert not (tmp_path / "p0.jpg").exists()
+
+
 # --- hostile input ----------------------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(
@@ -241,11 +254,11 @@ def changed(entry, draw):
     return draw(VALUE)
 
 
-@pytest.mark.parametrize("format", EXAMPLES)
+@pytest.mark.parametrize("format, example", EXAMPLES)
 @given(data=st.data())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_entry_is_read_or_refused(pictures, format, data):
-    entry = changed(EXAMPLES[format], data.draw)
+def test_any_entry_is_read_or_refused(pictures, format, example, data):
+    entry = changed(example, data.draw)
     try:
         sample = read(format, entry, pictures)
         encode(sample)
@@ -305,6 +318,23 @@ def test_any_file_of_entries_is_read_as_json_reads_it_or_refused(tmp_path, text)
         assert found == json.loads(text)
     else:
         assert found == [json.loads(line) for line in io.StringIO(text) if line.strip()]
+
+
+RESULTS = [
+    (visual_haystacks.score_entries, {"conversations": [{"value": "?"}, {"value": "yes"}], "result": {"response": "no"}}),
+    (visual_haystacks.score_entries, {"conversations": [{"value": "?"}, {"value": "yes"}], "response": ["no", "yes"]}),
+    (mm_niah.score_lines, {"context_length": 1500, "placed_depth": [0.5], "answer": [1], "response": "[1]"}),
+    (partial(mm_niah.score_lines, counting=True), {"context_length": 1500, "placed_depth": 1, "answer": "[1]", "response": "[1]"}),
+    *((partial(mmlongbench.score_entries, rule=rule), {"answer": 1, "output": "B"}) for rule in ("binary", "sum", "letter", "contains")),
+]
+
+
+@pytest.mark.parametrize("score, result", RESULTS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_result_is_scored_or_refused(score, result, data):
+    with contextlib.suppress(DataError):
+        score([changed(result, data.draw)])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

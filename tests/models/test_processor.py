@@ -88,8 +88,8 @@ def test_an_unreadable_image_is_a_sentence(processor):
         Renderer(processor)(Sample("k", turns, images=(b"oops",)))
 
 
-def test_different_tokenizers_are_refused(processor):
-    other = train_processor(["entirely different words here, and here"], 270, 16, 2, 1)
+def test_different_tokenizers_are_refused(processor, sample):
+    other = train_processor([Sample("k", (Turn("user", ("entirely different words",)),), images=sample.images)], 270, 16, 2, 1)
     assert check_same_tokenizer(processor, processor) == len(processor.tokenizer)
     with pytest.raises(ValueError, match="the tokenizers differ in"):
         check_same_tokenizer(processor, other)

@@ -74,7 +74,7 @@ def make_world(folder: Path) -> World:
         for sample in haystacks("train", 12, 6, 3, ("colour",), seed=0, num_scenes=576):
             writer.write(sample)
     dataset = Dataset.open(folder / "shards")
-    texts = [turn.text for i in range(len(dataset)) for turn in dataset.record(i).turns]
+    corpus = [dataset.read(i) for i in range(len(dataset))]
     for who, hidden, heads, keys in (("teacher", 64, 4, 2), ("student", 32, 2, 1)):
         tree = json.loads((ROOT / "recipes" / f"demo_{who}_model.json").read_text())
         sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": heads, "num_key_value_heads": keys}
@@ -82,5 +82,5 @@ def make_world(folder: Path) -> World:
         tree["text_config"] |= sizes | {"head_dim": 16, "rope_parameters": rope}
         tree["vision_config"] |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": hidden}
         (folder / f"{who}.json").write_text(json.dumps(tree))
-        write_new_model(folder / f"{who}.json", folder / who, texts, vocabulary=300, image_tokens=1, seed=1)
+        write_new_model(folder / f"{who}.json", folder / who, corpus, vocabulary=300, image_tokens=1, seed=1)
     return World(folder)

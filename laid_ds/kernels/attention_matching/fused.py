@@ -138,10 +138,13 @@ def row_kernel(
     KS,
     HT,
     KT,
+    U,
     DS: tl.constexpr,
     DT: tl.constexpr,
-    U: tl.constexpr,
+    ONE: tl.constexpr,  # U is 1
     KIND: tl.constexpr,
+    NARROW: tl.constexpr,  # the teacher sees less than the student
+    POSITIONS: tl.constexpr,  # distances are those of positions, else of tokens
     BACKWARD: tl.constexpr,
     BLOCK_DS: tl.constexpr,
     BLOCK_DT: tl.constexpr,
@@ -154,18 +157,18 @@ def row_kernel(
     rows = block * M + tl.arange(0, M)
     ok = rows < R
     first, row_last = load_bounds(student_first, last, b, rows, R)
-    first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)
+    first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647) if NARROW else first
     row_norm = tl.load(norm + b * R + rows, mask=ok, other=0.0)
     at = (b * HS + i) * R
     lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
     query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)
     key_base = student_key + (b * KS + i // (HS // KS)) * S * DS
-    here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
+    here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
     acc = tl.zeros([M, BLOCK_DS], tl.float32)
     c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     choice = tl.arange(0, MOST_SPARSE_HEADS)
     d_mix = tl.zeros([MOST_SPARSE_HEADS], tl.float32)
-    single: tl.constexpr = KIND == UNIFORM and U == 1
+    single: tl.constexpr = KIND == UNIFORM and ONE
     start, stop = key_range(first, row_last, S, N)
     for sweep in tl.static_range(1 if single or not BACKWARD else 2):
         for n in range(start, stop, N):
@@ -174,8 +177,8 @@ def row_kernel(
             log_q = tl.dot(query, key_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[:, None]
             visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
-            seen = visible & (keys[None, :] >= first_t[:, None])
-            if U == 1:
+            seen = visible & (keys[None, :] >= first_t[:, None]) if NARROW else visible
+            if ONE:
                 j = tl.load(heads + i)
                 p = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
             else:
@@ -186,7 +189,7 @@ def row_kernel(
                     p += tl.load(pi + i * U + u) * a
             weight = row_norm[:, None]
             if KIND != UNIFORM:
-                there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
+                there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
                 distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
                 weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
             d = weight * (q - p)
@@ -194,7 +197,7 @@ def row_kernel(
                 g = tl.where(visible, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)  # omega ln(p / q)
                 row_loss += tl.sum(p * g, 1)
                 c += tl.sum(d, 1)
-                if U > 1:  # one head's share is 1 whatever its logit; for more, their tiles are made again rather than kept
+                if not ONE:  # one head's share is 1 whatever its logit; for more, their tiles are made again rather than kept
                     for u in range(U):
                         j = tl.load(heads + i * U + u)
                         a = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
@@ -242,10 +245,13 @@ def column_kernel(
     KS,
     HT,
     KT,
+    U,
     DS: tl.constexpr,
     DT: tl.constexpr,
-    U: tl.constexpr,
+    ONE: tl.constexpr,  # U is 1
     KIND: tl.constexpr,
+    NARROW: tl.constexpr,
+    POSITIONS: tl.constexpr,
     BLOCK_DS: tl.constexpr,
     BLOCK_DT: tl.constexpr,
     M: tl.constexpr,
@@ -256,7 +262,7 @@ def column_kernel(
     keys = block * N + tl.arange(0, N)
     key_at = (b * KS + group) * S
     key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)
-    there = tl.load(positions + b * S + keys, mask=keys < S, other=0)
+    there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
     range_at = (b * tl.num_programs(0) + block) * 2
     start, stop = tl.load(row_range + range_at), tl.load(row_range + range_at + 1)
     acc = tl.zeros([N, BLOCK_DS], tl.float32)
@@ -266,14 +272,15 @@ def column_kernel(
             rows = m + tl.arange(0, M)
             ok = rows < R
             first, row_last = load_bounds(student_first, last, b, rows, R)
-            first_t = tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)
             lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
             query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M)
             log_q = tl.dot(key, query_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[None, :]
             visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= row_last[None, :])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
-            seen = visible & (keys[:, None] >= first_t[None, :])
-            if U == 1:
+            seen = visible
+            if NARROW:
+                seen &= keys[:, None] >= tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)[None, :]
+            if ONE:
                 j = tl.load(heads + i)
                 p = teacher_columns(teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
             else:
@@ -284,7 +291,7 @@ def column_kernel(
                     p += tl.load(pi + i * U + u) * a
             weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             if KIND != UNIFORM:
-                here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0)
+                here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
                 distance = tl.maximum(here[None, :] - there[:, None], 0).to(tl.float32)
                 weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
             d = weight * (q - p)
@@ -447,7 +454,8 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= dict(zip(("gamma", "frontier", "inv_width", "inv_delta_0", "alpha"), _omega_numbers(problem), strict=True))
     x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys}
     x |= {"HS": heads, "KS": key_heads, "HT": teacher_heads, "KT": teacher_key_heads}
-    x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind), "excess": new(batch, heads, rows)}
+    x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "ONE": choice.shape[1] == 1, "KIND": KINDS.index(problem.omega.kind), "excess": new(batch, heads, rows)}
+    x |= {"NARROW": not torch.equal(problem.student.first, problem.teacher.first), "POSITIONS": problem.positions is not None}
 
     options = row_options(size, teacher_size, choice.shape[1])
     blocks = triton.cdiv(rows, options["M"])

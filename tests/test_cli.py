@@ -1,0 +1,114 @@
+"""What a person who makes a mistake sees: one sentence, a non-zero status, no traceback, nothing destroyed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+
+from laid_ds import cli
+
+
+@pytest.fixture
+def recipe(world, tmp_path):
+    run = world.run(tmp_path / "run", data={"shards": [tmp_path / "shards"]})
+    shutil.copytree(world.shards, tmp_path / "shards")
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(json.loads(run.model_dump_json(exclude_none=True))))
+    return path
+
+
+def refused(capsys, *words) -> str:
+    """The one sentence on stderr of a command that must fail with status 2."""
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main([str(word) for word in words])
+    assert exit_status.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("laid: ")
+    assert "Traceback" not in said
+    return said
+
+
+def test_the_dry_run_prints_the_resolved_run_and_starts_nothing(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["train", str(recipe), "--dry-run"])
+    assert exit_status.value.code == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'"),
+        ("student.path=nowhere", "nowhere holds no processor"),
+        ("student.deepspeed=nowhere.json", "no DeepSpeed config at nowhere.json"),
+        ("align.pairs=[[0, 9]]", "align.pairs: [0, 9] does not exist"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_starts(recipe, tmp_path, capsys, override, sentence):
+    assert sentence in refused(capsys, "train", recipe, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe(tmp_path, capsys):
+    assert "no recipe at" in refused(capsys, "train", tmp_path / "none.toml")
+
+
+def test_missing_and_truncated_shards(recipe, tmp_path, capsys):
+    shard = sorted((tmp_path / "shards").glob("*.tar"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-700])
+    assert shard.name in refused(capsys, "train", recipe)
+    shard.unlink()
+    assert shard.name in refused(capsys, "train", recipe)
+    shutil.rmtree(tmp_path / "shards")
+    assert "shards" in refused(capsys, "train", recipe)
+
+
+def test_engine_files_may_not_decide_what_the_recipe_decides(recipe, tmp_path, capsys):
+    path = tmp_path / "engine.json"
+    path.write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}')
+    said = refused(capsys, "train", recipe, f"student.deepspeed={path}")
+    assert "'gradient_clipping', which belongs to the recipe (optimizer.clip)" in said
+
+
+def test_a_finished_run_and_foreign_files_are_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "is not empty and holds no run" in refused(capsys, "train", recipe)
+    (tmp_path / "run" / "done.json").write_text("{}")
+    assert "holds a finished run" in refused(capsys, "train", recipe)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_port_in_use_and_a_missing_launcher(recipe):
+    def rank(**environment):
+        command = [sys.executable, "-m", "laid_ds.train", str(recipe)]
+        clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        return subprocess.run(command, env=clean | environment, capture_output=True, text=True)
+
+    alone = rank()
+    assert alone.returncode == 2
+    assert "no launcher: RANK, WORLD_SIZE, LOCAL_RANK" in alone.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        clash = rank(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+    assert clash.returncode == 2
+    assert f"cannot meet at 127.0.0.1:{port}" in clash.stderr
+    assert "Traceback" not in clash.stderr
+
+
+def test_export_eval_and_report_without_their_input(tmp_path, capsys):
+    assert "no run at" in refused(capsys, "export", tmp_path, tmp_path / "out")
+    assert "no results at" in refused(capsys, "report", tmp_path)
+    assert "NAME=FOLDER" in refused(capsys, "eval", tmp_path, "model", "--out", tmp_path / "e.json")
+    assert "--sizes" in refused(capsys, "eval", tmp_path, "a=b", "--out", tmp_path / "e.json", "--sizes", "1,x")
