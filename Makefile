@@ -23,24 +23,30 @@ $(BIN)/laid: pyproject.toml constraints.txt
 # Each step's product is a file, so an interrupted demo goes on where it stopped.
 demo: install $(DEMO)/report.html
 
-DATA := $(DEMO)/train/dataset.json $(DEMO)/test/dataset.json
 MODELS := teacher student sft kl+sft laid
+SETS := captions short long test
+ARGUMENTS_captions := --samples 700 --images 1 --questions 1 --ask caption
+ARGUMENTS_short := --samples 2048 --images 12 --questions 8 --seed 1
+ARGUMENTS_long := --samples 320 --images 96 --questions 8 --seed 2
+ARGUMENTS_test := --split test --samples 64 --images 256 --questions 4
 
-$(DEMO)/train/dataset.json: | $(BIN)/laid
+$(SETS:%=$(DEMO)/%/dataset.json): $(DEMO)/%/dataset.json: | $(BIN)/laid
 	rm -rf $(@D)
-	$(BIN)/laid-data synth haystack $(@D) --split train --samples 512 --images 96 --questions 6
+	$(BIN)/laid-data synth haystack $(@D) $(ARGUMENTS_$*)
 
-$(DEMO)/test/dataset.json: | $(BIN)/laid
+$(DEMO)/models/%-start/config.json: recipes/demo_%_model.json $(DEMO)/captions/dataset.json $(DEMO)/short/dataset.json
 	rm -rf $(@D)
-	$(BIN)/laid-data synth haystack $(@D) --split test --samples 64 --images 256 --questions 4
+	$(BIN)/laid init $< $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short --seed 1
 
-$(DEMO)/models/%-start/config.json: recipes/demo_%_model.json $(DEMO)/train/dataset.json
-	rm -rf $(@D)
-	$(BIN)/laid init $< $(@D) --corpus $(DEMO)/train --seed 1
+# Pretraining is the same command without a teacher: the teacher on windows that grow to 96 images, the student on at most 6.
+$(DEMO)/teacher-short/done.json: $(DEMO)/models/teacher-start/config.json
+	$(BIN)/laid train recipes/demo_teacher.toml --ranks $(RANKS)
 
-# Pretraining is the same command without a teacher.
-$(DEMO)/teacher/done.json $(DEMO)/student/done.json: $(DEMO)/%/done.json: $(DEMO)/models/%-start/config.json
-	$(BIN)/laid train recipes/demo_$*.toml --ranks $(RANKS)
+$(DEMO)/teacher/done.json: $(DEMO)/models/teacher-short/config.json $(DEMO)/long/dataset.json
+	$(BIN)/laid train recipes/demo_teacher_long.toml --ranks $(RANKS)
+
+$(DEMO)/student/done.json: $(DEMO)/models/student-start/config.json
+	$(BIN)/laid train recipes/demo_student.toml --ranks $(RANKS)
 
 # One recipe, three runs: all of LAid, and the two baselines that leave parts of it out.
 $(DEMO)/laid/done.json $(DEMO)/kl+sft/done.json $(DEMO)/sft/done.json: $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json

@@ -23,26 +23,32 @@ from triton.backends.compiler import GPUTarget
 
 from laid_ds.kernels import tiles
 from laid_ds.kernels.attention_matching import fused
+from laid_ds.kernels.attention_profile import fused as profile
 
 REPORT = Path(__file__).with_name("fused_resources.json")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA programming guide, compute capabilities
 POINTERS = {"heads": "i32", "student_first": "i32", "teacher_first": "i32", "first": "i32", "last": "i32", "positions": "i32"}
 POINTERS |= {name: "fp32" for name in ("pi", "student_lse", "teacher_lse", "lse", "norm", "weight", "excess", "loss", "d_pi")}
 POINTERS |= {name: "bf16" for name in ("student_query", "student_key", "teacher_query", "teacher_key", "query", "key")}
+POINTERS |= {"edges": "i32", "marked": "i8", "planes": "i32"} | {name: "fp32" for name in ("entropy", "mass", "pairs", "response")}
 POINTERS |= {"d_query": "bf16", "d_key": "bf16", "d_scores": "bf16", "teacher_scores": "fp32", "student_scores": "fp32", "row_range": "i32"}
 FLOATS = ("student_scale", "teacher_scale", "scale", "gamma", "frontier", "inv_width", "inv_delta_0", "alpha")
 
 
-def cases(dims: list[int]) -> Iterator[tuple[str, object, dict]]:
-    """(name, kernel, compile-time values and launch options) of everything a training step may launch."""
+def cases(dims: list[int], chip: int) -> Iterator[tuple[str, object, dict]]:
+    """(name, kernel, compile-time values and launch options) of everything that may be launched on a chip."""
     for dim in dims:
         yield f"lse D={dim}", tiles.lse_kernel, {"D": dim} | tiles.lse_options(dim)
-        for kind in (0, 1, 2):
-            for heads in (1, 2, 4):
-                common = {"DS": dim, "DT": dim, "U": heads, "KIND": kind}
-                label = f"D={dim} heads={heads} omega={fused.KINDS[kind]}"
-                yield f"row {label}", fused.row_kernel, common | {"BACKWARD": True} | fused.row_options(dim, dim, heads)
-                yield f"column {label}", fused.column_kernel, common | fused.column_options(dim, dim, heads)
+        values = {"D": dim} | profile.profile_options(dim, 20)
+        yield f"profile D={dim}", profile.profile_kernel, values
+        yield f"plane D={dim}", profile.plane_kernel, {"D": dim} | profile.PLANE_OPTIONS
+        for kind in (0, 1, 2) if dim <= fused.WIDEST_SPARSE_DIM else ():
+            for plain, mask in ((True, False), (False, False), (False, True)):
+                values = {"DS": dim, "DT": dim, "KIND": kind, "NARROW": mask, "POSITIONS": mask}
+                label = f"D={dim} omega={fused.KINDS[kind]} {'one head' if plain else 'positions and windows' if mask else 'many heads'}"
+                row, column = (fused.tile_options(table, chip, dim, dim, plain) for table in (fused.ROW_TILES, fused.COLUMN_TILES))
+                yield f"row {label}", fused.row_kernel, values | {"BACKWARD": True} | row
+                yield f"column {label}", fused.column_kernel, values | column
     for kind in (0, 1, 2):
         for student, teacher in ((28, 40), (16, 40)):
             name = f"mix H={student} and {teacher} omega={fused.KINDS[kind]}"
@@ -56,7 +62,9 @@ def resources(kernel: object, values: dict, chip: int) -> dict[str, int]:
     options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
     constants = {name: value for name, value in values.items() if name not in options}
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else f"*{POINTERS[n]}" if n in POINTERS else "fp32" if n in FLOATS else "i32" for n in names}
+    signature = {
+        n: "constexpr" if n in constants else f"*{POINTERS[n]}" if n in POINTERS else "fp32" if n in FLOATS else "i32" for n in names
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS or n == "n"}
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -79,7 +87,7 @@ def resources(kernel: object, values: dict, chip: int) -> dict[str, int]:
 
 def fingerprint() -> str:
     """Changes with the kernels' sources."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (tiles, fused))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (tiles, fused, profile))
     return hashlib.sha256(sources).hexdigest()[:16]
 
 
@@ -91,9 +99,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     arguments = parser.parse_args()
     report = {}
-    for name, kernel, values in cases(arguments.dims):
-        if name.startswith(arguments.only):
-            for chip in arguments.chips:
+    for chip in arguments.chips:
+        for name, kernel, values in cases(arguments.dims, chip):
+            if name.startswith(arguments.only):
                 report[f"{name} sm_{chip}"] = figures = resources(kernel, values, chip)
                 if not arguments.json:
                     print(f"{name} sm_{chip}", figures, flush=True)

@@ -35,9 +35,6 @@ ROUNDS = 9
 PIXELS = Pixels()
 
 
-# --- data ------------------------------------------------------------------------------------------------------------------
-
-
 def photographs(count: int) -> list[bytes]:
     """JPEGs of 224 to 448 pixels a side whose spectrum falls like that of photographs."""
     rng = np.random.default_rng(0)
@@ -75,9 +72,6 @@ def length_mix(count: int = 20_000) -> np.ndarray:
     rng = np.random.default_rng(2)
     images = np.clip(rng.lognormal(np.log(37), 0.71, count), 1, 150).astype(int)
     return np.array([int(rng.integers(64, 257, n).sum()) for n in images])
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------------------
 
 
 def cpu_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:

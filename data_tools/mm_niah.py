@@ -23,9 +23,6 @@ DEPTHS = 5
 TASKS = 6
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------
-
-
 def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     """One line, with the benchmark's own prompt."""
     names, meta = take_strings(entry, "images_list"), take(entry, "meta", dict)
@@ -94,9 +91,6 @@ def _entries_of(sample: Sample, names: list[str], first_id: int) -> Iterable[Ent
         }
 
 
-# --- scores ------------------------------------------------------------------------------------------------------------------
-
-
 def score(folder: Path) -> dict[str, Any]:
     """Each file `{model}_{task}.jsonl`: scores by context length as the benchmark bins them, and the strict share of exact answers."""
     files = sorted(folder.glob("*.jsonl"))
@@ -117,7 +111,7 @@ def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
         place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
         answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
         if counting and isinstance(answer, (str, int)):
-            answer = _json_or_none(str(answer))
+            answer = take({"answer": _json_or_none(str(answer))}, "answer", (int, list))
         total[place] += 1
         correct[place] += official(answer, response)
         strict += is_exact(answer, response)
@@ -178,8 +172,6 @@ def _json_or_none(text: str) -> Any:
     except (ValueError, RecursionError):
         return None
 
-
-# --- the normal form of visual question answering ------------------------------------------------------------------------------------
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"

@@ -71,9 +71,6 @@ def _sample(
     return Sample(key, turns, images, "MMLongBench", meta={"mmlongbench": entry, "image_paths": names})
 
 
-# --- scores ------------------------------------------------------------------------------------------------------------------
-
-
 def score(path: Path) -> dict[str, Any]:
     """Each results file: `{"data": [{output, answer}]}` or JSON lines of the same. The task is in the file's name."""
     files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
@@ -61,8 +61,7 @@ def _tiles(sample: Sample) -> list[Image.Image]:
     tiles = []
     for index, data in enumerate(sample.images):
         tile = Image.new("RGB", (TILE, TILE + CAPTION), "white")
-        picture = Pixels().decode(data)
-        picture.thumbnail((TILE - 6, TILE - 6))
+        picture = ImageOps.contain(Pixels().decode(data), (TILE - 6, TILE - 6))
         tile.paste(picture, (3, 3))
         draw = ImageDraw.Draw(tile)
         if index in needles:

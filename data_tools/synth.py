@@ -6,6 +6,7 @@ haystack; no other object of the haystack is of that kind.
 
     colour   "What colour is the other shape in the image with the red circle?"   8 answers, chance 12.5 %
     yes-no   "For the image with the red circle, is there a blue triangle?"       chance 50 %; a "no" asks for an object of another image
+    caption  "What is in the image?"  "red circle and blue triangle": for samples of one image, to learn to read before learning to find
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import typer
@@ -35,7 +36,7 @@ MARGIN = 1.15  # of a cut-out around its object
 FOREGROUND = 60  # summed channel difference to the background above which a pixel belongs to the object
 
 Kind = tuple[str, str]
-Question = Literal["colour", "yes-no"]
+Question = Literal["colour", "yes-no", "caption"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def _question(rng: random.Random, ask: Question, shown: list[Scene], needle: int
     """(text, answer, choices) about the image at `needle`."""
     scene = shown[needle]
     anchor = " ".join(scene.anchor)
+    if ask == "caption":
+        return "What is in the image?", f"{anchor} and {' '.join(scene.target)}", ()
     if ask == "colour":
         return f"What colour is the other shape in the image with the {anchor}?", scene.target[0], COLOURS
     elsewhere = [other.target for other in shown if other.target != scene.target]
@@ -162,6 +165,8 @@ def haystacks(
     most = min(images, 2 * len(COLOURS))
     if not 1 <= questions <= most:
         raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {most} questions")
+    if "caption" in ask and images > 1:
+        raise ValueError(f"--ask caption is for samples of one image, not {images}")
     if num_scenes < len(KINDS) ** 2:
         raise ValueError(f"--scenes {num_scenes}: every anchor needs a scene with every target, {len(KINDS) ** 2} in all")
     library = scenes(split, num_scenes, seed)
@@ -184,15 +189,15 @@ def haystack_command(
     samples: Annotated[int, typer.Option(min=1)] = 512,
     images: Annotated[int, typer.Option(min=1, help="Images in each haystack; windows are drawn from them.")] = 64,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack, as turns.")] = 6,
-    ask: Annotated[list[str] | None, typer.Option(help="colour (8 answers) and/or yes-no; default colour.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(help="colour (8 answers), yes-no, caption; may be given twice; default colour.")] = None,
     num_scenes: Annotated[int, typer.Option("--scenes", help="Distinct scenes to draw from.")] = 2304,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Visual-Haystacks-like samples from the pictures of the easy-vqa package."""
     asks = tuple(ask or ["colour"])
-    if split not in ("train", "test") or not set(asks) <= {"colour", "yes-no"}:
-        raise ValueError(f"--split {split} --ask {list(asks)}: splits are train and test, questions are colour and yes-no")
+    if split not in ("train", "test") or not set(asks) <= set(get_args(Question)):
+        raise ValueError(f"--split {split} --ask {list(asks)}: splits are train and test, questions are {', '.join(get_args(Question))}")
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
     made = haystacks(split, samples, images, questions, asks, seed, num_scenes)

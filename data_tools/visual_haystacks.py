@@ -21,9 +21,6 @@ ANSWERS = ("yes", "no")
 RESAMPLES = 100
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------
-
-
 def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth: float | None = None) -> Sample:
     """One entry. `depth` in [0, 1] puts the needle there (single-needle entries); without it all images are shuffled."""
     said = take(entry, "conversations", list)
@@ -95,9 +92,6 @@ def write_images(sample: Sample, folder: Path) -> list[str]:
         path.write_bytes(image)
         names.append(name)
     return names
-
-
-# --- scores ------------------------------------------------------------------------------------------------------------------
 
 
 def score(folder: Path, seed: int = 0) -> dict[str, Any]:

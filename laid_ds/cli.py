@@ -40,7 +40,7 @@ def train(
 def init(
     model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    corpus: Annotated[Path, typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation.")],
+    corpus: Annotated[list[Path], typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation; may be given more than once.")],
     vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer before its special tokens.")] = 400,
     image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
     seed: int = 0,
@@ -49,8 +49,8 @@ def init(
     from laid_ds.data.index import Dataset
     from laid_ds.models.load import write_new_model
 
-    dataset = Dataset.open(corpus)
-    size = write_new_model(model_config, output, [dataset.read(i) for i in range(min(len(dataset), 500))], vocabulary, image_tokens, seed)
+    samples = [dataset.read(i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
+    size = write_new_model(model_config, output, samples, vocabulary, image_tokens, seed)
     print(f"{output}: {size:,} parameters")
 
 

@@ -16,11 +16,10 @@ def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[
     """A window of `images` images that asks at most `questions` of the sample's questions (all when None).
 
     Which questions, which other images, and the order of all images follow from `seed` alone. Asks fewer questions when their needles
-    would not fit. Raises ValueError when the sample has fewer than `images` images.
+    would not fit. A sample with fewer images gives all it has.
     """
     total = len(sample.images)
-    if images > total:
-        raise ValueError(f"sample {sample.key} has {total} images; a window of {images} was asked for")
+    images = min(images, total)
     rng = random.Random(repr(seed))
     asked = _questions(sample, images, questions, rng)
     needed = {needle for turn in asked for needle in sample.turns[turn].needles}

@@ -43,9 +43,6 @@ MAX_OPEN_SHARDS = 128
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 
 
-# --- tar members ------------------------------------------------------------------------------------------------------------------
-
-
 def tar_header(name: str, num_bytes: int, crc32: int) -> bytes:
     """The one header this project writes for a member. The owner's name carries the data's crc32, so a shard checks itself."""
     header = bytearray(BLOCK)
@@ -102,9 +99,6 @@ def split_sample(packed: bytes) -> list[memoryview]:
         place = start + num_bytes + -num_bytes % BLOCK
         parts.append(view[start : start + num_bytes])
     return parts
-
-
-# --- the index ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -196,9 +190,6 @@ def read_index(index: bytes, dataset: bytes, where: str) -> list[ShardIndex]:
     if not intact:
         raise DataError(f"{where}: {INDEX} and {DATASET} do not agree; `laid-data index` makes them anew from the shards")
     return shards
-
-
-# --- writing ------------------------------------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -325,9 +316,6 @@ class ShardWriter:
         for shard in shards:
             check_size(self.folder / shard.name, shard)
         return shards
-
-
-# --- reading ------------------------------------------------------------------------------------------------------------------
 
 
 def check_size(path: Path, shard: ShardIndex) -> None:

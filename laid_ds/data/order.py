@@ -47,9 +47,6 @@ def _window_order(seed: int, epoch: int, sizes: np.ndarray, window: int) -> np.n
     return in_shard_order[np.lexsort((random_bits(seed, epoch, 2, len(in_shard_order)), windows))]
 
 
-# --- several sources ------------------------------------------------------------------------------------------------------------
-
-
 def blend_counts(weights: Sequence[float], total: int) -> np.ndarray:
     """Samples that each source gives to an epoch of `total`: proportional to the weights, exact in sum. int64 [sources]"""
     shares = np.asarray(weights, np.float64)
@@ -99,9 +96,6 @@ def endless_order(seed: int, first: int, stop: int, shard_sizes: Sequence[int], 
     epochs = range(first // size, (stop - 1) // size + 1)
     laid_out = np.concatenate([global_order(seed, epoch, shard_sizes, shuffle) for epoch in epochs])
     return laid_out[first - epochs[0] * size : stop - epochs[0] * size]
-
-
-# --- packs ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,6 @@ class _Reader:
         raise DataError(f"{error}; {MAX_REPLACEMENTS} samples drawn to take its place are bad as well")
 
 
-# --- from the workers to the trainer --------------------------------------------------------------------------------------------
 # Tensors travel in slabs of shared memory that are used again and again: fresh shared memory, PyTorch's way, costs about 30 times as much
 # (each page must be made, cleared and mapped), as much as decoding the images, and it lives in /dev/shm, which containers keep small.
 

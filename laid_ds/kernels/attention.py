@@ -13,9 +13,10 @@ from laid_ds.kernels.visible import hide_
 SCRATCH_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
 
 
-def rows_that_fit(row_bytes: int, device: torch.device) -> int:
-    """Rows of a chunk whose score buffers fit the device's scratch budget, between 16 and 256."""
-    return min(max(SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cpu"]) // row_bytes, 16), 256)
+def rows_that_fit(row_bytes: int, query: Tensor) -> int:
+    """Rows of query [B, H, T, D] whose score buffers fit the device's scratch budget, at least 16 and at most 256 or T."""
+    budget = SCRATCH_BYTES.get(query.device.type, SCRATCH_BYTES["cpu"])
+    return min(max(budget // row_bytes, 16), 256, query.shape[2])
 
 
 class Attention:

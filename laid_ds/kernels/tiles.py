@@ -49,7 +49,7 @@ class Plan:
 
 def plan(weight: Tensor, first: Tensor, query_offset: int, device: torch.device) -> Plan:
     """Compact the rows of weight [B, T] > 0 (both on the CPU) and move them to the device."""
-    batch, tokens = weight.shape
+    tokens = weight.shape[1]
     count = (weight > 0).sum(1)
     longest = max(int(count.max()), 1)
     rows = (weight > 0).int().argsort(dim=1, descending=True, stable=True)[:, :longest]
@@ -60,6 +60,13 @@ def plan(weight: Tensor, first: Tensor, query_offset: int, device: torch.device)
     last, first = last.masked_fill(filler, beyond), first.masked_fill(filler, beyond + 1)
     weight = weight.gather(1, rows).masked_fill(filler, 0)
     return Plan(rows.to(device), last.int().to(device), first.int().to(device), weight.float().to(device))
+
+
+def positions_or_tokens(positions: Tensor | None, key: Tensor) -> Tensor:
+    """[B, S] int32, contiguous: what distances are differences of; token indices if no positions are given."""
+    if positions is not None:
+        return positions.int().contiguous()
+    return torch.arange(key.shape[2], dtype=torch.int32, device=key.device).repeat(len(key), 1)
 
 
 @triton.jit

@@ -57,9 +57,6 @@ def test_a_million_samples_are_ordered_quickly_in_little_memory():
     tracemalloc.stop()
 
 
-# --- blending ----------------------------------------------------------------------------------------------------------------
-
-
 @given(weights=st.lists(st.floats(0, 100), min_size=1, max_size=5).filter(sum), total=st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_shares_of_an_epoch_are_exact(weights, total):
@@ -99,9 +96,6 @@ def test_a_blend_without_shuffle_is_spread_evenly():
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(ValueError, match="weights"):
         blend_order(0, 0, [[3], [3]], weights)
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------------
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=80), buffer=st.integers(1, 20), group=st.integers(1, 5), seed=st.integers(0, 9))

@@ -11,7 +11,7 @@ from data_samples import make_sample, write_dataset
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
-from laid_ds.data.stream import Stream
+from laid_ds.data.stream import Stream, _Slabs
 
 GLOBAL_BATCH = 24
 PACKING = Packing(budget=120, buffer=8, group=3)
@@ -198,6 +198,17 @@ def test_tensors_arrive_from_workers_as_they_were_made(uneven, monkeypatch, slab
             assert torch.equal(one, other)
         else:
             assert one == other
+
+
+def test_slabs_are_used_again_and_again(uneven, monkeypatch):
+    taken = []
+    take = _Slabs.take
+    monkeypatch.setattr(_Slabs, "take", lambda self: taken.append(take(self)) or taken[-1])
+    stream = Stream(uneven, micro_batch=3, rank=0, world_size=1, seed=5, prepare=tensors_of, workers=1)
+    for _, batch in zip(range(40), stream, strict=False):
+        assert batch["views"][0].shape == (40, 300)
+    assert set(taken) == set(taken[:4])
+    assert None not in taken
 
 
 def _train(rank, world_size, port, folder, results):

@@ -179,9 +179,6 @@ def test_mmlongbench_reads_both_parts(pictures):
     assert (lettered.turns[0].needles, lettered.turns[1].text, len(lettered.images)) == ((0,), "A", 3)
 
 
-# --- out again ----------------------------------------------------------------------------------------------------------------
-
-
 def build_set(out, format, found, pictures, **options) -> Dataset:
     source = out.parent / f"{out.name}.jsonl"
     source.write_text("".join(json.dumps(entry) + "\n" for entry in found))
@@ -232,8 +229,6 @@ def test_an_export_never_writes_outside_its_folder(tmp_path, pictures):
         visual_haystacks.write_files([hostile], tmp_path / "out")
     assert not (tmp_path / "p0.jpg").exists()
 
-
-# --- hostile input ----------------------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(
     ["p0.jpg", "../secret.jpg", "/etc/passwd", "link.jpg", "deep/../../secret.jpg", "", ".", "a\0b", "x" * 5000, "http://h/x.jpg", "deep"]
@@ -350,9 +345,6 @@ def test_marks_and_images_must_agree():
     assert interleave(["a", "b"], 2) == [(0, 1, "a"), ("b",)]
     with pytest.raises(DataError, match="2 <image> marks for 3 images"):
         interleave(["<image><image>"], 3)
-
-
-# --- builds ----------------------------------------------------------------------------------------------------------------
 
 
 def lines(count: int) -> list[dict]:

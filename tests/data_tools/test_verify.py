@@ -62,9 +62,6 @@ def test_a_sound_set_is_sound(folder):
     assert scan(folder / FIRST).problems == []
 
 
-# --- the matrix: what stock readers drop or splice without a word ----------------------------------------------------------------
-
-
 def cut_in_data(path, shard):
     cut(path, shard.offsets[5] + 700)
     return 5
@@ -212,9 +209,6 @@ def test_a_shard_without_one_whole_sample_goes(folder):
     cut(folder / SECOND, 100)
     assert repair(folder, 1)["shards"] == 1
     assert len(Dataset.open(folder)) == 6
-
-
-# --- random damage ----------------------------------------------------------------------------------------------------------------
 
 
 @given(is_cut=st.booleans(), where=st.integers(0, (1 << 32) - 1), mask=st.integers(1, 255))

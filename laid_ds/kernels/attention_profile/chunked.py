@@ -18,7 +18,7 @@ from laid_ds.kernels.visible import row_chunks
 def attention_profile(problem: Problem, row_count: int, chunk_size: int | None = None) -> Profile:
     """As reference.attention_profile, `chunk_size` rows at a time (default: as many as a byte budget holds)."""
     (batch, heads, tokens, _), keys_total, dtype = problem.query.shape, problem.key.shape[2], problem.dtype
-    chunk_size = chunk_size or rows_that_fit(2 * heads * keys_total * dtype.itemsize, problem.query.device)
+    chunk_size = chunk_size or rows_that_fit(2 * heads * keys_total * dtype.itemsize, problem.query)
     make = {"device": problem.query.device}
     scratch = [torch.empty(heads * chunk_size * keys_total, dtype=dtype, **make) for _ in range(2)]
     lse, entropy = torch.full((2, batch, heads, tokens), torch.nan, dtype=dtype, **make)
