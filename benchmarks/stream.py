@@ -148,7 +148,7 @@ def loading(dataset: Dataset, samples: int) -> dict[str, float]:
     short = samples // 10
 
     def images_per_second(run: Callable[[int], None]) -> float:
-        spent = min(_cpu_seconds_once(lambda: run(samples)) - _cpu_seconds_once(lambda: run(short)) for _ in range(3))
+        spent = cpu_seconds(lambda: run(samples), rounds=4) - cpu_seconds(lambda: run(short), rounds=4)
         return int(dataset.num_images[short:samples].sum()) / spent
 
     return {

@@ -40,15 +40,20 @@ def train(
 def init(
     model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    corpus: Annotated[list[Path], typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation; may be given more than once.")],
+    corpus: Annotated[
+        list[Path],
+        typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation; may be given more than once."),
+    ],
     vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer before its special tokens.")] = 400,
     image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
     seed: int = 0,
 ) -> None:
     """Make a small model with random weights and its processor, without any download, as an ordinary model folder."""
     from laid_ds.data.index import Dataset
+    from laid_ds.engine import choose_accelerator
     from laid_ds.models.load import write_new_model
 
+    choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     samples = [dataset.read(i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
     size = write_new_model(model_config, output, samples, vocabulary, image_tokens, seed)
     print(f"{output}: {size:,} parameters")
@@ -60,8 +65,10 @@ def export(
     output: Annotated[Path, typer.Argument(help="Model folder to write; must not exist.")],
 ) -> None:
     """Write the trained student as a stock model folder: gain folded in, processor and model card beside it."""
+    from laid_ds.engine import choose_accelerator
     from laid_ds.export import export_run
 
+    choose_accelerator()
     export_run(run, output)
     print(f"{output}: loads with transformers' from_pretrained")
 
@@ -108,9 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _launch(words: list[str], ranks: int, port: int) -> int:
     """DeepSpeed's launcher on this machine; its exit status. Ctrl-C reaches the ranks, which save and leave; we wait for them."""
+    from laid_ds.engine import choose_accelerator
+
+    choose_accelerator()
     environment = dict(os.environ)
     if not _gpus():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*launcher, "--no_local_rank", "--module", "laid_ds.train", *words]

@@ -36,8 +36,7 @@ def start_processes() -> None:
         raise ValueError(
             f"no launcher: {', '.join(missing)} not set; start with `laid train RECIPE` or `deepspeed --module laid_ds.train RECIPE`"
         )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
 
@@ -48,6 +47,12 @@ def start_processes() -> None:
     except torch.distributed.DistNetworkError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"the ranks cannot meet at {place} ({error}); is the port in use? choose another") from None
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed to use the CPU where there is no GPU, before it is imported and guesses with a warning."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def read_deepspeed(path: Path, dtype: str, run: Run, trains: bool) -> dict[str, Any]:

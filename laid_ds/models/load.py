@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from laid_ds.models.processor import OfflineProcessor, SampleLike, train_processor
+
+transformers.utils.logging.disable_progress_bar()
+# Qwen's decoder says that sliding windows are not implemented for this attention; the mask implements them (tests/laws/test_tap.py).
+logging.getLogger("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").addFilter(
+    lambda record: "Sliding Window Attention is enabled" not in record.getMessage()
+)
 
 
 @contextmanager

@@ -53,6 +53,21 @@ def test_captured_tensors_and_window_are_those_of_the_layer(world):
         assert heads[layer].scale == pytest.approx(16**-0.5)
 
 
+def test_the_sliding_window_holds(world):
+    """Layer 0 has a window of 10 tokens: what comes out of it at token t depends on tokens t - 9 to t and no other."""
+    model, outputs = world.load("student"), []
+    listen(model, Tap([]))
+    model.model.language_model.layers[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    ids = torch.arange(40)[None] + 20
+    for change in (0, 5):
+        with torch.no_grad():
+            changed = ids.clone()
+            changed[0, 12] += change
+            model.model(input_ids=changed, use_cache=False)
+    differs = (outputs[0] - outputs[1]).abs().amax(-1)[0] > 0
+    assert differs.nonzero().flatten().tolist() == list(range(12, 22))
+
+
 def gradients_through_the_tap(model, batch, checkpointing):
     tap = Tap([0, 1])
     if checkpointing:

@@ -1,9 +1,10 @@
 """Attention matching on CUDA, in Triton, in two forms chosen by the mixture; README.md counts the FLOPs and bytes of each.
 
-*Sparse*, for at most 4 teacher heads per student head and head dims up to 128: a row pass (loss, c, d query) and a column pass (d key) that never leave the tile.
-*Dense*, otherwise: scores of a chunk of rows by batched matrix products, one kernel for everything elementwise and row-wise.
-No atomics: sums over blocks are written side by side and added in a fixed order. Letters: R rows of the plan (see kernels/tiles.py),
-S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a chunk, n keys it sees.
+*Sparse*, for at most 4 teacher heads per student head and head dims up to 128: a row pass (loss, c, d query) and a column pass (d key)
+that never leave the tile. *Dense*, otherwise: scores of a chunk of rows by batched matrix products, and one kernel for everything
+elementwise and row-wise. No atomics: sums over blocks are written side by side and added in a fixed order.
+Letters: R rows of the plan (see kernels/tiles.py), S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a
+chunk, n keys it sees.
 """
 
 from __future__ import annotations
@@ -455,8 +456,8 @@ ROW_TILES = {
     100: ((128, 32, 8, 2), (128, 32, 8, 2)),
 }
 COLUMN_TILES = {
-    80: ((16, 32, 4, 2), (16, 64, 4, 1)),
-    90: ((32, 128, 8, 2), (32, 64, 4, 2)),
+    80: ((16, 32, 4, 2), (16, 128, 8, 1)),
+    90: ((16, 128, 8, 2), (32, 64, 4, 2)),
     100: (None, (32, 128, 8, 2)),
 }
 
@@ -612,4 +613,4 @@ def _bmm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 def mix_options(heads: int, teacher_heads: int) -> dict[str, int]:
     """Tile and launch sizes of mix_kernel."""
-    return {"BLOCK_HS": tiles.block_d(heads), "BLOCK_HT": tiles.block_d(teacher_heads), "N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_HS": tiles.block_d(heads), "BLOCK_HT": tiles.block_d(teacher_heads), "N": 64, "num_warps": 8, "num_stages": 2}

@@ -129,10 +129,11 @@ def plane_kernel(
 
 def profile_options(size: int, edges: int) -> dict[str, int]:
     """Tile and launch sizes of profile_kernel for a head dim and a number of edges."""
-    return {"BLOCK_D": tiles.block_d(size), "BLOCK_E": tiles.block_d(edges + 1), "M": 64, "N": 32, "num_warps": 4, "num_stages": 1}
+    blocks = {"BLOCK_D": tiles.block_d(size), "BLOCK_E": tiles.block_d(edges + 1)}
+    return blocks | {"M": 64, "N": 32 if blocks["BLOCK_D"] <= 128 else 16, "num_warps": 4, "num_stages": 1}
 
 
-PLANE_OPTIONS = {"M": 64, "N": 64, "num_warps": 4}
+PLANE_OPTIONS = {"M": 64, "N": 64, "num_warps": 8}
 
 
 def attention_profile(problem: Problem, row_count: int, chunk_size: int | None = None) -> Profile:
