@@ -29,7 +29,7 @@ from laid_ds.data.images import Pixels, simplejpeg_equals_pil
 from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.order import Packing, global_order, plan_packs
 from laid_ds.data.record import Sample, Turn
-from laid_ds.data.stream import Stream
+from laid_ds.data.stream import Stream, empty
 
 ROUNDS = 9
 PIXELS = Pixels()
@@ -134,11 +134,8 @@ def _wids_parts(sample: dict) -> list[bytes]:
 
 def decode_batch(batch: list[tuple[int, Sample]]) -> torch.Tensor:
     """All pixels of a micro-batch, as one tensor."""
-    return torch.cat([_pixels(image) for _, sample in batch for image in sample.images])
-
-
-def _pixels(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.array(PIXELS.decode(data))).flatten()
+    pixels = [torch.from_numpy(np.array(PIXELS.decode(image))).flatten() for _, sample in batch for image in sample.images]
+    return torch.cat(pixels, out=empty((sum(map(len, pixels)),), torch.uint8))
 
 
 def loading(dataset: Dataset, samples: int) -> dict[str, float]:

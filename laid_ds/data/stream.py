@@ -6,6 +6,7 @@ over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [
 
 import io
 import logging
+import math
 import mmap
 import pickle
 import weakref
@@ -261,6 +262,36 @@ class _Slabs:
         return _Unpacker(io.BytesIO(parcel.content), room).load()
 
 
+class _Room:
+    """A slab while a worker fills it."""
+
+    def __init__(self, slab: mmap.mmap):
+        self.memory, self.used = torch.frombuffer(slab, dtype=torch.uint8), 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory for a tensor, or None if that much is not left."""
+        first, num_bytes = self.used, math.prod(shape) * dtype.itemsize
+        if not num_bytes or first + num_bytes > SLAB_BYTES:
+            return None
+        self.used = first + num_bytes + -num_bytes % 64
+        return self.memory[first : first + num_bytes].view(dtype).view(tuple(shape))
+
+    def place(self, tensor: torch.Tensor) -> int | None:
+        """Where in the slab the tensor lies, if it does."""
+        first = tensor.data_ptr() - self.memory.data_ptr()
+        return first if tensor.is_contiguous() and 0 <= first < SLAB_BYTES else None
+
+
+_room: _Room | None = None  # of the micro-batch that this worker is preparing
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` for what `prepare` returns: in a worker it is memory that goes to the trainer as it is, so that a large result is not
+    copied once more."""
+    shared = _room.take(shape, dtype) if _room is not None else None
+    return torch.empty(tuple(shape), dtype=dtype) if shared is None else shared
+
+
 class _Sender:
     """The worker's side: a reader that puts the tensors it made into the slab that came with the task."""
 
@@ -268,26 +299,31 @@ class _Sender:
         self.reader, self.memory = reader, memory
 
     def __getitem__(self, task: tuple[list[Slot], int | None]) -> _Parcel:
+        global _room
         slots, slab = task
+        _room = None if slab is None else _Room(self.memory[slab])
         outcome = self.reader[slots]
-        if slab is None:
+        if _room is None:
             return _Parcel(outcome, None)
         text = io.BytesIO()
-        _Packer(text, self.memory[slab]).dump(outcome)
+        _Packer(text, _room).dump(outcome)
         return _Parcel(text.getvalue(), slab)
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, slab: mmap.mmap):
+    def __init__(self, file: io.BytesIO, room: _Room):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.room, self.used = torch.frombuffer(slab, dtype=torch.uint8), 0
+        self.room = room
 
     def persistent_id(self, obj: Any) -> tuple | None:
-        if type(obj) is not torch.Tensor or obj.layout != torch.strided or obj.device.type != "cpu" or self.used + obj.nbytes > SLAB_BYTES:
+        if type(obj) is not torch.Tensor or obj.layout != torch.strided or obj.device.type != "cpu" or not obj.numel():
             return None
-        first, self.used = self.used, self.used + obj.nbytes + -obj.nbytes % 64
-        if obj.numel():
-            self.room[first : first + obj.nbytes] = obj.detach().contiguous().reshape(-1).view(torch.uint8)
+        first = self.room.place(obj)
+        if first is None:
+            shared = self.room.take(obj.shape, obj.dtype)
+            if shared is None:
+                return None
+            first = self.room.place(shared.copy_(obj.detach()))
         return first, obj.nbytes, obj.dtype, tuple(obj.shape)
 
 
@@ -298,8 +334,6 @@ class _Unpacker(pickle.Unpickler):
 
     def persistent_load(self, pid: tuple) -> torch.Tensor:
         first, num_bytes, dtype, shape = pid
-        if not num_bytes:
-            return torch.empty(shape, dtype=dtype)
         return self.room[first : first + num_bytes].view(dtype).reshape(shape)
 
 

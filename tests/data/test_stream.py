@@ -11,7 +11,7 @@ from data_samples import make_sample, write_dataset
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
-from laid_ds.data.stream import Stream, _Slabs
+from laid_ds.data.stream import Stream, _Slabs, empty
 
 GLOBAL_BATCH = 24
 PACKING = Packing(budget=120, buffer=8, group=3)
@@ -169,9 +169,11 @@ def tensors_of(batch):
     """Tensors of every awkward kind, all of them functions of the positions."""
     torch.manual_seed(batch[0][0])
     wide = torch.randn(300, 40)
+    made_there = torch.cat([wide, wide], out=empty((600, 40), torch.float32))
     return {
         "keys": keys(batch),
         "kinds": [wide.to(kind) for kind in (torch.float64, torch.bfloat16, torch.int32, torch.uint8, torch.bool)],
+        "made there": [made_there, made_there[20:], made_there[:, 3:9], made_there.T, empty((0, 3), torch.int64)],
         "views": (wide.T, wide[::3], wide[0, 0], wide[:0], wide.expand(2, 300, 40)),
     }
 
