@@ -52,6 +52,7 @@ $(DEMO)/student/done.json: $(DEMO)/models/student-start/config.json
 $(DEMO)/laid/done.json $(DEMO)/kl+sft/done.json $(DEMO)/sft/done.json: $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json
 	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(DEMO)/$* name="demo $*" $(LEAVE_OUT_$*)
 
+EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,192,256 --haystacks 64 --questions 4
 LEAVE_OUT_kl+sft := losses.align=0 losses.match=0 gain.enabled=false
 LEAVE_OUT_sft := losses.align=0 losses.match=0 losses.kl=0 gain.enabled=false
 
@@ -60,8 +61,7 @@ $(DEMO)/models/%/config.json: $(DEMO)/%/done.json
 	$(BIN)/laid export $(DEMO)/$* $(@D)
 
 $(DEMO)/report.html: $(MODELS:%=$(DEMO)/models/%/config.json) $(DEMO)/test/dataset.json
-	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(MODELS),$(name)=$(DEMO)/models/$(name)) --out $(DEMO)/evaluation.json \
-	  --sizes 1,2,4,8,16,32,64,96,128,192,256 --haystacks 64 --questions 4
+	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(MODELS),$(name)=$(DEMO)/models/$(name)) --out $(DEMO)/evaluation.json $(EVALUATION)
 	$(BIN)/laid report $(DEMO)
 
 test: install
@@ -75,8 +75,30 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.attention_matching
 
-study: install
-	@echo "the study is not part of this version: recipes/demo.toml and its two baselines are what is measured (make demo)"
+# Which part of LAid does it? The demo's run with parts left out or changed, on the demo's models and test haystacks (docs/log.md).
+STUDY := runs/study
+ARMS := align match gain omega-uniform mixture-learned mixture-paper teacher-short
+CHANGE_align := losses.match=0 gain.enabled=false
+CHANGE_match := losses.align=0 gain.enabled=false
+CHANGE_gain := losses.align=0 losses.match=0
+CHANGE_omega-uniform := match.omega=uniform
+CHANGE_mixture-learned := align.start_logit=3 optimizer.mixing_lr=3e-3
+CHANGE_mixture-paper := align.start=uniform optimizer.mixing_lr=3e-2 losses.match=0 gain.enabled=false
+CHANGE_teacher-short := teacher.path=$(DEMO)/models/teacher-short
+
+study: install $(STUDY)/report.html
+
+$(ARMS:%=$(STUDY)/%/done.json): $(STUDY)/%/done.json: | $(DEMO)/report.html
+	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(STUDY)/$* name="study $*" $(CHANGE_$*)
+
+$(STUDY)/models/%/config.json: $(STUDY)/%/done.json
+	rm -rf $(@D)
+	$(BIN)/laid export $(STUDY)/$* $(@D)
+
+$(STUDY)/report.html: $(ARMS:%=$(STUDY)/models/%/config.json)
+	cp $(DEMO)/evaluation.json $(STUDY)/evaluation.json
+	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(ARMS),$(name)=$(STUDY)/models/$(name)) --out $(STUDY)/evaluation.json $(EVALUATION)
+	$(BIN)/laid report $(STUDY)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (ValueError, NonFiniteLoss) as error:
         if distributed.rank() == 0 or isinstance(error, DataError | NonFiniteLoss):
-            print(f"laid: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"laid: {error}\n")  # one write: ranks that speak together do not mix their words
         return 2
     return 0
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import FAST, IN_INTERPRETER, LENGTHS
 
+from benchmarks import attention_matching as bench
+from benchmarks import measure
 from laid_ds.kernels.attention_matching import Omega, attention_matching
 
 OMEGAS = [Omega(), Omega("frontier", gamma=3.0, frontier=9.0, width=4.0), Omega("power", delta_0=5.0, alpha=1.5)]
@@ -394,3 +396,10 @@ def test_mixed_devices_are_refused():
 def test_negative_or_undefined_omega_is_refused(field, value):
     with pytest.raises(ValueError, match=rf"omega\.{field} is .*expected"):
         Omega(**{field: value})
+
+
+def test_peak_memory_grows_no_faster_than_the_tokens():
+    """A process of its own per size, as process memory never shrinks; one head's map of 8192 tokens alone would be 268 MB."""
+    short, long = (measure.added_peak_mb(bench.inputs, bench.ours, tokens) for tokens in (2048, 8192))
+    assert long < 4 * short
+    assert long < 200
