@@ -8,7 +8,8 @@ RANKS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test check bench study clean
+
+.PHONY: install demo test test-energon check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -66,6 +67,14 @@ $(DEMO)/report.html: $(MODELS:%=$(DEMO)/models/%/config.json) $(DEMO)/test/datas
 
 test: install
 	$(BIN)/python -m pytest
+
+# The shards against megatron-energon itself, which is installed apart: its dependencies would replace ours.
+ENERGON := .energon
+test-energon: install
+	test -d $(ENERGON)/megatron || { $(BIN)/pip install --quiet --target $(ENERGON) \
+	  multi-storage-client s3fs mfusepy rapidyaml braceexpand click pyyaml filetype \
+	  && $(BIN)/pip install --quiet --no-deps --target $(ENERGON) megatron-energon==7.4.1; }
+	PYTHONPATH=$(ENERGON) $(BIN)/python -m pytest tests/data/test_compatibility.py
 
 check: install
 	$(BIN)/ruff check .

@@ -54,6 +54,9 @@ class Data(Section):
     questions: Count | None = None
     """Ask at most this many of a sample's questions in each window; None asks all."""
     shuffle: Literal["full", "none"] = "full"
+    decoder: Literal["exact", "pil", "fast"] = "exact"
+    """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
+    resizer: Literal["pil", "torch"] = "pil"
     micro_batch: Count = 1
     """Samples per rank and forward pass."""
     workers: int = Field(default=0, ge=0)

@@ -23,6 +23,7 @@ from laid_ds import checkpoint, config, distributed, engine, schedule
 from laid_ds.align import Align, layer_pairs
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch, Prepare
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
@@ -158,7 +159,7 @@ def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Str
     """This rank's endless stream of batches."""
     data, world = run.data, distributed.world_size()
     prepare = Prepare(
-        render=Renderer(processor),
+        render=Renderer(processor, Pixels(data.decoder, data.resizer)),
         pad_token=processor.tokenizer.pad_token_id,
         seed=run.seed,
         global_batch=data.micro_batch * world * run.optimizer.accumulation,

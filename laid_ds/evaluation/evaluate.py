@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.haystack import ask, choices_of
 from laid_ds.models.load import load_model
@@ -40,7 +41,7 @@ def evaluate_models(
     with _progress() as progress:
         for name, folder in new.items():
             task = progress.add_task(name, total=len(sizes))
-            model, renderer = load_model(folder, dtype).eval(), Renderer(load_processor(folder))
+            model, renderer = load_model(folder, dtype).eval(), Renderer(load_processor(folder), Pixels())
             answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
             results["models"][name] = {"folder": str(folder), "answers": answers}
             _write(out, results)

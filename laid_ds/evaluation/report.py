@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def summarise(results: dict[str, Any], baseline: str, path: Path) -> Summary:
 def draw_curves(summary: Summary, path: Path) -> None:
     """Accuracy against the number of images, one line per model, with each window marked on the threshold."""
     figure, axes = _figure(8, 4.2)
-    for row, colour in zip(summary.rows, COLOURS, strict=False):
+    for row, colour in zip(summary.rows, cycle(COLOURS), strict=False):
         sizes = list(row.accuracy)
         bound = "≥ " if row.window.censored else ""
         label = f"{row.name}: {bound}{row.window.images:.0f} images"
@@ -116,14 +117,15 @@ def draw_curves(summary: Summary, path: Path) -> None:
 
 def draw_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Each term of the loss over the steps, one panel a term, one line a run."""
-    terms = [term for term in ("sft", "kl", "align", "match") if any(term in run[0] for run in runs.values() if run)]
-    figure, panels = _figure(3 * len(terms), 2.6, len(terms))
+    terms = [term for term in ("sft", "kl", "align", "match") if any(lines and term in lines[0] for lines in runs.values())]
+    figure, panels = _figure(2.6 * len(terms) + 1.4, 2.6, len(terms))
     for term, axes in zip(terms, panels if len(terms) > 1 else [panels], strict=True):
-        for (name, lines), colour in zip(runs.items(), COLOURS, strict=False):
+        for (name, lines), colour in zip(runs.items(), cycle(COLOURS), strict=False):
             if lines and term in lines[0]:
                 axes.plot([line["step"] for line in lines], [line[term] for line in lines], lw=1, color=colour, label=name)
         axes.set(title=term, xlabel="step", yscale="log")
-        axes.legend(frameon=False, fontsize=8)
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right upper", fontsize=8)
     _save(figure, path)
 
 

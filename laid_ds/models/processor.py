@@ -13,11 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 ANSWER, END = "\ue000", "\ue001"  # private-use marks around answers; removed again after the chat template has run
 CHAT_TEMPLATE = (
@@ -43,6 +43,13 @@ class SampleLike(Protocol):
     key: str
     turns: tuple[TurnLike, ...]
     images: tuple[bytes, ...]
+
+
+class PixelsLike(Protocol):
+    """How encoded images become pixels of a wanted size (data.images.Pixels is one)."""
+
+    def decode(self, data: bytes) -> Image.Image: ...
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image: ...
 
 
 class OfflineProcessor(Qwen2_5_VLProcessor):
@@ -106,8 +113,13 @@ def turn_text(turn: TurnLike) -> str:
 
 def _statistics(images: Sequence[bytes]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each colour channel in [0, 1]."""
-    pixels = np.concatenate([np.asarray(_decoded(image), np.float64).reshape(-1, 3) for image in images]) / 255
+    pixels = np.concatenate([_rgb(image).reshape(-1, 3) for image in images]) / 255
     return pixels.mean(0).tolist(), pixels.std(0).tolist()
+
+
+def _rgb(image: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(image)) as opened:
+        return np.asarray(opened.convert("RGB"), np.float64)
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:
@@ -143,8 +155,8 @@ class Rendered:
 class Renderer:
     """Samples to tensors; keeps the patches of recently seen images (haystacks repeat them) up to a number of bytes."""
 
-    def __init__(self, processor: OfflineProcessor, cache_bytes: int = 256 << 20):
-        self.processor, self.cache_bytes = processor, cache_bytes
+    def __init__(self, processor: OfflineProcessor, pixels: PixelsLike, cache_bytes: int = 256 << 20):
+        self.processor, self.pixels, self.cache_bytes = processor, pixels, cache_bytes
         self._patches: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._cached_bytes = 0
 
@@ -152,7 +164,7 @@ class Renderer:
         """The sample's conversation under the chat template; every assistant turn and its end mark are supervised.
 
         A sample without an image gets the smallest legal one after its last token: causal attention keeps it from changing anything,
-        and under ZeRO-3 every rank then runs the vision tower. Raises ValueError for an image that cannot be read.
+        and under ZeRO-3 every rank then runs the vision tower. Raises ValueError (what `pixels` raises) for an image that cannot be read.
         """
         ids, supervised, shown = self._tokens(sample)
         images = [sample.images[i] for i in shown] or [self._blank()]
@@ -203,7 +215,7 @@ class Renderer:
         """(patches [n, values], grid [3]) of each image."""
         new = [image for image in dict.fromkeys(images) if image not in self._patches]
         if new:
-            done = self.processor.image_processor([_decoded(image) for image in new], return_tensors="pt")
+            done = self.processor.image_processor([self._sized(image) for image in new], return_tensors="pt")
             grids = done["image_grid_thw"]
             for image, patches, grid in zip(new, done["pixel_values"].split(grids.prod(-1).tolist()), grids, strict=True):
                 self._patches[image] = (patches.clone(), grid)
@@ -215,6 +227,14 @@ class Renderer:
             _, (patches, _) = self._patches.popitem(last=False)
             self._cached_bytes -= patches.nbytes
         return found
+
+    def _sized(self, image: bytes) -> Image.Image:
+        """The image in the size at which the processor would see it, so that the processor has nothing left to resize."""
+        found, geometry = self.pixels.decode(image), self.processor.image_processor
+        factor = geometry.patch_size * geometry.merge_size
+        limits = {"min_pixels": geometry.size["shortest_edge"], "max_pixels": geometry.size["longest_edge"]}
+        height, width = smart_resize(found.height, found.width, factor=factor, **limits)
+        return self.pixels.resize(found, width, height)
 
     def _blank(self) -> bytes:
         side = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
@@ -228,10 +248,3 @@ def _message(turn: TurnLike) -> dict:
     if turn.role == "assistant":
         parts = [{"type": "text", "text": ANSWER}, *parts, {"type": "text", "text": END}]
     return {"role": turn.role, "content": parts}
-
-
-def _decoded(image: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"an image of {len(image)} bytes cannot be read: {error}") from None

@@ -7,6 +7,7 @@ import pytest
 from data_tools.synth import haystacks
 from laid_ds.data.batch import IGNORED, Prepare
 from laid_ds.data.haystack import draw_window
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -53,7 +54,7 @@ def test_a_window_larger_than_the_sample_is_the_whole_sample(sample):
 def test_rows_do_not_depend_on_their_neighbours(world):
     """Padding is on the right and labels are shifted within the row."""
     dataset, processor = Dataset.open(world.shards), load_processor(world.student)
-    prepare = Prepare(Renderer(processor), processor.tokenizer.pad_token_id, image_range=lambda step: (1, 6), questions=2)
+    prepare = Prepare(Renderer(processor, Pixels()), processor.tokenizer.pad_token_id, image_range=lambda step: (1, 6), questions=2)
     items = [(i, dataset.read(i)) for i in range(5)]
     batch = prepare(items)
     assert batch.keys == tuple(sample.key for _, sample in items)
@@ -74,7 +75,7 @@ def test_rows_do_not_depend_on_their_neighbours(world):
 def test_the_size_follows_the_step_and_the_position(world):
     dataset, processor = Dataset.open(world.shards), load_processor(world.student)
     ranges = {0: (1, 1), 1: (6, 6)}
-    prepare = Prepare(Renderer(processor), 0, global_batch=4, image_range=ranges.get)
+    prepare = Prepare(Renderer(processor, Pixels()), 0, global_batch=4, image_range=ranges.get)
     for position in range(8):
         batch = prepare([(position, dataset.read(0))])
         assert batch.images() == (1 if position < 4 else 6)

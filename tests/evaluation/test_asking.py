@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from laid_ds.data.haystack import draw_window
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.haystack import ask
@@ -17,7 +18,7 @@ from laid_ds.models.processor import Renderer, load_processor
 
 @pytest.fixture(scope="module")
 def renderer(world):
-    return Renderer(load_processor(world.student))
+    return Renderer(load_processor(world.student), Pixels())
 
 
 @pytest.fixture(scope="module")

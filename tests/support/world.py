@@ -9,6 +9,7 @@ from pathlib import Path
 from data_tools.synth import haystacks
 from laid_ds.config import Run
 from laid_ds.data.batch import Prepare
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.models.load import load_model, write_new_model
 from laid_ds.models.processor import Renderer, load_processor
@@ -57,7 +58,8 @@ class World:
     def batch(self, samples: int = 3, images: int = 4):
         """A micro-batch of the first samples, with windows of 1 to `images` images so that rows differ in length."""
         dataset, processor = Dataset.open(self.shards), load_processor(self.student)
-        prepare = Prepare(Renderer(processor), processor.tokenizer.pad_token_id, image_range=lambda step: (1, images), questions=2)
+        render = Renderer(processor, Pixels())
+        prepare = Prepare(render, processor.tokenizer.pad_token_id, image_range=lambda step: (1, images), questions=2)
         return prepare([(i, dataset.read(i)) for i in range(samples)])
 
     def load(self, who: str, attention: str | None = None):
