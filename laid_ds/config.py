@@ -44,8 +44,10 @@ class Student(Model):
 
 
 class Data(Section):
-    shards: tuple[Path, ...]
-    """Folders written by `laid-data`."""
+    shards: tuple[str, ...]
+    """Folders written by `laid-data`, or URLs of such (http, s3, pipe:COMMAND with {} for the file's name)."""
+    weights: tuple[Positive, ...] | None = None
+    """Share of each of `shards` in an epoch; None takes every sample once."""
     images: Range | None = None
     """Train on windows of [least, most] images, drawn anew for each step; None keeps samples whole."""
     grow_from: Count | None = None
@@ -53,13 +55,22 @@ class Data(Section):
     grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
     questions: Count | None = None
     """Ask at most this many of a sample's questions in each window; None asks all."""
-    shuffle: Literal["full", "none"] = "full"
+    shuffle: Literal["full", "none"] | Count = "full"
+    """A number shuffles within windows of so many samples (for URLs: few shards are then needed at a time)."""
+    on_bad: Literal["raise", "replace"] = "raise"
+    """A sample that cannot be read stops the run, or is replaced by another that (seed, position) chooses, and logged."""
     decoder: Literal["exact", "pil", "fast"] = "exact"
     """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
     resizer: Literal["pil", "torch"] = "pil"
     micro_batch: Count = 1
     """Samples per rank and forward pass."""
     workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Data:
+        if self.weights is not None and len(self.weights) != len(self.shards):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.shards)} shard folders; give one weight for each")
+        return self
 
     @model_validator(mode="after")
     def _growth_has_a_range(self) -> Data:

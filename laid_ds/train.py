@@ -174,6 +174,8 @@ def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Str
         seed=run.seed,
         prepare=prepare,
         shuffle=data.shuffle,
+        weights=data.weights,
+        on_bad=data.on_bad,
         workers=data.workers,
     )
 

@@ -17,7 +17,7 @@ from laid_ds import cli
 
 @pytest.fixture
 def recipe(world, tmp_path):
-    run = world.run(tmp_path / "run", data={"shards": [tmp_path / "shards"]})
+    run = world.run(tmp_path / "run", data={"shards": [str(tmp_path / "shards")]})
     shutil.copytree(world.shards, tmp_path / "shards")
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(json.loads(run.model_dump_json(exclude_none=True))))

@@ -54,6 +54,7 @@ def test_a_section_can_be_removed(recipe):
         (["optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0 (value: -1)"),
         (["steps=none"], "'steps' is missing"),
         (["data.images=[8, 2]"], "the first number must not exceed the second, got [8, 2]"),
+        (["data.weights=[1.0, 2.0]"], "2 weights for 1 shard folders"),
         (["data.grow_from=4"], "grow_from=4 must lie inside images=None"),
         (["teacher=none"], "need a [teacher]"),
         (["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0", "losses.sft=0"], "every loss weight is 0"),
