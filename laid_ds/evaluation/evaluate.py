@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -37,11 +38,12 @@ def evaluate_models(
         "dtype": dtype,
     }
     results = _open_results(out, setting)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     new = {name: folder for name, folder in models.items() if name not in results["models"]}
     with _progress() as progress:
         for name, folder in new.items():
             task = progress.add_task(name, total=len(sizes))
-            model, renderer = load_model(folder, dtype).eval(), Renderer(load_processor(folder), Pixels())
+            model, renderer = load_model(folder, dtype).to(device).eval(), Renderer(load_processor(folder), Pixels())
             answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
             results["models"][name] = {"folder": str(folder), "answers": answers}
             _write(out, results)
