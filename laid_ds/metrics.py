@@ -46,11 +46,10 @@ class Reporter:
             lines.write(json.dumps(record) + "\n")
         for sink in self.sinks:
             sink(step, {name: value for name, value in record.items() if isinstance(value, int | float)})
-        line = self._line(step, record, seconds)
+        if step % self.options.every_steps == 0 or step == self.steps:
+            self.say(self._line(step, record, seconds))
         if self.progress:
-            self.progress.update(self.task, completed=step, description=line)
-        elif step % self.options.every_steps == 0 or step == self.steps:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.progress.update(self.task, completed=step, description=f"loss {record['loss']:.4g}")
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -75,7 +74,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console)
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
 
 def _sinks(output: Path, options: Logging, run: dict[str, Any]) -> list[Any]:

@@ -61,8 +61,10 @@ def train(run: Run) -> None:
     saved = checkpoint.latest(run.output)
     first = _resume(training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
-    finished = loop(run, training, reporter, first, StopRequest().install())
-    reporter.stop()
+    try:
+        finished = loop(run, training, reporter, first, StopRequest().install())
+    finally:
+        reporter.stop()
     if finished < run.steps:
         reporter.say(f"stopped after step {finished}; the same command goes on from there")
     elif distributed.rank() == 0:
