@@ -36,6 +36,7 @@ from laid_ds.models.rope_gain import responder
 from laid_ds.stop import StopRequest
 
 DONE = "done.json"
+MAY_CHANGE = ("logging.", "checkpoint.", "data.workers")  # keys that do not decide the outcome of a run
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -214,6 +215,7 @@ def _check_output(run: Run) -> None:
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
         differing = _differences(json.loads(record.read_text())["run"], config.as_tree(run))
+        differing = [name for name in differing if not name.startswith(MAY_CHANGE)]
         if differing:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"

@@ -12,7 +12,7 @@ import sys
 import pytest
 import tomli_w
 
-from laid_ds import cli
+from laid_ds import cli, config
 
 
 @pytest.fixture
@@ -112,3 +112,13 @@ def test_export_eval_and_report_without_their_input(tmp_path, capsys):
     assert "no results at" in refused(capsys, "report", tmp_path)
     assert "NAME=FOLDER" in refused(capsys, "eval", tmp_path, "model", "--out", tmp_path / "e.json")
     assert "--sizes" in refused(capsys, "eval", tmp_path, "a=b", "--out", tmp_path / "e.json", "--sizes", "1,x")
+
+
+def test_an_unfinished_run_takes_other_logging_but_no_other_training(recipe, tmp_path, capsys):
+    resolved = json.loads(config.load(recipe).model_dump_json())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"run": resolved}))
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["train", str(recipe), "logging.every_steps=7", "checkpoint.every_steps=3", "data.workers=2", "--dry-run"])
+    assert exit_status.value.code == 0
+    assert "it differs in optimizer.lr" in refused(capsys, "train", recipe, "optimizer.lr=0.1", "--dry-run")
