@@ -236,7 +236,9 @@ def main() -> None:
             name, figures = "step", in_a_step(arguments.tokens, arguments.repeats)
         else:
             name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.repeats)
-    measure.append(f"attention_matching.{name}", arguments.device, f"tokens={arguments.tokens} omega={arguments.omega}", figures)
+    cases = {"slope": "tokens=2048..16384 omega=uniform", "step": f"tokens={arguments.tokens} omega=frontier"}
+    case = cases.get(name, f"tokens={arguments.tokens} omega={arguments.omega}")
+    measure.append(f"attention_matching.{name}", arguments.device, case, figures)
     measure.show(figures | {"tokens": arguments.tokens, "versions": measure.versions()}, arguments.json)
 
 

@@ -1,5 +1,6 @@
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton at its first import: fused kernels run in its interpreter
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
