@@ -83,6 +83,9 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.attention_matching
+	$(BIN)/python -m benchmarks.attention_matching --slope
+	$(BIN)/python -m benchmarks.attention_matching --step
+	$(BIN)/python -m benchmarks.stream
 
 # Which part of LAid does it? The demo's run with parts left out or changed, on the demo's models and test haystacks (docs/log.md).
 STUDY := runs/study
