@@ -59,6 +59,26 @@ def init(
     print(f"{output}: {size:,} parameters")
 
 
+@app.command(epilog="Example: laid models runs/demo/models/student")
+def models(
+    path: Annotated[Path | None, typer.Argument(help="Model folder to measure; without it, the table of families.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what is expected of each family of models, or measure a model (it is loaded in fp32) and compare."""
+    from laid_ds.engine import choose_accelerator
+    from laid_ds.models.family import table
+    from laid_ds.models.probe import probe_folder
+
+    choose_accelerator()
+    if path is None:
+        rows = table()
+        lines = ["  ".join(f"{value!s:<22}" for value in row).rstrip() for row in (rows[0], *(row.values() for row in rows))]
+        print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
+        return
+    found = probe_folder(path)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+
+
 @app.command(epilog="Example: laid export runs/demo/laid runs/demo/models/laid")
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
@@ -100,6 +120,87 @@ def report(
 
     summary = write_report(folder, baseline)
     print(json.dumps(summary.as_json()) if as_json else summary.as_text())
+
+
+@app.command(epilog="Example: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80")
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, one rank each.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of one GPU.")] = 80,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one micro-batch on one GPU, padding included.")] = 8192,
+    student_config: Annotated[Path | None, typer.Option(help="JSON config of the student, where its folder is not here.")] = None,
+    teacher_config: Annotated[Path | None, typer.Option(help="The same for the teacher.")] = None,
+    peak_tflops: Annotated[float, typer.Option(help="Peak of one GPU in the run's dtype (A100 bf16: 312, H100: 989).")] = 312,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that you expect to reach.")] = 0.35,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, memory in bytes.")] = False,
+) -> None:
+    """Say what a run takes of each GPU and how long a step lasts, from the models' configs alone."""
+    from laid_ds import config
+    from laid_ds.engine import choose_accelerator
+    from laid_ds.plan import Machine, plan, read_pair
+
+    choose_accelerator()
+    pair = read_pair(config.load(recipe, overrides or []), student_config, teacher_config)
+    found = plan(pair, Machine(gpus, int(gpu_memory * 2**30), peak_tflops * 1e12, mfu), tokens)
+    print(json.dumps(found.as_json()) if as_json else found.as_text())
+
+
+checkpoint = typer.Typer(no_args_is_help=True, help="Look at, verify and remove the checkpoints of a run.")
+app.add_typer(checkpoint, name="checkpoint")
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@checkpoint.command("list", epilog="Example: laid checkpoint list runs/demo/laid")
+def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
+    """Print the complete checkpoints, oldest first; their files are not read (that is `verify`)."""
+    rows = [
+        {"name": saved.path.name, "step": saved.step, "ranks": saved.ranks, "bytes": saved.num_bytes, "latest": saved.is_latest}
+        for saved in _checkpoints(run)
+    ]
+    lines = [f"{r['name']}  {r['ranks']} ranks  {r['bytes'] / 1e6:,.1f} MB{'  latest' if r['latest'] else ''}" for r in rows]
+    print(json.dumps(rows) if as_json else "\n".join(lines))
+
+
+@checkpoint.command(epilog="Example: laid checkpoint verify runs/demo/laid")
+def verify(run: RunFolder, as_json: AsJson = False) -> None:
+    """Read every file of every checkpoint and compare size and checksum; status 1 when one is damaged."""
+    from laid_ds.checkpoint import damage
+
+    rows = [{"name": saved.path.name, "damage": damage(saved.path)} for saved in _checkpoints(run)]
+    print(json.dumps(rows) if as_json else "\n".join(f"{row['name']}  {row['damage'] or 'whole'}" for row in rows))
+    raise typer.Exit(int(any(row["damage"] for row in rows)))
+
+
+@checkpoint.command(epilog="Example: laid checkpoint prune runs/demo/laid --keep-last 1")
+def prune(
+    run: RunFolder,
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Newest checkpoints to keep; default: as the run says.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep those of every so many steps; default: as the run says.")] = None,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Remove what is damaged instead; go back to the newest whole one.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints. Never the one that the run goes on from, unless --damaged finds it so. Not while the run is running."""
+    from laid_ds import checkpoint
+
+    _checkpoints(run)
+    if damaged:
+        removed = checkpoint.go_back(run)
+    else:
+        options = json.loads((run / "run.json").read_text())["run"]["checkpoint"]
+        removed = checkpoint.prune(run, keep_last or options["keep_last"], keep_every or options.get("keep_every"))
+    print(json.dumps({"removed": removed}) if as_json else f"removed: {', '.join(removed) or 'nothing'}")
+
+
+def _checkpoints(run: Path) -> list:
+    """Complete checkpoints of a run folder (laid_ds.checkpoint.Saved). Raises ValueError when there is none."""
+    from laid_ds.checkpoint import all_saved
+
+    found = all_saved(run)
+    if not found:
+        raise ValueError(f"no checkpoint in {run}; give the folder of a run (its recipe's `output`)")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -140,6 +140,9 @@ class Gain(Section):
 class Checkpoint(Section):
     every_steps: Count = 500
     keep_last: Count = 2
+    """Keep this many of the newest checkpoints."""
+    keep_every: Count | None = None
+    """Keep also the checkpoints of every so many steps, for good."""
 
 
 class Logging(Section):

@@ -19,7 +19,7 @@ from laid_ds.config import Losses
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.losses import head_losses, weighted_mean
-from laid_ds.models.attention import Captured, Tap, assert_differentiable
+from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
 
 
 class Lesson(NamedTuple):
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Lesson:
         with self.tap.open() as heads:
-            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            hidden = last_hidden_state(self.model, **batch.inputs)
         logits = self.model.get_output_embeddings()(hidden[batch.supervised])[:, : self.vocabulary] if self.shows_logits else None
         return Lesson(heads, logits)
 
@@ -65,7 +65,7 @@ class Student(nn.Module):
     def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> dict[str, Tensor]:
         """Sums of the asked terms over this micro-batch."""
         with self.tap.open() as heads:
-            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            hidden = last_hidden_state(self.model, **batch.inputs)
         assert_differentiable(heads)
         sums = head_losses(
             hidden[batch.supervised],

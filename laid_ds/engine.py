@@ -5,10 +5,12 @@ The JSON files hold mechanics; learning rate, batch, clip and precision come fro
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,39 @@ def checkpoint_weights(saved: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return get_fp32_state_dict_from_zero_checkpoint(str(saved.parent), tag=saved.name)
+
+
+def write_universal(saved: Path, target: Path) -> None:
+    """Rewrite a ZeRO-3 checkpoint as files of whole parameters and optimizer states, which any number of ranks can load."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(saved),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        ds_to_universal.main(options)
+
+
+def load_universal(engine, saved: Path) -> None:
+    """Load what `write_universal` wrote. Collective.
+
+    DeepSpeed gives every parameter group the hyper-parameters of the first one, and all of them one shared `step` tensor, which AdamW
+    then raises once per group; both are put right here.
+    """
+    engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(str(saved.parent), tag=saved.name)
+    engine._config.load_universal_checkpoint = False
+    optimizer = torch.load(saved / "zero" / "optimizer_state.pt", weights_only=False, mmap=True)["optimizer_state_dict"]
+    for group, theirs in zip(engine.optimizer.param_groups, optimizer["param_groups"], strict=True):
+        group.update({name: value for name, value in theirs.items() if name != "params"})
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"] = state["step"].clone()
 
 
 def sharded_bytes(module: nn.Module) -> int:

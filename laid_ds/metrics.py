@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def keep_until(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl up to `step`."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        os.replace(partial, path)
 
 
 def _progress(console: Console) -> Progress:

@@ -6,8 +6,10 @@ deepspeed --num_gpus 2 --module laid_ds.train recipes/demo.toml losses.match=0
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +31,16 @@ from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.distill import NonFiniteLoss, Student, Teacher, train_step
 from laid_ds.metrics import Reporter
-from laid_ds.models.attention import Tap, attention_layers, attention_shape, enable_checkpointing, listen, rotary_planes
+from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
+from laid_ds.models.family import trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
 from laid_ds.models.processor import OfflineProcessor, Renderer, check_same_tokenizer, load_processor
-from laid_ds.models.rope_gain import responder
+from laid_ds.models.rope_gain import gain_shapes, responder
 from laid_ds.stop import StopRequest
 
 DONE = "done.json"
 MAY_CHANGE = ("logging.", "checkpoint.", "data.workers")  # keys that do not decide the outcome of a run
+SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -60,7 +64,7 @@ def train(run: Run) -> None:
     training = build(run)
     reporter = Reporter(run.output, run.steps, run.logging, active=distributed.rank() == 0, run=config.as_tree(run))
     saved = checkpoint.latest(run.output)
-    first = _resume(training, saved) if saved else 0
+    first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
     try:
         finished = loop(run, training, reporter, first, StopRequest().install())
@@ -87,7 +91,7 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         stopping = stop.agreed()
         if stopping or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
             state = {"step": step + 1, "stream": training.stream.state_dict()}
-            checkpoint.save(training.student, run.output, state, run.checkpoint.keep_last)
+            checkpoint.save(training.student, run.output, state, run.checkpoint)
         if stopping:
             return step + 1
     return run.steps
@@ -133,9 +137,10 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     if run.student.gradient_checkpointing:
         enable_checkpointing(model)
     if run.student.freeze_vision:
-        model.model.visual.requires_grad_(False)
+        vision_tower(model).requires_grad_(False)
     align = build_align(run, pairs, model) if run.teacher is not None else None
-    gains = {int(layer): responder(align.gain, int(layer)) for layer in align.gain} if align is not None else {}
+    layout = trainable(model.config).layout
+    gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
     tap = Tap([student for student, _ in pairs])
     listen(model, tap, gains)
     student = Student(model, align, tap, run.losses, vocabulary, run.match.rows)
@@ -145,8 +150,10 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
 def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
     """Mixtures and gains for this pair of models."""
     shape = attention_shape(student.config)
-    gains = {layer: (shape[0], rotary_planes(student)) for layer in attention_layers(student)} if run.gain.enabled else {}
-    return Align(run.align, pairs, shape, attention_shape(load_config(run.teacher.path)), gains, getattr(torch, run.student.dtype))
+    gains = gain_shapes(student) if run.gain.enabled else {}
+    teacher = load_config(run.teacher.path)
+    trainable(teacher)  # its logits are taken from the head alone, too
+    return Align(run.align, pairs, shape, attention_shape(teacher), gains, getattr(torch, run.student.dtype))
 
 
 def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
@@ -202,6 +209,9 @@ def check(run: Run) -> None:
     for model, trains in ((run.student, True), (run.teacher, False)):
         if model is not None:
             engine.read_deepspeed(model.deepspeed, model.dtype, run, trains)
+            family = trainable(load_config(model.path))
+            if family.image_blocks and run.losses.match > 0:
+                raise ValueError(f"{model.path}: image tokens of {family.model_type} see each other both ways; set losses.match = 0")
             processors.append(load_processor(model.path))
     if len(processors) == 2:
         check_same_tokenizer(*processors)
@@ -215,25 +225,42 @@ def _check_output(run: Run) -> None:
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
         differing = _differences(json.loads(record.read_text())["run"], config.as_tree(run))
-        differing = [name for name in differing if not name.startswith(MAY_CHANGE)]
+        differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
         if differing:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
             )
-    elif run.output.is_dir() and any(run.output.iterdir()):
+    elif run.output.is_dir() and any(path.name != "run.json.partial" for path in run.output.iterdir()):
         raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
 
 
 def _open_output(run: Run) -> None:
     """Claim the run folder by writing the resolved run into it."""
     _check_output(run)
+    _check_global_batch(run)
     record = run.output / "run.json"
     distributed.barrier()
     if distributed.rank() == 0 and not record.is_file():
         run.output.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("laid-ds", "torch", "transformers", "deepspeed")}
-        record.write_text(json.dumps({"run": config.as_tree(run), "versions": versions, "world_size": distributed.world_size()}, indent=1))
+        resolved = {"run": config.as_tree(run), "versions": versions, "world_size": distributed.world_size()}
+        checkpoint.write_durably(record, json.dumps(resolved, indent=1))
     distributed.barrier()
+
+
+def _check_global_batch(run: Run) -> None:
+    """Raises ValueError unless a run goes on with as many samples per step as it began with, on whatever number of ranks."""
+    record = run.output / "run.json"
+    if not record.is_file():
+        return
+    began = json.loads(record.read_text())
+    shares = began["run"]["data"]["micro_batch"], began["run"]["optimizer"]["accumulation"], began["world_size"]
+    now = run.data.micro_batch, run.optimizer.accumulation, distributed.world_size()
+    if math.prod(shares) != math.prod(now):
+        raise ValueError(
+            f"{run.output} began with {math.prod(shares)} samples per step (data.micro_batch {shares[0]} x optimizer.accumulation "
+            f"{shares[1]} x {shares[2]} ranks), these are {math.prod(now)} ({now[0]} x {now[1]} x {now[2]}); keep the product the same"
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -248,7 +275,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return names
 
 
-def _resume(training: Training, saved: Path) -> int:
+def _resume(run: Run, training: Training, saved: Path) -> int:
+    """Go on from a checkpoint. On another number of ranks the random generators start from (seed, checkpoint, rank): the stream's draws
+    do not use them, but match.rows does, which then samples other rows than an uninterrupted run."""
+    seed_everything(zlib.crc32(f"{run.seed} {saved.name} {distributed.rank()}".encode()))
     state = checkpoint.restore(training.student, saved)
     training.stream.load_state_dict(state["stream"])
     return state["step"]

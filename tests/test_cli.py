@@ -47,7 +47,7 @@ def test_the_dry_run_prints_the_resolved_run_and_starts_nothing(recipe, tmp_path
     "override, sentence",
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'"),
-        ("student.path=nowhere", "nowhere holds no processor"),
+        ("student.path=nowhere", "no model at nowhere"),
         ("student.deepspeed=nowhere.json", "no DeepSpeed config at nowhere.json"),
         ("align.pairs=[[0, 9]]", "align.pairs: [0, 9] does not exist"),
     ],

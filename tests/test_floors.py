@@ -27,6 +27,7 @@ FLOORS = {
     "laid_ds.distill": 4,
     "laid_ds.evaluation.haystack": 4,
     "laid_ds.train": 5,
+    "laid_ds.plan": 5,
     "laid_ds.export": 5,
     "laid_ds.evaluation.evaluate": 5,
     "laid_ds.cli": 5,

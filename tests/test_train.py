@@ -39,6 +39,17 @@ def test_ranks_without_images_neither_hang_nor_change_the_numbers(world, tmp_pat
                     assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+def test_a_frozen_vision_tower_trains_beside_checkpointing(world, tmp_path):
+    """Only the decoder moves; the first losses are those of the run that trains all."""
+    changes = {"gradient_checkpointing": True}
+    free = world.run(tmp_path / "free", student=changes)
+    frozen = world.run(tmp_path / "frozen", student=changes | {"freeze_vision": True})
+    (a, _), (b, _) = (run_ranks(2, rank_steps, run, 2) for run in (free, frozen))
+    assert b["records"][0]["loss"] == pytest.approx(a["records"][0]["loss"], rel=1e-6)
+    assert b["records"][0]["gradient_norm"] < a["records"][0]["gradient_norm"]
+    assert b["records"][1]["loss"] != a["records"][1]["loss"]
+
+
 def poisoned_run(run):
     """What the rank says of a student whose head holds a NaN, and whether anything was saved."""
     engine.start_processes()

@@ -15,6 +15,7 @@ from torch import Tensor
 from laid_ds.data.batch import Batch, collate
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.index import Dataset
+from laid_ds.models.attention import last_hidden_state
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
 
@@ -62,7 +63,7 @@ def choices_of(dataset: Dataset) -> int:
 
 def _correct(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
     """For each row, 1 or 0 for each answer: all its tokens are the most likely ones."""
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    hidden = last_hidden_state(model, **batch.inputs)
     right = torch.zeros_like(batch.supervised)
     right[batch.supervised] = model.get_output_embeddings()(hidden[batch.supervised]).argmax(-1) == batch.labels[batch.supervised]
     return [_spans(row, hit) for row, hit in zip(batch.supervised.cpu(), right.cpu(), strict=True)]

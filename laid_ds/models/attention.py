@@ -61,6 +61,8 @@ class Listening:
     layer: int
     tap: Tap | None = None
     gain: Callable[[Tensor], Tensor] | None = None
+    attend: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+    """What turns queries, keys and values into the output."""
 
 
 def laid_attention(
@@ -73,7 +75,8 @@ def laid_attention(
     if listening is not None and listening.tap is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         listening.tap.take(listening.layer, Captured(query, key, scale, kwargs.get("sliding_window")))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attend = sdpa_attention_forward if listening is None else listening.attend
+    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(NAME, laid_attention)
@@ -86,13 +89,27 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return found if hasattr(found, "layers") else found.model
 
 
+def vision_tower(model: PreTrainedModel) -> nn.Module:
+    """The image encoder, with the projector where the family keeps it inside. Raises ValueError when none of the usual names is there."""
+    names = ("visual", "vision_tower", "vision_model", "vision_embed_tokens")
+    for name in names:
+        if hasattr(model.model, name):
+            return getattr(model.model, name)
+    raise ValueError(f"{type(model).__name__} has no vision tower under the names {', '.join(names)}; set student.freeze_vision = false")
+
+
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer index -> its attention module; layers without attention (linear attention, convolution) are left out."""
     return {i: layer.self_attn for i, layer in enumerate(decoder(model).layers) if hasattr(layer, "self_attn")}
 
 
-def listen(model: PreTrainedModel, tap: Tap | None = None, gains: dict[int, Callable[[Tensor], Tensor]] | None = None) -> None:
-    """Put the model's decoder on the `laid` attention function, with a tap and gains. The vision tower is left as it is.
+def listen(
+    model: PreTrainedModel,
+    tap: Tap | None = None,
+    gains: dict[int, Callable[[Tensor], Tensor]] | None = None,
+    attend: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward,
+) -> None:
+    """Put the model's decoder on the `laid` attention function, with a tap, gains and what attends. The vision tower is left as it is.
 
     Raises ValueError for a tapped layer that has no attention.
     """
@@ -102,12 +119,33 @@ def listen(model: PreTrainedModel, tap: Tap | None = None, gains: dict[int, Call
         raise ValueError(f"decoder layers {missing} have no attention to listen to; layers with attention: {sorted(attentions)}")
     decoder(model).set_attn_implementation(NAME)
     for index, attention in attentions.items():
-        object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index)))
+        object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index), attend))
 
 
-def rotary_planes(model: PreTrainedModel) -> int:
-    """P, the number of rotary planes of a query head."""
-    return decoder(model).rotary_emb.inv_freq.numel()
+def rotary_planes(model: PreTrainedModel, layer: int) -> int:
+    """P, the number of rotary planes of a query head of a layer; layers of different types may differ."""
+    rotary, kinds = decoder(model).rotary_emb, getattr(model.config.get_text_config(), "layer_types", None)
+    of_kind = getattr(rotary, f"{kinds[layer]}_inv_freq", None) if kinds else None
+    return (rotary.inv_freq if of_kind is None else of_kind).numel()
+
+
+def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """[B, T, hidden]: what the decoder hands to the head. The head is left out where the model's classes allow it, else run on one row.
+
+    Raises ValueError for images without what tells their tokens from text, since positions would silently count along one axis.
+    """
+    if "image_grid_thw" in inputs and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
+        raise ValueError("images came without mm_token_type_ids: pass all that the processor returns, or position_ids")
+    whole = getattr(model, "model", None)
+    if whole is not None and whole is not decoder(model):
+        return whole(**inputs, use_cache=False).last_hidden_state
+    found: list[Tensor] = []
+    handle = decoder(model).register_forward_hook(lambda module, arguments, output: found.append(output.last_hidden_state))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def attention_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:

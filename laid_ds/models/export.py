@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from laid_ds.models.attention import attention_layers
 from laid_ds.models.load import load_model
-from laid_ds.models.processor import load_processor
+from laid_ds.models.probe import probe
 from laid_ds.models.rope_gain import fold
 
 
@@ -22,8 +23,9 @@ def write_student(
     """Write model, processor and model card to `output`.
 
     stock: the folder the student was loaded from (config, processor, and any weights that were not trained);
-    weights: the trained parameters under the model's own names; gains: decoder layer -> theta [H, P].
-    The folder appears whole or not at all. Raises ValueError when `output` exists or a weight has no place in the model.
+    weights: the trained parameters under the model's own names; gains: decoder layer -> theta [H, P] or [1, P].
+    The folder appears whole or not at all. Raises ValueError when `output` exists, a weight has no place in the model, or the model is
+    not what the table of families says, so that a gain would fold into something else.
     """
     output = Path(output)
     if output.exists():
@@ -32,14 +34,28 @@ def write_student(
     unknown = model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"the checkpoint holds weights that the model at {stock} has no place for: {unknown[:3]}")
-    layers = attention_layers(model)
-    for layer, theta in gains.items():
-        fold(layers[layer], theta)
+    if gains:
+        fold_gains(model, gains)
     model.to(getattr(torch, dtype))
     model.config.use_cache = True
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    load_processor(stock).save_pretrained(partial)
+    _copy_processor(Path(stock), partial)
     (partial / "README.md").write_text(card)
     os.replace(partial, output)
+
+
+def fold_gains(model: PreTrainedModel, gains: Mapping[int, Tensor]) -> None:
+    """Fold every layer's gain into the model, which is probed first. Raises ValueError when the probe does."""
+    layout, layers = probe(model).layout, attention_layers(model)
+    for layer, theta in gains.items():
+        fold(layers[layer], theta, layout)
+
+
+def _copy_processor(stock: Path, output: Path) -> None:
+    """Everything small beside the weights that `output` does not have yet: tokenizer, processor and chat template, as they were."""
+    for path in sorted(stock.iterdir()):
+        small = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
+        if small and not (output / path.name).exists():
+            shutil.copyfile(path, output / path.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from laid_ds.models.processor import OfflineProcessor, SampleLike, train_processor
 
@@ -45,15 +45,21 @@ def load_config(path: str | Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
+def model_class(config: PretrainedConfig) -> type:
+    """The auto class that makes the whole vision-language model of a config; a few families are listed as language models only."""
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if known else AutoModelForCausalLM
+
+
 def load_model(path: str | Path, dtype: str = "float32", deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
     """The vision-language model of a folder, in evaluation mode, on the CPU or partitioned.
 
     Raises ValueError when the folder is no model, or when the weights lack or exceed what the model needs.
     """
-    load_config(path)
+    config = load_config(path)
     with sharded_loading(deepspeed_config):
         try:
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            model, report = model_class(config).from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
             )
         except OSError as error:

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from laid_ds.models.attention import attention_layers, attention_shape, listen, rotary_planes
+from laid_ds.models.attention import attention_layers, listen
 from laid_ds.models.export import write_student
-from laid_ds.models.rope_gain import BOUND, apply_gain, fold, gain, responder
+from laid_ds.models.rope_gain import BOUND, apply_gain, fold, gain, gain_shapes, responder
 
 
 def random_gains(model) -> nn.ParameterDict:
-    shape = (attention_shape(model.config)[0], rotary_planes(model))
     torch.manual_seed(3)
-    return nn.ParameterDict({str(layer): torch.randn(shape) for layer in attention_layers(model)})
+    return nn.ParameterDict({str(layer): torch.randn(shape) for layer, shape in gain_shapes(model).items()})
 
 
 def with_gains(model, thetas):
@@ -103,8 +102,28 @@ def test_export_leaves_an_existing_folder_alone(world, tmp_path):
         write_student(world.student, {}, {}, "float32", tmp_path / "out", "card")
 
 
-def test_a_normalised_query_is_refused():
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_a_plane_of_each_layout_scales_its_contribution_to_the_scores(layout):
+    torch.manual_seed(0)
+    query, key, theta = torch.randn(1, 2, 3, 10), torch.randn(1, 2, 3, 10), torch.randn(2, 4)
+    pairs = [(f, f + 4) if layout == "half" else (2 * f, 2 * f + 1) for f in range(4)]
+    factors = [(pair, gain(theta)[None, :, f, None, None]) for f, pair in enumerate(pairs)] + [((8, 9), 1.0)]
+    expected = sum(factor * sum(query[..., d][..., :, None] * key[..., d][..., None, :] for d in pair) for pair, factor in factors)
+    torch.testing.assert_close(apply_gain(query, theta, layout) @ key.mT, expected)
+
+
+def normalised(name: str, width: int) -> nn.Module:
     attention = nn.Module()
-    attention.q_norm = nn.LayerNorm(4)
-    with pytest.raises(ValueError, match="does not fold"):
-        fold(attention, torch.zeros(1, 2))
+    attention.head_dim = 4
+    setattr(attention, name, nn.LayerNorm(width, bias=False))
+    return attention
+
+
+def test_a_gain_per_head_is_refused_where_heads_share_a_norm():
+    with pytest.raises(ValueError, match="4 weights for a head dim of 4: a gain with 2 rows does not fold"):
+        fold(normalised("q_norm", 4), torch.zeros(2, 2))
+
+
+def test_a_norm_of_queries_and_keys_together_is_refused():
+    with pytest.raises(ValueError, match="qk_norm has no weight for the queries alone"):
+        fold(normalised("qk_norm", 4), torch.zeros(1, 2))

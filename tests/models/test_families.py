@@ -1,0 +1,363 @@
+"""Every row of the table of families, on tiny random models: the tap changes nothing, the probe agrees, a folded gain is a stock model's.
+
+The run writes docs/families.md from what it measured, and the file in the tree must be that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from laid_ds import cli
+from laid_ds.models.attention import (
+    NAME,
+    Tap,
+    assert_differentiable,
+    attention_layers,
+    decoder,
+    enable_checkpointing,
+    last_hidden_state,
+    listen,
+)
+from laid_ds.models.export import fold_gains, write_student
+from laid_ds.models.family import Decoder, Family, families, family, trainable
+from laid_ds.models.load import load_model, model_class
+from laid_ds.models.probe import Measured, measure, probe
+from laid_ds.models.rope_gain import gain_shapes, responder
+from tests.models.family_models import CONFIGS, IMAGE, IMAGES, TOKENS, inputs, packed, tiny_model
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+ROWS = list(families())
+each_family = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model_type}-{row.decoder}")
+
+
+def tiny(row: Family) -> PreTrainedModel:
+    return tiny_model(row.model_type, row.decoder)
+
+
+def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch, use_cache=False).logits
+
+
+def test_every_row_has_a_tiny_model_and_the_other_way_round():
+    assert {(row.model_type, row.decoder) for row in ROWS} == CONFIGS.keys()
+    assert len({row.model_type for row in ROWS}) >= 28
+    assert len({row.model_type for row in ROWS if row.gain != "none"}) >= 24
+
+
+@each_family
+def test_the_tap_changes_nothing_and_hears_the_decoder_alone(row):
+    batch, found = inputs(row.model_type), []
+    for listening in (False, True):
+        model = tiny(row)
+        layers = attention_layers(model)
+        tap = Tap(list(layers))
+        if listening:
+            listen(model, tap)
+        with tap.open() as heads:
+            logits = logits_of(model, batch)
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), [p.grad for p in model.parameters()]))
+    assert sorted(heads) == sorted(layers)
+    assert all(h.query.requires_grad and h.key.requires_grad for h in heads.values())
+    own = set(layers.values())
+    assert all(hasattr(module, "_laid") == (module in own) for module in model.modules())
+    (expected, gradients), (logits, heard) = found
+    assert torch.equal(logits, expected)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(heard, gradients, strict=True))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.model_type in IMAGES], ids=lambda row: f"{row.model_type}-{row.decoder}")
+def test_the_image_is_seen(row):
+    model, batch = tiny(row), inputs(row.model_type)
+    with torch.no_grad():
+        plain, changed = logits_of(model, batch), logits_of(model, batch | {"pixel_values": batch["pixel_values"].flip(-1)})
+    assert not torch.equal(plain, changed)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.model_type in IMAGES], ids=lambda row: f"{row.model_type}-{row.decoder}")
+def test_a_token_changes_those_before_it_only_where_images_are_blocks(row):
+    """The last token of the image is changed where it enters the decoder."""
+    model, batch, found = tiny(row), inputs(row.model_type), []
+    last = int((batch["input_ids"][0] == IMAGE).nonzero()[-1])
+
+    def change(module, args, kwargs):
+        embedded = kwargs["inputs_embeds"].clone()
+        embedded[:, last] += 1
+        return args, kwargs | {"inputs_embeds": embedded}
+
+    with torch.no_grad():
+        found.append(logits_of(model, batch)[:, :last])
+        decoder(model).register_forward_pre_hook(change, with_kwargs=True)
+        found.append(logits_of(model, batch)[:, :last])
+    assert torch.equal(*found) != row.image_blocks
+
+
+@each_family
+def test_the_head_turns_the_last_hidden_state_into_the_logits(row):
+    model, batch = tiny(row), inputs(row.model_type)
+    with torch.no_grad():
+        hidden = last_hidden_state(model, **batch)
+        torch.testing.assert_close(model.get_output_embeddings()(hidden), logits_of(model, batch), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[Family, Measured]:
+    """What the probe found, every row compared with the table on the way."""
+    return {row: probe(tiny(row)) for row in ROWS}
+
+
+@each_family
+def test_the_probe_agrees_with_the_table_and_with_the_shapes_of_gains(row, measured):
+    found = measured[row]
+    assert (found.layout, found.positions, found.gain) == (row.layout, row.positions, row.gain)
+    if row.gain != "none":
+        shapes = gain_shapes(tiny(row))
+        assert all(dims in (0, 2 * shapes[layer][1]) for layer, dims in found.rotary_dims.items())
+        assert shapes.keys() == found.rotary_dims.keys()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.gain != "none"], ids=lambda row: f"{row.model_type}-{row.decoder}")
+def test_a_folded_gain_exports_and_loads_in_stock_classes(row, tmp_path):
+    model, batch = tiny(row), inputs(row.model_type)
+    generator = torch.Generator().manual_seed(2)
+    thetas = {str(layer): torch.randn(shape, generator=generator) for layer, shape in gain_shapes(model).items()}
+    with torch.no_grad():
+        plain = logits_of(model, batch)
+        listen(model, gains={int(layer): responder(thetas, int(layer), row.layout) for layer in thetas})
+        expected = logits_of(model, batch)
+    model.save_pretrained(tmp_path / "stock")
+    gains = {int(layer): theta for layer, theta in thetas.items()}
+    write_student(tmp_path / "stock", {}, gains, "float32", tmp_path / "out", "card")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    stock = model_class(config).from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found = logits_of(stock, batch)
+    assert stock.config.get_text_config()._attn_implementation != NAME
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-4
+
+
+@each_family
+def test_checkpointing_on_is_off_for_what_is_heard(row):
+    batch, found = inputs(row.model_type), []
+    for checkpointing in (False, True):
+        model = tiny(row).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        tap = Tap(list(attention_layers(model)))
+        listen(model, tap)
+        torch.manual_seed(0)
+        with tap.open() as heads:
+            logits_of(model, batch)
+        assert_differentiable(heads)
+        sum(h.query.square().sum() + h.key.sum() for h in heads.values()).backward()
+        found.append((heads, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (plain, expected), (heard, gradients) = found
+    assert all(torch.equal(heard[layer].query, plain[layer].query) and torch.equal(heard[layer].key, plain[layer].key) for layer in plain)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_in_bfloat16_is_off_by_its_rounding_alone(tmp_path):
+    """The fold is done in fp32 and cast once, so the folder is the folded fp32 model rounded once."""
+    model = tiny_model("qwen3_vl", "qwen3_vl_text")
+    gains = {layer: torch.linspace(-1, 1, 4).view(shape) for layer, shape in gain_shapes(model).items()}
+    model.save_pretrained(tmp_path / "stock")
+    write_student(tmp_path / "stock", {}, gains, "bfloat16", tmp_path / "out", "card")
+    fold_gains(model, gains)
+    found = load_model(tmp_path / "out", "bfloat16")
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def positions_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The position ids that the model gives a row, as its rotary module gets them."""
+    found: list[Tensor] = []
+
+    def keep(module, args, kwargs):
+        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    handle = decoder(model).rotary_emb.register_forward_pre_hook(keep, with_kwargs=True)
+    logits_of(model, batch)
+    handle.remove()
+    return found[0]
+
+
+@torch.no_grad()
+def packing_error(row: Family) -> float:
+    """Largest difference of logits between two samples in one row and the same two alone."""
+    model, rows = tiny(row), [inputs(row.model_type, seed=0, num_tokens=8), inputs(row.model_type, seed=1, num_tokens=5)]
+    listen(model)
+    alone = torch.cat([logits_of(model, batch) for batch in rows], 1)
+    axes = torch.cat([positions_of(model, batch) for batch in rows], -1)
+    text = torch.cat([torch.arange(batch["input_ids"].shape[1]) for batch in rows])[None]
+    positions = text if row.positions == "1d" else torch.cat([text[None], axes.expand(3, 1, -1)])
+    return (logits_of(model, packed(rows) | {"position_ids": positions}) - alone).abs().max().item()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.packable], ids=lambda row: f"{row.model_type}-{row.decoder}")
+def test_two_samples_in_one_row_are_the_two_alone(row):
+    assert packing_error(row) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
+def test_families_that_are_not_packable_give_other_logits_when_packed(name):
+    (row,) = [row for row in ROWS if row.model_type == name]
+    assert not row.packable
+    assert packing_error(row) > 1e-3
+
+
+def page(measured: dict[Family, Measured]) -> str:
+    """docs/families.md."""
+    heads = ["model_type", "decoder", "layout", "positions", "gain", "query norm", "packable", "image blocks", "tier", "run on"]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for row, found in measured.items():
+        marks = ["yes" if mark else "no" for mark in (row.packable, row.image_blocks)]
+        run_on = "image and text" if row.model_type in IMAGES else "text"
+        cells = [f"`{row.model_type}`", f"`{row.decoder}`", found.layout, found.positions, found.gain, found.query_norm or "none"]
+        lines.append(" | ".join([*cells, *marks, row.tier, run_on]))
+    return INTRODUCTION + "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+INTRODUCTION = """# Families
+
+Written by `pytest tests/models/test_families.py` from tiny random models of every row, in fp32; do not edit it by hand.
+`laid models` prints the table, `laid models PATH` measures a folder.
+
+- layout: the two coordinates of rotary plane f are f and f + P (half), or 2f and 2f + 1 (interleaved).
+- positions: one per token (1d), or time, height and width on stretches of planes (mrope) or on mixed planes (mrope_interleaved).
+- gain: where a RoPE gain folds: per head, shared by the heads of a layer (their queries share one norm), or nowhere.
+- query norm: how the norm that the gain folds into uses its weight.
+- packable: two samples in one row give the logits of the two alone (1e-6), with position ids that start again and no mask.
+- image blocks: tokens of one image see each other in both directions, so the mask is dense.
+- tier: A trains, folds and packs; B trains and folds; C trains without a gain.
+- run on: what the tiny model was given. A row run on text alone says nothing measured about its images.
+
+In every row the logits and all gradients under the tap are those of SDPA, bit for bit, and the vision tower is not tapped.
+In tiers A and B a folded gain, exported and loaded by stock classes, gives the logits of the unfolded one within 1e-5.
+
+"""
+
+
+def test_the_page_is_what_this_run_found(measured):
+    found, expected = PAGE.read_text() if PAGE.is_file() else "", page(measured)
+    PAGE.write_text(expected)
+    assert found == expected, "docs/families.md was not up to date; it is now"
+
+
+def config_of(family_type: str, **text: object) -> PreTrainedConfig:
+    return AutoConfig.for_model(family_type, text_config=text)
+
+
+def test_an_unknown_family_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"'bert' is not in the table of families; choose one of `laid models`, or add a line"):
+        family(AutoConfig.for_model("bert"))
+
+
+def test_an_unknown_decoder_of_a_known_family_is_refused():
+    with pytest.raises(ValueError, match=r"internvl with the text decoder 'gpt2' .* \(known: qwen2, qwen3\)"):
+        family(config_of("internvl", model_type="gpt2"))
+
+
+def test_capped_scores_and_capped_logits_are_refused():
+    with pytest.raises(ValueError, match=r"paligemma caps its attention scores \(attn_logit_softcapping=50.0\)"):
+        family(config_of("paligemma", model_type="gemma2"))
+    with pytest.raises(ValueError, match=r"gemma3 caps its logits \(final_logit_softcapping=30.0\)"):
+        trainable(config_of("gemma3", final_logit_softcapping=30.0))
+
+
+def test_a_model_that_is_not_what_the_table_says_is_refused_with_the_expectation(monkeypatch):
+    wrong = {"qwen2": Decoder("interleaved", "mrope", "head")}
+    monkeypatch.setattr("laid_ds.models.family.DECODERS", wrong)
+    with pytest.raises(ValueError, match=r"layout is 'half', expected 'interleaved'; positions is '1d', expected 'mrope'"):
+        probe(tiny_model("internvl", "qwen2"))
+
+
+def test_a_gain_is_refused_where_nothing_folds():
+    with pytest.raises(ValueError, match=r"folds nowhere in llama4 .*gain.enabled=false"):
+        gain_shapes(tiny_model("llama4", "llama4_text"))
+
+
+def test_images_without_token_types_are_refused():
+    batch = inputs("qwen2_5_vl")
+    del batch["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="images came without mm_token_type_ids"):
+        last_hidden_state(tiny_model("qwen2_5_vl", "qwen2_5_vl_text"), **batch)
+
+
+def test_two_models_of_one_config_object_do_not_share_what_is_heard():
+    config = AutoConfig.for_model("internvl", **(TOKENS | CONFIGS["internvl", "qwen2"]))
+    (first, second), taps = (model_class(config).from_config(config) for _ in range(2)), (Tap([0]), Tap([0, 1]))
+    for model, tap in zip((first, second), taps, strict=True):
+        listen(model, tap)
+    with taps[0].open() as heads, taps[1].open() as others:
+        logits_of(first, inputs("internvl"))
+        assert not others
+        logits_of(second, inputs("internvl", seed=1))
+    assert (sorted(heads), sorted(others)) == ([0], [0, 1])
+    assert not torch.equal(heads[0].query, others[0].query)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model, batch = tiny_model("qwen3_vl", "qwen3_vl_text").train(), inputs("qwen3_vl")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    listen(model, Tap([0]))
+    measure(model)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert attention_layers(model)[0]._laid.tap.layers == [0]
+    logits_of(model, batch)
+
+
+def test_a_model_in_bfloat16_is_measured_too():
+    model = tiny_model("glm4v", "glm4v_text").to(torch.bfloat16)
+    assert probe(model).rotary_dims == {0: 4, 1: 4}
+
+
+def test_slow_planes_of_a_long_context_model_are_seen_to_turn():
+    tree = CONFIGS["glm4v", "glm4v_text"]
+    rope = tree["text_config"]["rope_parameters"] | {"rope_theta": 1e8, "mrope_section": [2, 1, 1]}
+    text = tree["text_config"] | {"rope_parameters": rope, "hidden_size": 64, "head_dim": 16}
+    config = AutoConfig.for_model("glm4v", **tree | {"text_config": text})
+    found = probe(model_class(config).from_config(config))
+    assert found.rotary_dims == {0: 8, 1: 8}
+    assert found.axes == "tthw"
+
+
+def test_load_model_takes_every_class_of_the_table(tmp_path):
+    tiny_model("phi4_multimodal", "phi4_multimodal").save_pretrained(tmp_path / "phi")
+    assert type(load_model(tmp_path / "phi")).__name__ == "Phi4MultimodalForCausalLM"
+
+
+def test_the_command_prints_the_table(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["models", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == len(ROWS)
+    assert {"model_type", "layout", "positions", "gain", "packable", "tier"} <= rows[0].keys()
+    with pytest.raises(SystemExit):
+        cli.main(["models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ROWS) + 1
+    assert lines[0].split()[:3] == ["model_type", "decoder", "layout"]
+
+
+def test_the_command_measures_a_folder(tmp_path, capsys):
+    tiny_model("qwen3_vl", "qwen3_vl_text").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        cli.main(["models", str(tmp_path / "model"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model_type"], found["gain"], found["axes"], found["query_norm"]) == ("qwen3_vl", "layer", "thwt", "w")
+
+
+def test_the_command_refuses_a_folder_without_a_model_in_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["models", str(tmp_path)])
+    assert exit_status.value.code == 2
+    assert capsys.readouterr().err.startswith("laid: no model at ")

@@ -1,0 +1,200 @@
+"""The plan against what DeepSpeed and autograd really hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from laid_ds import cli, config, engine
+from laid_ds.distill import Ask, Student, Teacher, train_step
+from laid_ds.models.attention import Tap, enable_checkpointing, listen
+from laid_ds.models.load import model_class
+from laid_ds.models.rope_gain import responder
+from laid_ds.models.sizes import model_sizes, read_config
+from laid_ds.plan import Machine, memory, peak_bytes, plan, read_pair, step_flops
+from laid_ds.schedule import omega
+from laid_ds.train import build, build_align
+from tests.support.processes import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "recipes" / "configs"
+PAPER = ROOT / "recipes" / "qwen2_5_vl_7b_from_32b.toml"
+A100 = Machine(4, 80 * 2**30, 312e12, 0.35)
+
+
+def paper(*overrides):
+    return config.load(PAPER, [f"{who}.deepspeed={ROOT}/ds_configs/zero3_{who}.json" for who in ("student", "teacher")] + list(overrides))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return read_pair(paper(), CONFIGS / "qwen2_5_vl_7b.json", CONFIGS / "qwen2_5_vl_32b.json")
+
+
+@pytest.mark.parametrize("name, elements", [("3b", 3_754_622_976), ("7b", 8_292_166_656), ("32b", 33_452_718_336)])
+def test_published_configs_have_the_published_number_of_parameters(name, elements):
+    assert model_sizes(read_config(CONFIGS / f"qwen2_5_vl_{name}.json"), "bfloat16").total() == elements
+
+
+def held(run):
+    """Bytes on this rank after a step: parameters, gradients and optimizer of the student, parameters of the teacher."""
+    engine.start_processes()
+    training = build(run)
+    train_step(training.student, training.teacher, [next(iter(training.stream))], run.losses, omega(0, run.match), training.counted_by)
+    zero = training.student.optimizer
+    states = [value for state in zero.optimizer.state.values() for value in state.values() if torch.is_tensor(value) and value.numel() > 1]
+    return {
+        "parameters": _parameter_bytes(training.student.module),
+        "gradients": zero.grad_partitions_flat_buffer.nbytes,
+        "optimizer": sum(tensor.nbytes for tensor in [*zero.fp32_partitioned_groups_flat, *states]),
+        "teacher_parameters": _parameter_bytes(training.teacher.module),
+    }
+
+
+def _parameter_bytes(module):
+    shards = sum(parameter.ds_tensor.nbytes for parameter in module.parameters())
+    return shards + sum(parameter.ds_numel * parameter.element_size() for parameter in module.parameters() if parameter.ds_persist)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_a_rank_holds_is_what_was_planned(world, tmp_path, ranks):
+    dtypes = {"dtype": "bfloat16"} if ranks == 2 else {}
+    run = world.run(tmp_path / "run", data={"micro_batch": 1}, student=dtypes, teacher=dtypes)
+    planned = memory(read_pair(run), Machine(ranks, 2**30, 1e12, 0.5), tokens=100)
+    for found in run_ranks(ranks, held, run):
+        for name, size in found.items():
+            assert planned[name] == pytest.approx(size, rel=0.02), name
+
+
+def resized(folder, target, hidden, heads, layers, dtype):
+    """The model of a folder in a larger size, so that what is not counted (loss scalars, positions) does not matter."""
+    tree = json.loads((folder / "config.json").read_text())
+    tree["text_config"] |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "head_dim": 32}
+    tree["text_config"] |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "layer_types": ["full_attention"] * layers}
+    tree["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    tree["vision_config"]["out_hidden_size"] = hidden
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(tree))
+    model = model_class(read_config(target / "config.json")).from_config(read_config(target / "config.json"), dtype=getattr(torch, dtype))
+    return model.train()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing, frozen", [(False, False), (False, True), (True, True)])
+def test_activations_are_those_of_a_real_step(world, tmp_path, dtype, checkpointing, frozen):
+    """Teacher, student and every loss, forward and backward: the peak of CPU allocations within 15 %."""
+    student = resized(world.student, tmp_path / "student", 256, 8, 4, dtype)
+    teacher = resized(world.teacher, tmp_path / "teacher", 512, 16, 6, dtype)
+    settings = {"dtype": dtype, "freeze_vision": frozen, "gradient_checkpointing": checkpointing}
+    vocabulary, batch = world.vocabulary, world.batch(samples=10, images=6)
+    run = world.run(
+        tmp_path / "run",
+        student={"path": tmp_path / "student"} | settings,
+        teacher={"path": tmp_path / "teacher", "dtype": dtype},
+        losses={"rows_per_chunk": int(batch.supervised.sum())},
+    )
+    student.model.visual.requires_grad_(not frozen)
+    if checkpointing:
+        enable_checkpointing(student)
+    align, taps = build_align(run, ((3, 5),), student), (Tap([3]), Tap([5]))
+    listen(student, taps[0], {int(layer): responder(align.gain, int(layer)) for layer in align.gain})
+    listen(teacher, taps[1])
+    learner, shower = Student(student, align, taps[0], run.losses, vocabulary), Teacher(teacher, taps[1], vocabulary, True)
+    for parameter in learner.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    terms = ("align", "match", "kl", "sft")
+
+    def step():
+        sum(learner(batch, shower(batch), Ask(terms, omega(0, run.match), 1)).values()).backward()
+
+    step()
+    planned = memory(read_pair(run), Machine(1, 2**30, 1e12, 0.5), batch.labels.numel())
+    lasting = sum(planned[name] for name in ("activations", "tapped_qk"))
+    planned_bytes = lasting + max(planned["layer_backward"], planned["alignment"] + planned["logits_chunk"])
+    measured = allocated_at_most(step)
+    print(f"planned / measured = {planned_bytes / measured:.3f}")
+    assert planned_bytes == pytest.approx(measured, rel=0.15)
+
+
+def allocated_at_most(action):
+    """Most bytes that `action` has allocated on the CPU at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    found, pending = [], list(recorded.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.typed[1].total_allocated, event.typed[1].alloc_size))
+    found.sort()
+    before = found[0][1] - found[0][2]
+    return max(total for _, total, _ in found) - before
+
+
+def test_the_papers_run(pair):
+    """32B to 7B on 4 x 80 GiB: the optimizer is 12 bytes for each of the 7.6e9 trained parameters, over four."""
+    found = plan(pair, A100, 8192)
+    assert found.fits
+    assert found.terms["optimizer"] == pytest.approx(12 * 7.615e9 / 4, rel=0.01)
+    assert found.terms["teacher_parameters"] == pytest.approx(2 * 33.45e9 / 4, rel=0.01)
+    assert found.total_bytes == peak_bytes(found.terms) < sum(found.terms.values())
+    assert found.step_seconds == pytest.approx(step_flops(pair, 8192) / (312e12 * 0.35))
+
+
+def test_the_tokens_that_fit_are_the_last_that_do(pair):
+    most = plan(pair, A100, 1024).tokens_that_fit
+    assert plan(pair, A100, most).fits
+    assert not plan(pair, A100, most + 1).fits
+
+
+def test_more_gpus_hold_more(pair):
+    fitting = [plan(pair, Machine(gpus, 80 * 2**30, 312e12, 0.35), 1024).tokens_that_fit for gpus in (2, 4, 8, 64)]
+    assert fitting == sorted(fitting)
+
+
+@pytest.mark.parametrize(
+    "overrides, gpus, tokens, sentence",
+    [
+        (["student.gradient_checkpointing=false"], 4, 30_000, "set student.gradient_checkpointing = true"),
+        ([], 4, 60_000, "keep the teacher on the CPU"),
+        (["student.gradient_checkpointing=false"], 2, 20_000, "checkpoint the student's activations and keep the teacher on the CPU"),
+        ([], 2, 60_000, "use 8 GPUs"),
+        ([], 4, 10_000_000, "use shorter samples"),
+    ],
+)
+def test_a_suggestion_is_one_that_helps(pair, overrides, gpus, tokens, sentence):
+    found = plan(replace(pair, run=paper(*overrides)), Machine(gpus, 80 * 2**30, 312e12, 0.35), tokens)
+    assert not found.fits
+    assert sentence in found.suggestion
+
+
+def test_as_a_command_without_the_models_folders(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["plan", str(PAPER), "--gpus", "4", "--gpu-memory", "80", "--student-config", str(CONFIGS / "qwen2_5_vl_7b.json")]
+    words += ["--teacher-config", str(CONFIGS / "qwen2_5_vl_32b.json")]
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main([*words, "--json"])
+    assert exit_status.value.code == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--tokens", "70000"])
+    assert "suggestion: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(words[:2])
+    assert exit_status.value.code == 2
+    assert "--student-config" in capsys.readouterr().err
+
+
+def test_a_folder_with_nothing_but_a_config_is_enough(world, tmp_path):
+    for who in ("student", "teacher"):
+        (tmp_path / who).mkdir()
+        shutil.copy(world.folder / who / "config.json", tmp_path / who)
+    run = world.run(tmp_path / "run", student={"path": tmp_path / "student"}, teacher={"path": tmp_path / "teacher"})
+    assert plan(read_pair(run), A100, 100).fits
