@@ -97,7 +97,7 @@ def export(
 def evaluate(
     shards: Annotated[Path, typer.Argument(help="Test shards with recorded needles.")],
     models: Annotated[list[str], typer.Argument(help="NAME=FOLDER of stock model folders.")],
-    out: Annotated[Path, typer.Option(help="Results file; models in it already are kept and not asked again.")],
+    out: Annotated[Path, typer.Option(help="Results file; models in it whose files have not changed are not asked again.")],
     sizes: Annotated[str, typer.Option(help="Numbers of images.")] = "1,2,5,10,20,50,100,150",
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks of each size.")] = 100,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,

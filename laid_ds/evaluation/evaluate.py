@@ -23,7 +23,8 @@ from laid_ds.models.processor import Renderer, load_processor
 def evaluate_models(
     shards: Path, models: Mapping[str, Path], out: Path, sizes: Sequence[int], haystacks: int, questions: int, dtype: str
 ) -> dict[str, Any]:
-    """Evaluate each model that the results file `out` does not hold yet; the file is rewritten after each model.
+    """Evaluate each model that the results file `out` does not hold yet, or whose files have changed since; the file is rewritten after
+    each model.
 
     Raises ValueError when `out` was made with other questions.
     """
@@ -39,15 +40,20 @@ def evaluate_models(
     }
     results = _open_results(out, setting)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    new = {name: folder for name, folder in models.items() if name not in results["models"]}
+    new = {name: folder for name, folder in models.items() if results["models"].get(name, {}).get("files") != _files(folder)}
     with _progress() as progress:
         for name, folder in new.items():
             task = progress.add_task(name, total=len(sizes))
             model, renderer = load_model(folder, dtype).to(device).eval(), Renderer(load_processor(folder), Pixels())
             answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
-            results["models"][name] = {"folder": str(folder), "answers": answers}
+            results["models"][name] = {"folder": str(folder), "files": _files(folder), "answers": answers}
             _write(out, results)
     return results
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """Name, size and time of each file of a model folder: what tells one model from another without reading it."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(folder).glob("*.*"))]
 
 
 def _open_results(out: Path, setting: dict[str, Any]) -> dict[str, Any]:

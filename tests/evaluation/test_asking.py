@@ -75,9 +75,14 @@ def test_results_file_is_extended_not_repeated_and_guards_its_setting(world, tmp
     out = tmp_path / "evaluation.json"
     evaluate_models(world.shards, {"student": world.student}, out, [1, 2], 4, 1, "float32")
     first = json.loads(out.read_text())
-    evaluate_models(world.shards, {"student": world.teacher, "teacher": world.teacher}, out, [1, 2], 4, 1, "float32")
+    first["models"]["student"]["answers"]["1"] = "kept"
+    out.write_text(json.dumps(first))
+    evaluate_models(world.shards, {"student": world.student, "teacher": world.teacher}, out, [1, 2], 4, 1, "float32")
     second = json.loads(out.read_text())
     assert second["models"]["student"] == first["models"]["student"]
+    evaluate_models(world.shards, {"student": world.teacher}, out, [1, 2], 4, 1, "float32")  # another model under the same name
+    third = json.loads(out.read_text())
+    assert third["models"]["student"]["answers"] == second["models"]["teacher"]["answers"]
     assert set(second["models"]) == {"student", "teacher"}
     with pytest.raises(ValueError, match="was made with other sizes"):
         evaluate_models(world.shards, {"x": world.teacher}, out, [1, 4], 4, 1, "float32")
