@@ -70,32 +70,32 @@ def positions_or_tokens(positions: Tensor | None, key: Tensor) -> Tensor:
 
 
 @triton.jit
-def load_tile(base, start, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr):
-    """[M, BLOCK_D] rows from `start` of a contiguous [*, D] at base; zero past D and from row `stop` on.
+def load_tile(base, start, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, column=0):
+    """[M, BLOCK_D] rows from `start`, columns from `column`, of a contiguous [*, D] at base; zero past D and from row `stop` on.
 
     Only the scalar part of the offset is int64: a tile of int64 offsets would fill the registers.
     """
-    m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    m, d = tl.arange(0, M), column + tl.arange(0, BLOCK_D)
     ok = (start + m < stop)[:, None]
-    if D < BLOCK_D:
+    if D % BLOCK_D:
         ok = ok & (d < D)[None, :]
     return tl.load(base + tl.cast(start, tl.int64) * D + (m[:, None] * D + d[None, :]), mask=ok, other=0.0)
 
 
 @triton.jit
-def load_tile_transposed(base, start, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr):
+def load_tile_transposed(base, start, stop, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, column=0):
     """[BLOCK_D, N] of the same."""
-    n, d = tl.arange(0, N), tl.arange(0, BLOCK_D)
+    n, d = tl.arange(0, N), column + tl.arange(0, BLOCK_D)
     ok = (start + n < stop)[None, :]
-    if D < BLOCK_D:
+    if D % BLOCK_D:
         ok = ok & (d < D)[:, None]
     return tl.load(base + tl.cast(start, tl.int64) * D + (n[None, :] * D + d[:, None]), mask=ok, other=0.0)
 
 
 @triton.jit
-def store_tile(base, start, stop, x, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr):
+def store_tile(base, start, stop, x, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, column=0):
     """The reverse of load_tile, in the dtype of base."""
-    m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    m, d = tl.arange(0, M), column + tl.arange(0, BLOCK_D)
     ok = (start + m < stop)[:, None] & (d < D)[None, :]
     tl.store(base + tl.cast(start, tl.int64) * D + (m[:, None] * D + d[None, :]), x.to(base.dtype.element_ty), mask=ok)
 

@@ -161,6 +161,15 @@ def test_awkward_sizes(T, Hs, Ks, Ht, Kt, implementation):
     assert_same(run(x, omega=OMEGAS[1], implementation=implementation), want)
 
 
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("Ds, Dt, situation", [(256, 256, "everything"), (256, 256, "one hot"), (200, 16, "one hot"), (16, 130, "top 2")])
+def test_wide_heads(Ds, Dt, situation, omega, implementation):
+    x = case(T=19, S=23, B=1, Ks=1, Ds=Ds, Dt=Dt)
+    options = options_of(situation, x) | {"omega": omega}
+    assert_same(run(x, **options, implementation=implementation), run(x, **options, implementation="reference"))
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_chunk_size_changes_nothing(data):

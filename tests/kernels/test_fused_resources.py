@@ -29,7 +29,6 @@ def test_every_kernel_chip_and_head_dim_is_there():
         for dim in (64, 128, 256):
             assert f"lse D={dim} {chip}" in KERNELS
             assert f"profile D={dim} {chip}" in KERNELS
-        for dim in (64, 128):
             for omega in ("uniform", "frontier", "power"):
                 for case in ("one head", "many heads", "positions and windows"):
                     assert {f"{kernel} D={dim} omega={omega} {case} {chip}" for kernel in ("row", "column")} <= KERNELS.keys()

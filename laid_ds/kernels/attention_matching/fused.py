@@ -1,8 +1,8 @@
 """Attention matching on CUDA, in Triton, in two forms chosen by the mixture; README.md counts the FLOPs and bytes of each.
 
-*Sparse*, for at most 4 teacher heads per student head and head dims up to 128: a row pass (loss, c, d query) and a column pass (d key)
-that never leave the tile. *Dense*, otherwise: scores of a chunk of rows by batched matrix products, and one kernel for everything
-elementwise and row-wise. No atomics: sums over blocks are written side by side and added in a fixed order.
+*Sparse*, for at most 4 teacher heads per student head and head dims up to 256: a row pass (loss, c, d query) and a column pass (d key)
+that never leave the tile, 128 columns at a time. *Dense*, otherwise: scores of a chunk of rows by batched matrix products, and a kernel
+for everything elementwise and row-wise. No atomics: sums over blocks are written side by side and added in a fixed order.
 Letters: R rows of the plan (see kernels/tiles.py), S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a
 chunk, n keys it sees.
 """
@@ -22,7 +22,8 @@ from laid_ds.kernels.attention_matching.problem import Problem, Side
 from laid_ds.kernels.tiles import LN2, LOG2E, key_range, load_bounds, load_tile, load_tile_transposed, store_tile
 
 MOST_SPARSE_HEADS = tl.constexpr(4)
-WIDEST_SPARSE_DIM = 128  # past it the tiles of queries and gradients do not fit the registers
+WIDEST_SPARSE_DIM = 256
+WIDEST_TILE = 128  # columns of a head dim in a tile of the sparse form; twice as many spill registers
 DENSE_BYTES = 2 * 2**30  # score buffers of the dense form
 KINDS = ("uniform", "frontier", "power")
 UNIFORM, FRONTIER = tl.constexpr(0), tl.constexpr(1)
@@ -88,6 +89,16 @@ def norm_kernel(
 
 
 @triton.jit
+def products(x, y, m, n, x_stop, y_stop, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """x . y [M, N] of the rows from m of x and from n of y, both contiguous [*, D], BLOCK_D columns at a time."""
+    z = tl.zeros([M, N], tl.float32)
+    for column in range(0, D, BLOCK_D):
+        tile = load_tile(x, m, x_stop, D, BLOCK_D, M, column)
+        z = tl.dot(tile, load_tile_transposed(y, n, y_stop, D, BLOCK_D, N, column), z, input_precision="tf32x3")
+    return z
+
+
+@triton.jit
 def teacher_rows(
     query,
     key,
@@ -109,11 +120,10 @@ def teacher_rows(
 ):
     """a [M, N] of teacher head j for the tile of rows from `row` and keys from `n`; 0 where not seen [M, N]."""
     at = (b * HT + j) * R
-    q = load_tile(query + at * DT, row, R, DT, BLOCK_DT, M)
-    k = load_tile_transposed(key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
+    z = products(query + at * DT, key + (b * KT + j // (HT // KT)) * S * DT, row, n, R, S, DT, BLOCK_DT, M, N)
     m = row + tl.arange(0, M)
     row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
-    return tl.where(seen, tl.exp2(tl.dot(q, k, input_precision="tf32x3") * (scale * LOG2E) - row_lse[:, None]), 0.0)
+    return tl.where(seen, tl.exp2(z * (scale * LOG2E) - row_lse[:, None]), 0.0)
 
 
 @triton.jit
@@ -138,11 +148,10 @@ def teacher_columns(
 ):
     """The same tile transposed, [N, M]."""
     at = (b * HT + j) * R
-    k = load_tile(key + (b * KT + j // (HT // KT)) * S * DT, n, S, DT, BLOCK_DT, N)
-    q = load_tile_transposed(query + at * DT, row, R, DT, BLOCK_DT, M)
     m = row + tl.arange(0, M)
     row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
-    return tl.where(seen, tl.exp2(tl.dot(k, q, input_precision="tf32x3") * (scale * LOG2E) - row_lse[None, :]), 0.0)
+    z = products(key + (b * KT + j // (HT // KT)) * S * DT, query + at * DT, n, row, S, R, DT, BLOCK_DT, N, M)
+    return tl.where(seen, tl.exp2(z * (scale * LOG2E) - row_lse[None, :]), 0.0)
 
 
 @triton.jit(do_not_specialize=["U"])
@@ -190,7 +199,8 @@ def row_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """A sweep over the keys for loss, c and d pi, then one for d query; a single sweep where c is 0 and d pi not needed."""
+    """A sweep over the keys for loss, c and d pi, then one for each BLOCK_DS columns of d query; the first two in one where c is 0 and d pi
+    not needed."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     i, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = block * M + tl.arange(0, M)
@@ -200,20 +210,24 @@ def row_kernel(
     row_norm = tl.load(norm + b * R + rows, mask=ok, other=0.0)
     at = (b * HS + i) * R
     lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
-    query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)
+    query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)  # held through the sweeps where it is all of D
     key_base = student_key + (b * KS + i // (HS // KS)) * S * DS
     here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
-    acc = tl.zeros([M, BLOCK_DS], tl.float32)
     c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     choice = tl.arange(0, MOST_SPARSE_HEADS)
     d_mix = tl.zeros([MOST_SPARSE_HEADS], tl.float32)
-    single: tl.constexpr = KIND == UNIFORM and ONE
+    lead: tl.constexpr = 0 if KIND == UNIFORM and ONE else 1  # sweeps before those for d query
+    parts: tl.constexpr = (DS + BLOCK_DS - 1) // BLOCK_DS
     start, stop = key_range(first, row_last, S, N)
-    for sweep in tl.static_range(1 if single or not BACKWARD else 2):
+    for sweep in tl.static_range(lead + parts if BACKWARD else 1):
+        acc = tl.zeros([M, BLOCK_DS], tl.float32)
         for n in range(start, stop, N):
             keys = n + tl.arange(0, N)
-            key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N)
-            log_q = tl.dot(query, key_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[:, None]
+            if DS <= BLOCK_DS:
+                z = tl.dot(query, load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N), input_precision="tf32x3")
+            else:
+                z = products(student_query + at * DS, key_base, block * M, n, R, S, DS, BLOCK_DS, M, N)
+            log_q = z * (student_scale * LOG2E) - lse[:, None]
             visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
             seen = visible & (keys[None, :] >= first_t[:, None]) if NARROW else visible
@@ -263,16 +277,17 @@ def row_kernel(
                             N,
                         )
                         d_mix += tl.where(choice == u, tl.sum(g * a), 0.0)
-            if BACKWARD and (single or sweep == 1):
+            if BACKWARD and sweep >= lead:
                 if KIND != UNIFORM:
                     d -= q * c[:, None]
+                key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N, (sweep - lead) * BLOCK_DS)
                 acc = tl.dot(d.to(key_t.dtype), tl.trans(key_t), acc, input_precision="tf32x3")
+        if BACKWARD and sweep >= lead:
+            store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M, (sweep - lead) * BLOCK_DS)
     partial_at = (b * HS + i) * tl.num_programs(0) + block
     tl.store(loss + partial_at, tl.sum(row_loss + c))
     tl.store(d_pi + partial_at * U + choice, d_mix, mask=choice < U)
     tl.store(excess + at + rows, c, mask=ok)
-    if BACKWARD:
-        store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M)
 
 
 @triton.jit(do_not_specialize=["U"])
@@ -318,11 +333,13 @@ def column_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """d key of one block of keys: all rows that see it, of all query heads that read it. Tiles are [N, M]."""
-    block, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """BLOCK_DS columns of d key of one block of keys: all rows that see it, of all query heads that read it. Tiles are [N, M]."""
+    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = (DS + BLOCK_DS - 1) // BLOCK_DS
+    group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     keys = block * N + tl.arange(0, N)
     key_at = (b * KS + group) * S
-    key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)
+    key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)  # held where it is all of D
     there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
     range_at = (b * tl.num_programs(0) + block) * 2
     start, stop = tl.load(row_range + range_at), tl.load(row_range + range_at + 1)
@@ -334,8 +351,11 @@ def column_kernel(
             ok = rows < R
             first, row_last = load_bounds(student_first, last, b, rows, R)
             lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
-            query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M)
-            log_q = tl.dot(key, query_t, input_precision="tf32x3") * (student_scale * LOG2E) - lse[None, :]
+            if DS <= BLOCK_DS:
+                z = tl.dot(key, load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M), input_precision="tf32x3")
+            else:
+                z = products(student_key + key_at * DS, student_query + at * DS, block * N, m, S, R, DS, BLOCK_DS, N, M)
+            log_q = z * (student_scale * LOG2E) - lse[None, :]
             visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= row_last[None, :])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
             seen = visible
@@ -362,8 +382,9 @@ def column_kernel(
             d = weight * (q - p)
             if KIND != UNIFORM:
                 d -= q * tl.load(excess + at + rows, mask=ok, other=0.0)[None, :]
-            acc = tl.dot(d.to(key.dtype), tl.trans(query_t), acc, input_precision="tf32x3")
-    store_tile(d_key + key_at * DS, block * N, S, acc * student_scale, DS, BLOCK_DS, N)
+            query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M, part * BLOCK_DS)
+            acc = tl.dot(d.to(query_t.dtype), tl.trans(query_t), acc, input_precision="tf32x3")
+    store_tile(d_key + key_at * DS, block * N, S, acc * student_scale, DS, BLOCK_DS, N, part * BLOCK_DS)
 
 
 @triton.jit(do_not_specialize=["b"])
@@ -448,25 +469,31 @@ def mix_kernel(
     tl.store(d_pi + where, d_mix, mask=i_ok[:, None] & j_ok[None, :])
 
 
-# Tiles without a spilled register, found by compiling: (rows M, keys N, warps, stages) for each chip; first where one teacher head is
-# mixed under plain masks and token distances, then for everything else (the first may be missing).
+# Tiles without a spilled register, found by compiling: (rows M, keys N, warps, stages) for each chip and whether a head dim is wider than a
+# tile; first where one teacher head is mixed under plain masks and token distances, then for everything else (the first may be missing).
 ROW_TILES = {
-    80: ((32, 64, 4, 2), (64, 16, 4, 1)),
-    90: ((128, 32, 8, 2), (128, 32, 8, 2)),
-    100: ((128, 32, 8, 2), (128, 32, 8, 2)),
+    (80, False): ((32, 64, 4, 2), (64, 16, 4, 1)),
+    (80, True): (None, (64, 16, 4, 1)),
+    (90, False): ((128, 32, 8, 2), (128, 32, 8, 2)),
+    (90, True): ((128, 32, 8, 2), (128, 16, 8, 2)),
+    (100, False): ((128, 32, 8, 2), (128, 32, 8, 2)),
+    (100, True): ((128, 32, 8, 2), (128, 16, 8, 2)),
 }
 COLUMN_TILES = {
-    80: ((16, 32, 4, 2), (16, 128, 8, 1)),
-    90: ((16, 128, 8, 2), (32, 64, 4, 2)),
-    100: (None, (32, 128, 8, 2)),
+    (80, False): ((16, 32, 4, 2), (16, 128, 8, 1)),
+    (80, True): (None, (16, 128, 8, 1)),
+    (90, False): ((16, 128, 8, 2), (16, 128, 8, 2)),
+    (90, True): ((16, 128, 8, 2), (16, 128, 8, 2)),
+    (100, False): (None, (32, 128, 8, 2)),
+    (100, True): (None, (16, 128, 8, 2)),
 }
 
 
 def tile_options(table: dict, chip: int, student_dim: int, teacher_dim: int, plain: bool) -> dict[str, int]:
     """Tile and launch sizes of row_kernel or column_kernel; `plain`: one head, teacher as wide as the student, token distances."""
-    best, general = table[chip]
+    best, general = table[chip, max(student_dim, teacher_dim) > WIDEST_TILE]
     rows, keys, warps, stages = best if plain and best else general
-    blocks = {"BLOCK_DS": tiles.block_d(student_dim), "BLOCK_DT": tiles.block_d(teacher_dim)}
+    blocks = {"BLOCK_DS": min(tiles.block_d(student_dim), WIDEST_TILE), "BLOCK_DT": min(tiles.block_d(teacher_dim), WIDEST_TILE)}
     return blocks | {"ONE": bool(plain and best), "M": rows, "N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -545,7 +572,8 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     options = tile(COLUMN_TILES, plain=plain)
     d_key = new(batch, key_heads, keys, size, dtype=held)
     ranges = plan.row_range(keys, options["N"])
-    column_kernel[(triton.cdiv(keys, options["N"]), key_heads, batch)](**x, row_range=ranges, d_key=d_key, **options)
+    grid = triton.cdiv(keys, options["N"]), key_heads * triton.cdiv(size, options["BLOCK_DS"]), batch
+    column_kernel[grid](**x, row_range=ranges, d_key=d_key, **options)
     return loss.sum(), plan.scatter(d_query, problem.student.query.shape[2]), d_key, d_mixing
 
 
