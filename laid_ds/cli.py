@@ -102,11 +102,12 @@ def evaluate(
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks of each size.")] = 100,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    attention: Annotated[bool, typer.Option("--attention", help="Also record what each head attends to.")] = False,
 ) -> None:
     """Measure accuracy against the number of images and keep every answer in a results file."""
     from laid_ds.evaluation.evaluate import evaluate_models
 
-    evaluate_models(shards, _named(models), out, _sizes(sizes), haystacks, questions, dtype)
+    evaluate_models(shards, _named(models), out, _sizes(sizes), haystacks, questions, dtype, attention)
 
 
 @app.command(epilog="Example: laid report runs/demo")

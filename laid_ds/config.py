@@ -147,6 +147,8 @@ class Checkpoint(Section):
 
 class Logging(Section):
     every_steps: Count = 1
+    attention_every_steps: Count | None = None
+    """Record entropy and mass by distance of the compared layers, of both models, in metrics.jsonl every so many steps."""
     tensorboard: bool = False
     wandb: bool = False
 

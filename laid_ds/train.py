@@ -30,6 +30,7 @@ from laid_ds.data.index import Dataset
 from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.distill import NonFiniteLoss, Student, Teacher, train_step
+from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.metrics import Reporter
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
 from laid_ds.models.family import trainable
@@ -87,7 +88,8 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         micro_batches = [batch.to(device) for batch in _next_batches(batches, run.optimizer.accumulation)]
         omega = schedule.omega(schedule.progress(step, run.steps), run.match)
         values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
-        reporter.step(step + 1, values | _details(training, micro_batches))
+        seen = _attention(training, micro_batches[-1]) if _due(step + 1, run.logging.attention_every_steps) else {}
+        reporter.step(step + 1, values | _details(training, micro_batches) | seen)
         stopping = stop.agreed()
         if stopping or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
             state = {"step": step + 1, "stream": training.stream.state_dict()}
@@ -293,6 +295,20 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
         "gradient_norm": float(training.student.get_global_grad_norm()),
         **mixture,
         "keys": [key for batch in batches for key in batch.keys],
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0 and distributed.rank() == 0
+
+
+def _attention(training: Training, batch: Batch) -> dict[str, Any]:
+    """Statistics of the compared layers of both models on rank 0's last micro-batch."""
+    engines = {"student": training.student, "teacher": training.teacher}
+    return {
+        "attention": {
+            name: profile_heads(engine.module.tap.captured, batch.segments) for name, engine in engines.items() if engine is not None
+        }
     }
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "laid_ds.checkpoint": 3,
     "laid_ds.distill": 4,
     "laid_ds.evaluation.haystack": 4,
+    "laid_ds.evaluation.spectra": 4,
     "laid_ds.train": 5,
     "laid_ds.plan": 5,
     "laid_ds.export": 5,

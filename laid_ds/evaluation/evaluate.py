@@ -16,12 +16,20 @@ from rich.progress import Progress
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.haystack import ask, choices_of
+from laid_ds.evaluation.spectra import needle_profile
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import Renderer, load_processor
 
 
 def evaluate_models(
-    shards: Path, models: Mapping[str, Path], out: Path, sizes: Sequence[int], haystacks: int, questions: int, dtype: str
+    shards: Path,
+    models: Mapping[str, Path],
+    out: Path,
+    sizes: Sequence[int],
+    haystacks: int,
+    questions: int,
+    dtype: str,
+    attention: bool = False,
 ) -> dict[str, Any]:
     """Evaluate each model that the results file `out` does not hold yet, or whose files have changed since; the file is rewritten after
     each model.
@@ -37,6 +45,7 @@ def evaluate_models(
         "questions": questions,
         "choices": choices_of(dataset),
         "dtype": dtype,
+        "attention": attention,
     }
     results = _open_results(out, setting)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +56,10 @@ def evaluate_models(
             model, renderer = load_model(folder, dtype).to(device).eval(), Renderer(load_processor(folder), Pixels())
             answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
             results["models"][name] = {"folder": str(folder), "files": _files(folder), "answers": answers}
+            if attention:
+                results["models"][name]["attention"] = {
+                    str(size): needle_profile(model, renderer, dataset, size, haystacks) for size in sizes
+                }
             _write(out, results)
     return results
 
