@@ -26,9 +26,11 @@ def train(
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.train import check
+    from laid_ds.build import check
+    from laid_ds.run_folder import check_output
 
     run = config.load(recipe, overrides or [])
+    check_output(run)
     check(run)
     if dry_run:
         print(json.dumps(config.as_tree(run), indent=1))
@@ -246,7 +248,7 @@ def _stop_ranks(launcher: int) -> None:
     spawners = [p.pid for p in processes if "deepspeed.launcher.launch" in p.cmdline()]
     ranks = [p for p in processes if p.ppid() in spawners]
     for process in ranks or [psutil.Process(launcher)]:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
 
 
 def _gpus() -> int:

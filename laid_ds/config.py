@@ -145,6 +145,11 @@ class Checkpoint(Section):
     """Keep also the checkpoints of every so many steps, for good."""
 
 
+class Stop(Section):
+    after_minutes: Positive | None = None
+    """Save and stop once the process is this old; the same command goes on from there. For clusters that give no warning signal."""
+
+
 class Logging(Section):
     every_steps: Count = 1
     attention_every_steps: Count | None = None
@@ -170,6 +175,7 @@ class Run(Section):
     match: Match = Match()
     gain: Gain = Gain()
     checkpoint: Checkpoint = Checkpoint()
+    stop: Stop = Stop()
     logging: Logging = Logging()
 
     @model_validator(mode="after")

@@ -10,18 +10,16 @@ import subprocess
 import sys
 
 import pytest
-import tomli_w
 
 from laid_ds import cli, config
+from tests.support.recipes import write_recipe
 
 
 @pytest.fixture
 def recipe(world, tmp_path):
     run = world.run(tmp_path / "run", data={"shards": [str(tmp_path / "shards")]})
     shutil.copytree(world.shards, tmp_path / "shards")
-    path = tmp_path / "recipe.toml"
-    path.write_text(tomli_w.dumps(json.loads(run.model_dump_json(exclude_none=True))))
-    return path
+    return write_recipe(run, tmp_path / "recipe.toml")
 
 
 def refused(capsys, *words) -> str:

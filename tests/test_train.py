@@ -9,7 +9,9 @@ from data_tools.synth import haystacks
 from laid_ds import distributed, engine
 from laid_ds.data.index import ShardWriter
 from laid_ds.data.record import Sample, Turn
-from laid_ds.train import main, train
+from laid_ds.loop import train
+from laid_ds.stop import StopRequest
+from laid_ds.train import main
 from tests.support.processes import run_ranks
 from tests.support.training import rank_steps
 
@@ -54,7 +56,7 @@ def poisoned_run(run):
     """What the rank says of a student whose head holds a NaN, and whether anything was saved."""
     engine.start_processes()
     try:
-        train(run)
+        train(run, StopRequest().listen())
     except Exception as error:
         return type(error).__name__, str(error), distributed.rank()
     return "finished", "", distributed.rank()

@@ -14,9 +14,10 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.spectra import needle_profile
+from laid_ds.loop import train
 from laid_ds.models.attention import Tap, listen
 from laid_ds.models.processor import Renderer, load_processor
-from laid_ds.train import train
+from laid_ds.stop import StopRequest
 from tests.support.processes import run_ranks
 
 
@@ -55,7 +56,7 @@ def test_evaluation_keeps_them_in_its_results(world, tmp_path):
 
 def whole_run(run):
     engine.start_processes()
-    train(run)
+    train(run, StopRequest().listen())
 
 
 def test_training_records_both_models_at_its_interval(world, tmp_path):

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tomli_w
 import torch
 
 from laid_ds import checkpoint, engine
+from laid_ds.build import build
+from laid_ds.loop import train
 from laid_ds.metrics import Reporter
-from laid_ds.train import build, train
+from laid_ds.stop import StopRequest
 from tests.support.processes import run_ranks, start_ranks
+from tests.support.recipes import write_recipe
 
 EXACT = ("loss", "sft", "kl", "align", "match", "gradient_norm", "lr", "keys")
 KILLS = int(os.environ.get("LAID_KILLS", "6"))
@@ -32,7 +34,7 @@ CALLS = 150_000  # Python calls of about two steps and saves
 
 def whole_run(run):
     engine.start_processes()
-    train(run)
+    train(run, StopRequest().listen())
 
 
 def run_killed_after(run, step):
@@ -195,9 +197,7 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(world, tmp_path):
 def recipe(world, tmp_path):
     """A longer run as a file, for the real launcher."""
     run = world.run(tmp_path / "run", steps=2000, checkpoint={"every_steps": 1000})
-    path = tmp_path / "recipe.toml"
-    path.write_text(tomli_w.dumps(json.loads(run.model_dump_json(exclude_none=True))))
-    return path
+    return write_recipe(run, tmp_path / "recipe.toml")
 
 
 def start(recipe, *overrides):

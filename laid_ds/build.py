@@ -1,0 +1,136 @@
+"""A recipe's parts, made: both models loaded sharded and connected, their engines started, the stream opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from laid_ds import distributed, engine, schedule
+from laid_ds.align import Align, layer_pairs
+from laid_ds.config import Run
+from laid_ds.data.batch import Prepare
+from laid_ds.data.images import Pixels
+from laid_ds.data.index import Dataset
+from laid_ds.data.stream import Stream
+from laid_ds.distill import Student, Teacher
+from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
+from laid_ds.models.family import trainable
+from laid_ds.models.load import PreTrainedModel, load_config, load_model
+from laid_ds.models.processor import OfflineProcessor, Renderer, check_same_tokenizer, load_processor
+from laid_ds.models.rope_gain import gain_shapes, responder
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Training:
+    """A run's finished parts."""
+
+    student: Any
+    """DeepSpeed engine around distill.Student."""
+    teacher: Any | None
+    """DeepSpeed engine around distill.Teacher."""
+    stream: Stream
+    counted_by: dict[str, str]
+
+
+def build(run: Run) -> Training:
+    """Load both models sharded, connect them, start the engines and the stream. Raises ValueError for anything that does not fit."""
+    dataset = Dataset.open(list(run.data.shards))
+    processor = load_processor(run.student.path)
+    vocabulary = len(processor.tokenizer)
+    if run.teacher is not None:
+        check_same_tokenizer(processor, load_processor(run.teacher.path))
+    pairs = _pairs(run)
+    student, align = build_student(run, pairs, vocabulary)
+    teacher = build_teacher(run, pairs, vocabulary) if run.teacher is not None else None
+    counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
+    return Training(student, teacher, build_stream(run, dataset, processor), counted_by)
+
+
+def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align | None]:
+    """The engine around the student and its Align, and the Align (None without a teacher)."""
+    mechanics = engine.read_deepspeed(run.student.deepspeed, run.student.dtype, run, trains=True)
+    model = load_model(run.student.path, run.student.dtype, mechanics)
+    if run.student.gradient_checkpointing:
+        enable_checkpointing(model)
+    if run.student.freeze_vision:
+        vision_tower(model).requires_grad_(False)
+    align = build_align(run, pairs, model) if run.teacher is not None else None
+    layout = trainable(model.config).layout
+    gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
+    tap = Tap([student for student, _ in pairs])
+    listen(model, tap, gains)
+    student = Student(model, align, tap, run.losses, vocabulary, run.match.rows)
+    return engine.training_engine(student, run, mechanics), align
+
+
+def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
+    """Mixtures and gains for this pair of models."""
+    shape = attention_shape(student.config)
+    gains = gain_shapes(student) if run.gain.enabled else {}
+    teacher = load_config(run.teacher.path)
+    trainable(teacher)  # its logits are taken from the head alone, too
+    return Align(run.align, pairs, shape, attention_shape(teacher), gains, getattr(torch, run.student.dtype))
+
+
+def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
+    """The engine around the frozen teacher."""
+    mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
+    model = load_model(run.teacher.path, run.teacher.dtype, mechanics)
+    tap = Tap([teacher for _, teacher in pairs])
+    listen(model, tap)
+    return engine.teacher_engine(Teacher(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
+
+
+def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Stream:
+    """This rank's endless stream of batches."""
+    data, world = run.data, distributed.world_size()
+    prepare = Prepare(
+        render=Renderer(processor, Pixels(data.decoder, data.resizer)),
+        pad_token=processor.tokenizer.pad_token_id,
+        seed=run.seed,
+        global_batch=data.micro_batch * world * run.optimizer.accumulation,
+        image_range=partial(schedule.image_range, steps=run.steps, data=data),
+        questions=data.questions,
+    )
+    return Stream(
+        dataset,
+        micro_batch=data.micro_batch,
+        rank=distributed.rank(),
+        world_size=world,
+        seed=run.seed,
+        prepare=prepare,
+        shuffle=data.shuffle,
+        weights=data.weights,
+        on_bad=data.on_bad,
+        workers=data.workers,
+    )
+
+
+def _pairs(run: Run) -> Pairs:
+    """The layer pairs to compare; none when attention is not compared."""
+    if run.teacher is None or not run.losses.listens:
+        return ()
+    layers = [load_config(path).get_text_config().num_hidden_layers for path in (run.student.path, run.teacher.path)]
+    return layer_pairs(run.align.pairs, *layers)
+
+
+def check(run: Run) -> None:
+    """What can be refused before a process is started: shards, engine files, models, tokenizers. Raises ValueError with the first thing
+    that is wrong."""
+    Dataset.open(list(run.data.shards))
+    processors = []
+    for model, trains in ((run.student, True), (run.teacher, False)):
+        if model is not None:
+            engine.read_deepspeed(model.deepspeed, model.dtype, run, trains)
+            family = trainable(load_config(model.path))
+            if family.image_blocks and run.losses.match > 0:
+                raise ValueError(f"{model.path}: image tokens of {family.model_type} see each other both ways; set losses.match = 0")
+            processors.append(load_processor(model.path))
+    if len(processors) == 2:
+        check_same_tokenizer(*processors)
+    _pairs(run)

@@ -1,0 +1,141 @@
+"""Resume, loop, stop cleanly: what every rank does with a recipe's parts (build.py)."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from laid_ds import checkpoint, config, distributed, engine, schedule
+from laid_ds.build import Training, build
+from laid_ds.config import Run
+from laid_ds.data.batch import Batch
+from laid_ds.data.record import DataError
+from laid_ds.distill import train_step
+from laid_ds.evaluation.spectra import profile_heads
+from laid_ds.metrics import Reporter
+from laid_ds.run_folder import open_output
+from laid_ds.stop import DONE, REQUEUE, StopRequest
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    """Run to the end, or until asked to stop, from the latest checkpoint if there is one. Every rank calls it."""
+    open_output(run)
+    seed_everything(run.seed + distributed.rank())
+    training = build(run)
+    reporter = Reporter(run.output, run.steps, run.logging, active=distributed.rank() == 0, run=config.as_tree(run))
+    saved = checkpoint.latest(run.output)
+    first = _resume(run, training, saved) if saved else 0
+    reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
+    stop.listen_to_ctrl_c()
+    try:
+        finished, reason = loop(run, training, reporter, first, stop)
+    finally:
+        reporter.stop()
+    if reason:
+        _mark(run.output / REQUEUE, {"step": finished, "reason": reason})
+        reporter.say(f"stopped after step {finished} ({reason}); the same command goes on from there")
+    else:
+        _mark(run.output / DONE, {"steps": run.steps})
+        reporter.say(f"done; next: laid export {run.output} OUT")
+
+
+def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: StopRequest) -> tuple[int, str]:
+    """Steps `first` to run.steps; saves at intervals, at the end, and when asked to stop.
+
+    Returns the number of finished steps and why it stopped before the end, "" if it did not.
+    """
+    batches = iter(training.stream)
+    device = training.student.device
+    reporter.start(first)
+    reason = stop.agreed(run.output, run.stop.after_minutes)
+    if reason:
+        return first, reason
+    for step in range(first, run.steps):
+        engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
+        micro_batches = [batch.to(device) for batch in _next_batches(batches, run.optimizer.accumulation)]
+        omega = schedule.omega(schedule.progress(step, run.steps), run.match)
+        values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
+        seen = _attention(training, micro_batches[-1]) if _due(step + 1, run.logging.attention_every_steps) else {}
+        reporter.step(step + 1, values | _details(training, micro_batches) | seen)
+        reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
+        if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
+            state = {"step": step + 1, "stream": training.stream.state_dict()}
+            checkpoint.save(training.student, run.output, state, run.checkpoint)
+        if reason:
+            return step + 1, reason
+    return run.steps, ""
+
+
+def _next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
+    """The micro-batches of one step. A sample that cannot be read stops all ranks together, so that none waits for another for ever."""
+    found, failure = [], None
+    try:
+        found = list(islice(batches, number))
+    except DataError as error:
+        failure = error
+    (failures,) = distributed.add([float(failure is not None)])
+    if failure is not None:
+        raise failure
+    if failures:
+        raise StoppedByOthers
+    return found
+
+
+class StoppedByOthers(RuntimeError):
+    """Another rank met an error and tells of it."""
+
+
+def _resume(run: Run, training: Training, saved: Path) -> int:
+    """Go on from a checkpoint. On another number of ranks the random generators start from (seed, checkpoint, rank): the stream's draws
+    do not use them, but match.rows does, which then samples other rows than an uninterrupted run."""
+    seed_everything(zlib.crc32(f"{run.seed} {saved.name} {distributed.rank()}".encode()))
+    state = checkpoint.restore(training.student, saved)
+    training.stream.load_state_dict(state["stream"])
+    return state["step"]
+
+
+def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
+    """What is worth recording of a step beside the loss."""
+    align = training.student.module.align
+    mixture = {"mixture_entropy": align.mixture_entropy()} if align is not None and align.mixing else {}
+    return {
+        "lr": training.student.optimizer.param_groups[0]["lr"],
+        "gradient_norm": float(training.student.get_global_grad_norm()),
+        **mixture,
+        "keys": [key for batch in batches for key in batch.keys],
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0 and distributed.rank() == 0
+
+
+def _attention(training: Training, batch: Batch) -> dict[str, Any]:
+    """Statistics of the compared layers of both models on rank 0's last micro-batch."""
+    engines = {"student": training.student, "teacher": training.teacher}
+    return {
+        "attention": {
+            name: profile_heads(engine.module.tap.captured, batch.segments) for name, engine in engines.items() if engine is not None
+        }
+    }
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _mark(path: Path, content: dict[str, Any]) -> None:
+    """Write how this attempt ended, as the last thing that it does."""
+    distributed.barrier()
+    if distributed.rank() == 0:
+        checkpoint.write_durably(path, json.dumps(content))

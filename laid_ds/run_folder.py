@@ -1,0 +1,82 @@
+"""The folder of a run: whose it is, and whether this recipe may go on in it.
+
+run.json (the resolved recipe and versions) claims it; done.json or requeue.json says how the last attempt ended (stop.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+from laid_ds import checkpoint, config, distributed
+from laid_ds.config import Run
+from laid_ds.stop import DONE, REQUEUE, STOP
+
+MAY_CHANGE = ("logging.", "checkpoint.", "stop.", "data.workers")  # keys that do not decide the outcome of a run
+SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
+
+
+def check_output(run: Run) -> None:
+    """Raises ValueError unless the folder is new, or belongs to this very run and is unfinished."""
+    record = run.output / "run.json"
+    if (run.output / DONE).is_file():
+        raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
+    if record.is_file():
+        differing = _differences(json.loads(record.read_text())["run"], config.as_tree(run))
+        differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
+        if differing:
+            raise ValueError(
+                f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
+            )
+    elif run.output.is_dir() and any(path.name != "run.json.partial" for path in run.output.iterdir()):
+        raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
+
+
+def open_output(run: Run) -> None:
+    """Claim the run folder by writing the resolved run into it, and clear what the last attempt said of its end."""
+    check_output(run)
+    _check_global_batch(run)
+    record = run.output / "run.json"
+    distributed.barrier()
+    if distributed.rank() == 0:
+        run.output.mkdir(parents=True, exist_ok=True)
+        for name in (REQUEUE, STOP):
+            (run.output / name).unlink(missing_ok=True)
+        if not record.is_file():
+            resolved = {"run": config.as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
+            checkpoint.write_durably(record, json.dumps(resolved, indent=1))
+    distributed.barrier()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the numbers of a run."""
+    return {name: version(name) for name in ("laid-ds", "torch", "transformers", "deepspeed")}
+
+
+def _check_global_batch(run: Run) -> None:
+    """Raises ValueError unless a run goes on with as many samples per step as it began with, on whatever number of ranks."""
+    record = run.output / "run.json"
+    if not record.is_file():
+        return
+    began = json.loads(record.read_text())
+    shares = began["run"]["data"]["micro_batch"], began["run"]["optimizer"]["accumulation"], began["world_size"]
+    now = run.data.micro_batch, run.optimizer.accumulation, distributed.world_size()
+    if math.prod(shares) != math.prod(now):
+        raise ValueError(
+            f"{run.output} began with {math.prod(shares)} samples per step (data.micro_batch {shares[0]} x optimizer.accumulation "
+            f"{shares[1]} x {shares[2]} ranks), these are {math.prod(now)} ({now[0]} x {now[1]} x {now[2]}); keep the product the same"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two resolved runs differ."""
+    names = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(prefix + key)
+    return names
