@@ -19,7 +19,7 @@ from laid_ds.distill import Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
 from laid_ds.models.family import trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
-from laid_ds.models.processor import OfflineProcessor, Renderer, check_same_tokenizer, load_processor
+from laid_ds.models.processor import Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
 
 Pairs = tuple[tuple[int, int], ...]
@@ -35,6 +35,9 @@ class Training:
     """DeepSpeed engine around distill.Teacher."""
     stream: Stream
     counted_by: dict[str, str]
+    renderer: Renderer
+    vocabulary: int
+    """Size of the shared, real vocabulary."""
 
 
 def build(run: Run) -> Training:
@@ -48,7 +51,8 @@ def build(run: Run) -> Training:
     student, align = build_student(run, pairs, vocabulary)
     teacher = build_teacher(run, pairs, vocabulary) if run.teacher is not None else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
-    return Training(student, teacher, build_stream(run, dataset, processor), counted_by)
+    renderer = Renderer(processor, Pixels(run.data.decoder, run.data.resizer))
+    return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)
 
 
 def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align | None]:
@@ -86,12 +90,12 @@ def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
     return engine.teacher_engine(Teacher(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
 
 
-def build_stream(run: Run, dataset: Dataset, processor: OfflineProcessor) -> Stream:
+def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
     """This rank's endless stream of batches."""
     data, world = run.data, distributed.world_size()
     prepare = Prepare(
-        render=Renderer(processor, Pixels(data.decoder, data.resizer)),
-        pad_token=processor.tokenizer.pad_token_id,
+        render=renderer,
+        pad_token=renderer.processor.tokenizer.pad_token_id,
         seed=run.seed,
         global_batch=data.micro_batch * world * run.optimizer.accumulation,
         image_range=partial(schedule.image_range, steps=run.steps, data=data),

@@ -43,6 +43,11 @@ class Student(Model):
     gradient_checkpointing: bool = True
 
 
+class Teacher(Model):
+    check_answers: bool = True
+    """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess."""
+
+
 class Data(Section):
     shards: tuple[str, ...]
     """Folders written by `laid-data`, or URLs of such (http, s3, pipe:COMMAND with {} for the file's name)."""
@@ -166,7 +171,7 @@ class Run(Section):
     seed: int = 0
     steps: Count
     student: Student
-    teacher: Model | None = None
+    teacher: Teacher | None = None
     """Without a teacher the run is plain supervised training (only losses.sft may be positive)."""
     data: Data
     optimizer: Optimizer = Optimizer()

@@ -5,7 +5,6 @@ Student and teacher come in as callables (engines in a run, plain modules in a t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,7 +17,7 @@ from laid_ds.align import Align
 from laid_ds.config import Losses
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.losses import head_losses, weighted_mean
+from laid_ds.losses import head_chunks, head_losses, weighted_mean
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
 
 
@@ -47,11 +46,14 @@ class Teacher(nn.Module):
         self.model, self.tap, self.vocabulary, self.shows_logits = model.requires_grad_(False).eval(), tap, vocabulary, shows_logits
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Lesson:
+    def forward(self, batch: Batch, every_logit: bool = False) -> Lesson:
+        """every_logit: show logits whatever the run asks for, and those beyond the shared vocabulary too."""
         with self.tap.open() as heads:
             hidden = last_hidden_state(self.model, **batch.inputs)
-        logits = self.model.get_output_embeddings()(hidden[batch.supervised])[:, : self.vocabulary] if self.shows_logits else None
-        return Lesson(heads, logits)
+        if not (self.shows_logits or every_logit):
+            return Lesson(heads, None)
+        logits = self.model.get_output_embeddings()(hidden[batch.supervised])
+        return Lesson(heads, logits if every_logit else logits[:, : self.vocabulary])
 
 
 class Student(nn.Module):
@@ -91,7 +93,7 @@ class TrainingEngine(Protocol):
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss was NaN or infinite; the optimizer has not moved."""
+    """A loss or a gradient was NaN or infinite; the optimizer has not moved."""
 
 
 def train_step(
@@ -105,7 +107,7 @@ def train_step(
     terms = tuple(term for term, weight in weights.items() if weight > 0)
     counts = _step_counts(batches)
     divisors = {term: counts[counted_by[term]] for term in terms}
-    ask = Ask(terms, omega, _head_chunks(batches, losses.rows_per_chunk))
+    ask = Ask(terms, omega, head_chunks(_most_rows(batches), losses.rows_per_chunk))
     totals = dict.fromkeys(terms, 0.0)
     for batch in batches:
         lesson = teacher(batch) if teacher is not None else None
@@ -127,10 +129,10 @@ def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:
     return dict(zip(names, totals, strict=True))
 
 
-def _head_chunks(batches: Sequence[Batch], rows_per_chunk: int) -> int:
-    """Chunks of the head that keep every rank under rows_per_chunk: the same number everywhere, since ZeRO-3 gathers the head for each."""
+def _most_rows(batches: Sequence[Batch]) -> int:
+    """Supervised rows of the largest micro-batch of any rank."""
     (most,) = distributed.largest([max(batch.counts()["rows"] for batch in batches)])
-    return max(1, math.ceil(most / rows_per_chunk))
+    return int(most)
 
 
 def _refuse_non_finite(sums: dict[str, Tensor], batch: Batch) -> None:

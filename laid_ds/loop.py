@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import zlib
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from laid_ds.build import Training, build
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch
 from laid_ds.data.record import DataError
-from laid_ds.distill import train_step
+from laid_ds.distill import NonFiniteLoss, train_step
 from laid_ds.evaluation.spectra import profile_heads
+from laid_ds.first_look import BATCHES, Seen, first_look
 from laid_ds.metrics import Reporter
 from laid_ds.run_folder import open_output
 from laid_ds.stop import DONE, REQUEUE, StopRequest
@@ -34,6 +36,8 @@ def train(run: Run, stop: StopRequest) -> None:
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
+    if first == 0:
+        reporter.say(str(look(run, training)))
     stop.listen_to_ctrl_c()
     try:
         finished, reason = loop(run, training, reporter, first, stop)
@@ -53,18 +57,12 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
     Returns the number of finished steps and why it stopped before the end, "" if it did not.
     """
     batches = iter(training.stream)
-    device = training.student.device
     reporter.start(first)
     reason = stop.agreed(run.output, run.stop.after_minutes)
     if reason:
         return first, reason
     for step in range(first, run.steps):
-        engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
-        micro_batches = [batch.to(device) for batch in _next_batches(batches, run.optimizer.accumulation)]
-        omega = schedule.omega(schedule.progress(step, run.steps), run.match)
-        values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
-        seen = _attention(training, micro_batches[-1]) if _due(step + 1, run.logging.attention_every_steps) else {}
-        reporter.step(step + 1, values | _details(training, micro_batches) | seen)
+        reporter.step(step + 1, _one_step(run, training, batches, step))
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
         if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
             state = {"step": step + 1, "stream": training.stream.state_dict()}
@@ -72,6 +70,20 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         if reason:
             return step + 1, reason
     return run.steps, ""
+
+
+def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int) -> dict[str, Any]:
+    """What the schedules say of this step, the step itself, and its record."""
+    engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
+    omega = schedule.omega(schedule.progress(step, run.steps), run.match)
+    micro_batches = [batch.to(training.student.device) for batch in _next_batches(batches, run.optimizer.accumulation)]
+    try:
+        values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
+        record = values | _details(training, micro_batches)
+    except NonFiniteLoss as error:
+        _keep_evidence(run, step, micro_batches, error)
+        raise
+    return record | (_attention(training, micro_batches[-1]) if _due(step + 1, run.logging.attention_every_steps) else {})
 
 
 def _next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
@@ -102,16 +114,32 @@ def _resume(run: Run, training: Training, saved: Path) -> int:
     return state["step"]
 
 
+def look(run: Run, training: Training) -> Seen:
+    """The first look at the batches that come first."""
+    batches = [training.stream.peek(k).to(training.student.device) for k in range(BATCHES)]
+    return first_look(run, training.student, training.teacher, batches, training.vocabulary)
+
+
 def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
-    """What is worth recording of a step beside the loss."""
+    """What is worth recording of a step beside the loss. Raises NonFiniteLoss when the engine skipped the step for its gradient."""
+    norm = float(training.student.get_global_grad_norm())
+    if not math.isfinite(norm):
+        raise NonFiniteLoss("the gradient is not finite although the loss is; the optimizer has not moved")
     align = training.student.module.align
     mixture = {"mixture_entropy": align.mixture_entropy()} if align is not None and align.mixing else {}
     return {
         "lr": training.student.optimizer.param_groups[0]["lr"],
-        "gradient_norm": float(training.student.get_global_grad_norm()),
+        "gradient_norm": norm,
         **mixture,
         "keys": [key for batch in batches for key in batch.keys],
     }
+
+
+def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLoss) -> None:
+    """This rank's samples and tensors of a step that went wrong, in the run folder."""
+    path = run.output / f"nonfinite_rank{distributed.rank()}.json"
+    torch.save(batches, path.with_suffix(".pt"))
+    checkpoint.write_durably(path, json.dumps({"step": step + 1, "error": str(error), "keys": [list(batch.keys) for batch in batches]}))
 
 
 def _due(step: int, every: int | None) -> bool:

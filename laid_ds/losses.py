@@ -54,6 +54,11 @@ def head_losses(
     return {"sft": sft} if teacher_logits is None else {"sft": sft, "kl": kl}
 
 
+def head_chunks(most_rows: int, rows_per_chunk: int) -> int:
+    """Chunks of the head that stay under rows_per_chunk. most_rows is that of the fullest rank: ZeRO-3 gathers the head for each chunk."""
+    return max(1, -(-most_rows // rows_per_chunk))
+
+
 def weighted_mean(sums: dict[str, Tensor], counts: dict[str, float], weights: dict[str, float]) -> Tensor:
     """The loss: over terms with a positive weight, weight x sum / count. Counts are those of the whole optimizer step and all ranks."""
     terms = [weights[name] * total / counts[name] for name, total in sums.items() if weights[name] > 0]

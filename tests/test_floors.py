@@ -27,6 +27,7 @@ FLOORS = {
     "laid_ds.distill": 4,
     "laid_ds.evaluation.haystack": 4,
     "laid_ds.evaluation.spectra": 4,
+    "laid_ds.first_look": 5,
     "laid_ds.build": 5,
     "laid_ds.loop": 5,
     "laid_ds.run_folder": 5,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from itertools import islice
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data_tools.synth import haystacks
 from laid_ds import distributed, engine
-from laid_ds.data.index import ShardWriter
+from laid_ds.build import build, build_stream
+from laid_ds.data.images import Pixels
+from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.record import Sample, Turn
-from laid_ds.loop import train
+from laid_ds.loop import look, train
+from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.stop import StopRequest
 from laid_ds.train import main
 from tests.support.processes import run_ranks
@@ -76,6 +84,73 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_optimizer_moves(w
         assert "['kl', 'sft'] of samples ['train-0-" in message
         assert "the optimizer has not moved" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
+    for rank in (0, 1):
+        evidence = json.loads((run.output / f"nonfinite_rank{rank}.json").read_text())
+        (batch,) = torch.load(run.output / f"nonfinite_rank{rank}.pt", weights_only=False)
+        assert evidence["keys"] == [list(batch.keys)]
+        assert evidence["step"] == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_moves_too(world, tmp_path):
+    run = world.run(tmp_path / "run", losses={"sft": 3e38})
+    for kind, message, _ in run_ranks(2, poisoned_run, run):
+        assert kind == "NonFiniteLoss"
+        assert message == "the gradient is not finite although the loss is; the optimizer has not moved"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_teacher_that_guesses_is_refused_before_step_1(world, tmp_path):
+    run = world.run(tmp_path / "run", teacher={"check_answers": True})
+    for kind, message, _ in run_ranks(2, poisoned_run, run):
+        assert kind == "ValueError"
+        assert "does not know the answers of ['train-0-" in message
+        assert "a guess over the vocabulary costs 5." in message
+    assert not (run.output / "metrics.jsonl").exists()
+
+
+def test_a_model_that_cannot_take_the_images_is_refused_before_step_1(world, tmp_path):
+    """Its config names another token as the one that stands for an image."""
+    copied = shutil.copytree(world.teacher, tmp_path / "teacher")
+    tree = json.loads((copied / "config.json").read_text())
+    tree["image_token_id"] += 1
+    (copied / "config.json").write_text(json.dumps(tree))
+    run = world.run(tmp_path / "run", teacher={"path": copied})
+    for kind, message, _ in run_ranks(2, poisoned_run, run):
+        assert kind == "ValueError"
+        assert f"the teacher {copied} cannot take the batch of ['train-0-" in message
+
+
+def next_batches(run, number):
+    renderer = Renderer(load_processor(run.student.path), Pixels())
+    return list(islice(build_stream(run, Dataset.open(list(run.data.shards)), renderer), number))
+
+
+def first_look_of(run):
+    engine.start_processes()
+    training = build(run)
+    before = torch.get_rng_state()
+    seen = look(run, training)
+    assert torch.equal(torch.get_rng_state(), before)
+    return seen, training.stream.state_dict()["position"]
+
+
+def test_the_first_look_measures_what_a_step_would(world, tmp_path):
+    """A teacher whose head has ten rows more than the tokenizer has ids: their share is named, and left out of the nats."""
+    model = world.load("teacher")
+    model.resize_token_embeddings(world.vocabulary + 10)
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
+    model.save_pretrained(teacher)
+    changes = {"data": {"micro_batch": 1, "shuffle": "none"}, "losses": {"kl": 0.0}, "teacher": {"path": teacher}}
+    (seen, position), (other, _) = run_ranks(2, first_look_of, world.run(tmp_path / "run", **changes))
+    assert seen == other
+    assert position == 0
+    batches = next_batches(world.run(tmp_path / "run", **changes), 2)
+    with torch.no_grad():
+        rows = torch.cat([model.lm_head(model.model(**b.inputs).last_hidden_state)[b.supervised] for b in batches])
+    labels = torch.cat([b.labels[b.supervised] for b in batches])
+    assert seen.teacher_nats == pytest.approx(F.cross_entropy(rows[:, : world.vocabulary], labels).item(), rel=1e-5)
+    assert seen.cut_mass == pytest.approx(rows.softmax(-1)[:, world.vocabulary :].sum(-1).mean().item(), rel=1e-5)
+    assert seen.cut_mass > 1e-3
 
 
 def test_help_without_a_recipe(capsys):

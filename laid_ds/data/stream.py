@@ -119,6 +119,13 @@ class Stream:
                 raise ValueError(f"the order changed: the state was saved with {name} {state['order'].get(name)!r}, this run has {value!r}")
         self._epoch, self._offset, self._position = state["epoch"], state["offset"], state["position"]
 
+    def peek(self, k: int) -> Any:
+        """What `prepare` makes of the k-th slot from where the stream stands: the same on every rank. The stream does not move."""
+        prepared, _, failure = self._reader[[self._slot(*self._seek(self._epoch, self._offset + k))]]
+        if failure is not None:
+            raise failure
+        return prepared
+
     def epoch_slots(self, epoch: int) -> list[Slot]:
         """All slots of an epoch, in global order: what every rank together will read."""
         return [self._slot(epoch, k) for k in range(len(self._plan(epoch)[1]))]

@@ -12,12 +12,13 @@ from laid_ds import engine, schedule
 from laid_ds.align import layer_pairs, start_mixing
 from laid_ds.build import build, build_stream
 from laid_ds.config import Run
+from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.distill import train_step
 from laid_ds.loop import seed_everything
 from laid_ds.models.attention import Tap, attention_layers, listen
 from laid_ds.models.load import load_model
-from laid_ds.models.processor import load_processor
+from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.models.rope_gain import gain
 
 WATCHED = ("model.model.language_model.layers.1.self_attn.q_proj.weight", "model.lm_head.weight", "align.mixing.1", "align.gain.1")
@@ -67,7 +68,7 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
             "optimizer": run.optimizer.model_copy(update={"accumulation": global_batch}),
         }
     )
-    stream = iter(build_stream(one_by_one, Dataset.open(list(run.data.shards)), load_processor(run.student.path)))
+    stream = iter(build_stream(one_by_one, Dataset.open(list(run.data.shards)), Renderer(load_processor(run.student.path), Pixels())))
     records = []
     for step in range(steps):
         sums, counts = dict.fromkeys(("sft", "kl", "align", "match"), 0.0), {"rows": 0, "tokens": 0, "samples": 0}

@@ -45,7 +45,7 @@ class World:
             "output": output,
             "steps": 4,
             "student": {"path": self.student, "dtype": "float32", "deepspeed": ENGINE, "gradient_checkpointing": False},
-            "teacher": {"path": self.teacher, "dtype": "float32", "deepspeed": ENGINE},
+            "teacher": {"path": self.teacher, "dtype": "float32", "deepspeed": ENGINE, "check_answers": False},
             "data": {"shards": [str(self.shards)], "images": [1, 4], "questions": 2, "micro_batch": 2},
             "optimizer": {"lr": 1e-3, "mixing_lr": 1e-3, "gain_lr": 1e-3},
             "match": {"frontier_tokens": [2, 20], "width_tokens": 4},
