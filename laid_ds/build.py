@@ -16,6 +16,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.data.stream import Stream
 from laid_ds.distill import Student, Teacher
+from laid_ds.evaluation.progress import chance_of
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
 from laid_ds.models.family import trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
@@ -127,6 +128,8 @@ def check(run: Run) -> None:
     """What can be refused before a process is started: shards, engine files, models, tokenizers. Raises ValueError with the first thing
     that is wrong."""
     Dataset.open(list(run.data.shards))
+    if run.evaluation:
+        chance_of(run.evaluation)
     processors = []
     for model, trains in ((run.student, True), (run.teacher, False)):
         if model is not None:

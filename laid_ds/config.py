@@ -150,6 +150,24 @@ class Checkpoint(Section):
     """Keep also the checkpoints of every so many steps, for good."""
 
 
+class Evaluation(Section):
+    """A small held-out haystack evaluation before the first step, every so many steps and at the end (evaluation.jsonl)."""
+
+    shards: str
+    """Test shards with recorded needles and choices."""
+    every_steps: Count = 500
+    sizes: tuple[Count, ...] = (1, 2, 5, 10, 20, 50)
+    """Numbers of images; the first one's accuracy before training sets the threshold of the window."""
+    haystacks: Count = 32
+    questions: Count = 1
+
+    @model_validator(mode="after")
+    def _sizes_ascend(self) -> Evaluation:
+        if list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"sizes={list(self.sizes)} must ascend")
+        return self
+
+
 class Stop(Section):
     after_minutes: Positive | None = None
     """Save and stop once the process is this old; the same command goes on from there. For clusters that give no warning signal."""
@@ -180,6 +198,7 @@ class Run(Section):
     match: Match = Match()
     gain: Gain = Gain()
     checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation | None = None
     stop: Stop = Stop()
     logging: Logging = Logging()
 

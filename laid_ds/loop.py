@@ -20,6 +20,7 @@ from laid_ds.config import Run
 from laid_ds.data.batch import Batch
 from laid_ds.data.record import DataError
 from laid_ds.distill import NonFiniteLoss, train_step
+from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.first_look import BATCHES, Seen, first_look
 from laid_ds.metrics import Reporter
@@ -61,8 +62,12 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
     reason = stop.agreed(run.output, run.stop.after_minutes)
     if reason:
         return first, reason
+    if first == 0 and run.evaluation:
+        _evaluate(run, training, reporter, 0)
     for step in range(first, run.steps):
         reporter.step(step + 1, _one_step(run, training, batches, step))
+        if run.evaluation and ((step + 1) % run.evaluation.every_steps == 0 or step + 1 == run.steps):
+            _evaluate(run, training, reporter, step + 1)
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
         if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
             state = {"step": step + 1, "stream": training.stream.state_dict()}
@@ -112,6 +117,14 @@ def _resume(run: Run, training: Training, saved: Path) -> int:
     state = checkpoint.restore(training.student, saved)
     training.stream.load_state_dict(state["stream"])
     return state["step"]
+
+
+def _evaluate(run: Run, training: Training, reporter: Reporter, step: int) -> None:
+    """Ask the student about held-out haystacks; every rank takes its share."""
+    accuracy = progress.measure(training.student, training.renderer, run.evaluation)
+    if distributed.rank() == 0:
+        found = progress.record(run.output / progress.FILE, step, accuracy, progress.chance_of(run.evaluation))
+        reporter.say(progress.sentence(found))
 
 
 def look(run: Run, training: Training) -> Seen:

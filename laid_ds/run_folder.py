@@ -14,7 +14,7 @@ from laid_ds import checkpoint, config, distributed
 from laid_ds.config import Run
 from laid_ds.stop import DONE, REQUEUE, STOP
 
-MAY_CHANGE = ("logging.", "checkpoint.", "stop.", "data.workers")  # keys that do not decide the outcome of a run
+MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
 SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "laid_ds.checkpoint": 3,
     "laid_ds.distill": 4,
     "laid_ds.evaluation.haystack": 4,
+    "laid_ds.evaluation.progress": 4,
     "laid_ds.evaluation.spectra": 4,
     "laid_ds.first_look": 5,
     "laid_ds.build": 5,

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
-from laid_ds.evaluation.haystack import ask, choices_of
+from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
 from laid_ds.evaluation.spectra import needle_profile
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import Renderer, load_processor
@@ -47,14 +47,14 @@ def evaluate_models(
         "dtype": dtype,
         "attention": attention,
     }
-    results = _open_results(out, setting)
+    results, samples = _open_results(out, setting), read_haystacks(dataset, haystacks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     new = {name: folder for name, folder in models.items() if results["models"].get(name, {}).get("files") != _files(folder)}
     with _progress() as progress:
         for name, folder in new.items():
             task = progress.add_task(name, total=len(sizes))
             model, renderer = load_model(folder, dtype).to(device).eval(), Renderer(load_processor(folder), Pixels())
-            answers = ask(model, renderer, dataset, sizes, haystacks, questions, tick=lambda task=task: progress.advance(task))
+            answers = ask(model, renderer, samples, sizes, questions, tick=lambda task=task: progress.advance(task))
             results["models"][name] = {"folder": str(folder), "files": _files(folder), "answers": answers}
             if attention:
                 results["models"][name]["attention"] = {

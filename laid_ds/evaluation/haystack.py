@@ -15,6 +15,7 @@ from torch import Tensor
 from laid_ds.data.batch import Batch, collate
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.index import Dataset
+from laid_ds.data.record import Sample
 from laid_ds.models.attention import last_hidden_state
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
@@ -22,24 +23,17 @@ from laid_ds.models.processor import Renderer
 Answers = dict[str, dict[str, list[list[int]]]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask(
     model: PreTrainedModel,
     renderer: Renderer,
-    dataset: Dataset,
+    samples: Sequence[Sample],
     sizes: Sequence[int],
-    haystacks: int,
     questions: int,
     tokens_per_batch: int = 16384,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[int]]]:
-    """Size -> for each haystack, 1 or 0 for each question (fewer than `questions` where the window is smaller than that).
-
-    Raises ValueError when the data set has too few samples or too short ones.
-    """
-    if haystacks > len(dataset):
-        raise ValueError(f"{haystacks} haystacks asked for, the data set has {len(dataset)}")
-    samples = [dataset.read(i) for i in range(haystacks)]
+    """Size -> for each haystack, 1 or 0 for each question (fewer than `questions` where the window is smaller than that)."""
     results: dict[str, list[list[int]]] = {}
     for size in sizes:
         windows = [draw_window(sample, size, questions, ("evaluation", size, sample.key)) for sample in samples]
@@ -51,6 +45,13 @@ def ask(
         results[str(size)] = answers
         tick()
     return results
+
+
+def read_haystacks(dataset: Dataset, haystacks: int) -> list[Sample]:
+    """The first samples of a data set. Raises ValueError when it has too few."""
+    if haystacks > len(dataset):
+        raise ValueError(f"{haystacks} haystacks asked for, the data set has {len(dataset)}")
+    return [dataset.read(i) for i in range(haystacks)]
 
 
 def choices_of(dataset: Dataset) -> int:

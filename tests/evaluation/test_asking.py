@@ -11,7 +11,7 @@ from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
-from laid_ds.evaluation.haystack import ask
+from laid_ds.evaluation.haystack import ask, read_haystacks
 from laid_ds.evaluation.report import write_report
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -42,7 +42,7 @@ def taught(world, renderer):
 
 def test_scores_are_those_of_greedy_decoding(world, renderer, taught):
     dataset = Dataset.open(world.shards)
-    found = ask(taught, renderer, dataset, [2], haystacks=8, questions=1)["2"]
+    found = ask(taught, renderer, read_haystacks(dataset, 8), [2], questions=1)["2"]
     decoded = []
     for i in range(8):
         sample = draw_window(dataset.read(i), 2, 1, ("evaluation", 2, dataset.read(i).key))
@@ -64,9 +64,9 @@ def test_scores_are_those_of_greedy_decoding(world, renderer, taught):
 
 
 def test_batches_change_nothing(world, renderer, taught):
-    dataset = Dataset.open(world.shards)
-    whole = ask(taught, renderer, dataset, [1, 3], 6, 2)
-    assert whole == ask(taught, renderer, dataset, [1, 3], 6, 2, tokens_per_batch=1)
+    samples = read_haystacks(Dataset.open(world.shards), 6)
+    whole = ask(taught, renderer, samples, [1, 3], 2)
+    assert whole == ask(taught, renderer, samples, [1, 3], 2, tokens_per_batch=1)
     assert [len(row) for row in whole["1"]] == [1] * 6
     assert [len(row) for row in whole["3"]] == [2] * 6
 

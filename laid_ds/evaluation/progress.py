@@ -1,0 +1,73 @@
+"""The window so far: a small held-out evaluation of the student in training, shared out over the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from laid_ds import distributed
+from laid_ds.config import Evaluation
+from laid_ds.data.index import Dataset
+from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
+from laid_ds.evaluation.window import relative_threshold, window_of
+from laid_ds.models.processor import Renderer
+
+FILE = "evaluation.jsonl"
+
+
+def measure(engine: Any, renderer: Renderer, options: Evaluation) -> dict[int, float]:
+    """Size -> accuracy of the model in training, over all ranks. Collective; no random number is drawn.
+
+    Every rank makes the same number of forward passes, one row each, since ZeRO-3 gathers the model on all ranks or none: a rank that has
+    run out of haystacks repeats its last one, uncounted.
+    """
+    samples, rank, ranks = read_haystacks(Dataset.open(options.shards), options.haystacks), distributed.rank(), distributed.world_size()
+    turns = -(-len(samples) // ranks)
+    mine = [rank + ranks * turn for turn in range(turns)]
+    own = [samples[min(i, len(samples) - 1)] for i in mine]
+    engine.eval()
+    answers = ask(engine.module.model, renderer, own, options.sizes, options.questions, tokens_per_batch=1)
+    engine.train()
+    counted = sum(i < len(samples) for i in mine)
+    return {size: _accuracy(answers[str(size)][:counted]) for size in options.sizes}
+
+
+def _accuracy(answers: Sequence[Sequence[int]]) -> float:
+    """Over the questions of all ranks."""
+    right, asked = distributed.add([sum(map(sum, answers)), sum(map(len, answers))])
+    return right / asked
+
+
+def record(path: Path, step: int, accuracy: dict[int, float], chance: float) -> dict[str, Any]:
+    """Append a measurement to the run's evaluation.jsonl, in place of any of this step or later; returns it.
+
+    The threshold is that of the first measurement in the file: chance + 0.6 of the one-image skill (the first size's) at that time.
+    """
+    earlier = [line for line in _lines(path) if line["step"] < step]
+    at_first = next(iter(earlier[0]["accuracy"].values())) if earlier else accuracy[min(accuracy)]
+    threshold = relative_threshold(at_first, chance)
+    images, censored = window_of(accuracy, threshold)
+    found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold}
+    found |= {"window": images, "censored": censored}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*earlier, found]))
+    return found
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """One line for people."""
+    curve = "  ".join(f"{size}: {accuracy:.2f}" for size, accuracy in found["accuracy"].items())
+    bound = ">= " if found["censored"] else ""
+    return f"held out after step {found['step']}: accuracy by images  {curve}  window {bound}{found['window']:.1f} images"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def chance_of(options: Evaluation) -> float:
+    """1 / choices of the held-out questions. Raises ValueError when the shards are none, offer no choices, or have too few samples."""
+    dataset = Dataset.open(options.shards)
+    read_haystacks(dataset, options.haystacks)
+    return 1 / choices_of(dataset)
