@@ -177,6 +177,8 @@ class Logging(Section):
     every_steps: Count = 1
     attention_every_steps: Count | None = None
     """Record entropy and mass by distance of the compared layers, of both models, in metrics.jsonl every so many steps."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in the run's dtype (A100 bf16: 312, H100: 989); with it each line says which share of it the model gets (MFU)."""
     tensorboard: bool = False
     wandb: bool = False
 

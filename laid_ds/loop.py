@@ -7,6 +7,7 @@ import math
 import random
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.first_look import BATCHES, Seen, first_look
 from laid_ds.metrics import Reporter
+from laid_ds.plan import model_flops, read_pair
 from laid_ds.run_folder import open_output
 from laid_ds.stop import DONE, REQUEUE, StopRequest
 
@@ -33,7 +35,9 @@ def train(run: Run, stop: StopRequest) -> None:
     open_output(run)
     seed_everything(run.seed + distributed.rank())
     training = build(run)
-    reporter = Reporter(run.output, run.steps, run.logging, active=distributed.rank() == 0, run=config.as_tree(run))
+    active = distributed.rank() == 0
+    flops = partial(model_flops, read_pair(run)) if active and run.logging.peak_tflops else None
+    reporter = Reporter(run.output, run.steps, run.logging, active, config.as_tree(run), flops)
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")

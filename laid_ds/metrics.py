@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from laid_ds import distributed
 from laid_ds.config import Logging
 
 LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
@@ -19,8 +23,17 @@ LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
 class Reporter:
     """Writes on rank 0 only; on other ranks every call is empty."""
 
-    def __init__(self, output: Path, steps: int, options: Logging, active: bool, run: dict[str, Any]):
-        self.output, self.steps, self.options, self.active = output, steps, options, active
+    def __init__(
+        self,
+        output: Path,
+        steps: int,
+        options: Logging,
+        active: bool,
+        run: dict[str, Any],
+        flops: Callable[[float, float], float] | None = None,
+    ):
+        """flops: of a step of so many samples and tokens over all ranks, for the MFU; None leaves it out."""
+        self.output, self.steps, self.options, self.active, self.flops = output, steps, options, active, flops
         self.console = Console(quiet=not active)
         self.progress = _progress(self.console) if self.console.is_terminal else None
         self.sinks = _sinks(output, options, run) if active else []
@@ -42,7 +55,7 @@ class Reporter:
             return
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        record = {"step": step} | values | {"seconds": round(seconds, 4)}
+        record = {"step": step} | values | {"seconds": round(seconds, 4), "peak_bytes": peak_bytes()} | self._utilisation(values, seconds)
         with (self.output / "metrics.jsonl").open("a") as lines:
             lines.write(json.dumps(record) + "\n")
         for sink in self.sinks:
@@ -64,7 +77,22 @@ class Reporter:
         per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
         remaining = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.steps - step)))
         rates = f"{record['tokens'] / seconds:,.0f} tokens/s  {record['images'] / seconds:,.0f} images/s"
-        return f"step {step}/{self.steps}  loss {record['loss']:.4g}  {terms}  |g| {record['gradient_norm']:.3g}  {rates}  {remaining} left"
+        used = f"{record['peak_bytes'] / 2**30:.2f} GiB" + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
+        loss = f"loss {record['loss']:.4g}  {terms}  |g| {record['gradient_norm']:.3g}"
+        return f"step {step}/{self.steps}  {loss}  {rates}  {used}  {remaining} left"
+
+    def _utilisation(self, values: dict[str, Any], seconds: float) -> dict[str, float]:
+        if self.flops is None:
+            return {}
+        peak = self.options.peak_tflops * 1e12 * distributed.world_size()
+        return {"mfu": round(self.flops(values["samples"], values["tokens"]) / seconds / peak, 4)}
+
+
+def peak_bytes() -> int:
+    """Most memory that this rank has used: allocated on its GPU, or of its process where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep_until(path: Path, step: int) -> None:

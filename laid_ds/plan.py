@@ -191,13 +191,21 @@ def suggestion(pair: Pair, machine: Machine, tokens: int) -> str:
 
 
 def step_flops(pair: Pair, tokens: int) -> float:
-    """Of one optimizer step on each GPU: 2 per parameter and token forward, twice that backward, once more for each recomputation."""
-    run = pair.run
-    passes = 4 if run.student.gradient_checkpointing else 3
-    seen = 1 if run.student.freeze_vision else passes
+    """Of one optimizer step on each GPU, recomputation included."""
+    return pair.run.optimizer.accumulation * _row_flops(pair, tokens, 4 if pair.run.student.gradient_checkpointing else 3)
+
+
+def model_flops(pair: Pair, samples: float, tokens: float) -> float:
+    """Of one optimizer step over all ranks as MFU counts them, without recomputation; all samples are taken to have the mean length."""
+    return samples * _row_flops(pair, tokens / samples, 3)
+
+
+def _row_flops(pair: Pair, tokens: float, passes: int) -> float:
+    """Of one row of T tokens: 2 per parameter and token forward, twice that backward (3 passes), once more for a recomputation (4)."""
+    seen = 1 if pair.run.student.freeze_vision else passes
     student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens)
     teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens) if pair.teacher else 0
-    return run.optimizer.accumulation * (student + teacher + _matching_flops(pair, tokens))
+    return student + teacher + _matching_flops(pair, tokens)
 
 
 def _held(sizes: list[int], ranks: int, zero: dict[str, Any]) -> int:
@@ -286,17 +294,17 @@ def _logits(pair: Pair, tokens: int) -> int:
     return rows * vocabulary * (BYTES[pair.run.student.dtype] + FP32 * fp32_copies + shown)
 
 
-def _forward_flops(model: Sizes, tokens: int) -> float:
+def _forward_flops(model: Sizes, tokens: float) -> float:
     heads, _, size = model.heads
     language = sum(count for name, count in model.parameters.items() if name not in model.vision)
     return 2 * language * tokens + 4 * heads * size * model.layers * tokens**2 / 2  # causal: half of the scores exist
 
 
-def _vision_flops(model: Sizes, tokens: int) -> float:
+def _vision_flops(model: Sizes, tokens: float) -> float:
     return 2 * sum(model.parameters[name] for name in model.vision) * tokens * model.patches_per_token
 
 
-def _matching_flops(pair: Pair, tokens: int) -> float:
+def _matching_flops(pair: Pair, tokens: float) -> float:
     """Scores of both models and their mixture, forward and twice backward."""
     if pair.teacher is None or pair.run.losses.match == 0:
         return 0

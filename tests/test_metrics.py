@@ -10,7 +10,7 @@ import pytest
 from laid_ds.config import Logging
 from laid_ds.metrics import Reporter, keep_until
 
-VALUES = {"loss": 1.5, "sft": 1.5, "tokens": 10.0, "images": 4.0, "gradient_norm": 0.5, "keys": ["a"]}
+VALUES = {"loss": 1.5, "sft": 1.5, "tokens": 10.0, "samples": 2.0, "images": 4.0, "gradient_norm": 0.5, "keys": ["a"]}
 
 
 def steps(path):
@@ -54,6 +54,18 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 2/9", "step 9/9"]
     assert "loss 1.5  ce 1.5  |g| 0.5" in lines[0]
+
+
+def test_memory_and_the_share_of_the_peak_are_said(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 9, Logging(peak_tflops=2), True, {}, flops=lambda samples, tokens: samples * tokens * 1e10)
+    reporter.start(0)
+    reporter.last -= 4.0  # a step of four seconds
+    reporter.step(1, VALUES)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["mfu"] == pytest.approx(2 * 10 * 1e10 / 4 / 2e12, rel=0.01)
+    assert 1e7 < record["peak_bytes"] < 1e11
+    line = capsys.readouterr().out
+    assert f"{record['peak_bytes'] / 2**30:.2f} GiB  MFU 2.5%" in line
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -19,7 +19,7 @@ from laid_ds.models.attention import Tap, enable_checkpointing, listen
 from laid_ds.models.load import model_class
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
-from laid_ds.plan import Machine, memory, peak_bytes, plan, read_pair, step_flops
+from laid_ds.plan import Machine, memory, model_flops, peak_bytes, plan, read_pair, step_flops
 from laid_ds.schedule import omega
 from tests.support.processes import run_ranks
 
@@ -152,6 +152,11 @@ def test_the_tokens_that_fit_are_the_last_that_do(pair):
     most = plan(pair, A100, 1024).tokens_that_fit
     assert plan(pair, A100, most).fits
     assert not plan(pair, A100, most + 1).fits
+
+
+def test_utilisation_counts_no_recomputation(pair):
+    once = replace(pair, run=paper("student.gradient_checkpointing=false", "optimizer.accumulation=1"))
+    assert model_flops(pair, 3, 3 * 4000) == pytest.approx(3 * step_flops(once, 4000))
 
 
 def test_more_gpus_hold_more(pair):
