@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.support.processes import run_ranks
 from tests.support.training import plain_steps, rank_steps
+from tests.support.world import ROOT
 
 STEPS = 3
+ENGINES = ROOT / "ds_configs"
+
+
+def assert_equal(result, plain):
+    """Every term, the gradient norm and the weights after the last step."""
+    for found, expected in zip(result["records"], plain["records"], strict=True):
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    for name, weight in plain["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +40,48 @@ def test_zero3_equals_plain_torch(world, tmp_path, plain, ranks, accumulation, c
         student={"gradient_checkpointing": checkpointing},
         losses={"rows_per_chunk": 3},
     )
-    results = run_ranks(ranks, rank_steps, run, STEPS)
-    for result in results:
-        for found, expected in zip(result["records"], plain["records"], strict=True):
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-        for name, weight in plain["weights"].items():
-            torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-5)
+    for result in run_ranks(ranks, rank_steps, run, STEPS):
+        assert_equal(result, plain)
+
+
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        ("zero1_student", "zero3_teacher"),
+        ("zero2_student", "zero3_teacher_offload"),
+        ("zero3_student_offload", "zero3_teacher"),
+        ("zero3_student", "zero3_teacher_offload"),
+    ],
+)
+def test_every_engine_file_equals_plain_torch(world, tmp_path, plain, student, teacher):
+    """Nothing is compiled for them where there is no GPU."""
+    files = {"student": {"deepspeed": ENGINES / f"{student}.json"}, "teacher": {"deepspeed": ENGINES / f"{teacher}.json"}}
+    for result in run_ranks(2, rank_steps, world.run(tmp_path / "run", **files), STEPS):
+        assert_equal(result, plain)
+
+
+def async_io_is_built() -> bool:
+    """Whether DeepSpeed's file engine was compiled on this machine: that takes libaio's headers and minutes of g++."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("async_io", verbose=False), "async_io.so").is_file()
+
+
+@pytest.mark.skipif(not async_io_is_built(), reason="DeepSpeed's async_io is not built here (docs/operations.md says how)")
+def test_a_teacher_on_nvme_equals_plain_torch(world, tmp_path, plain):
+    """Only shards of 1 MiB and more go to the disk, so this teacher's head has many rows more than the tokenizer has ids; they are cut."""
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
+    model = world.load("teacher")
+    model.resize_token_embeddings(1 << 14)
+    model.save_pretrained(teacher)
+    mechanics = json.loads((ENGINES / "zero3_teacher_nvme.json").read_text())
+    mechanics["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    mechanics["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path), "buffer_size": 1_000_000}
+    (tmp_path / "engine.json").write_text(json.dumps(mechanics))
+    run = world.run(tmp_path / "run", teacher={"deepspeed": tmp_path / "engine.json", "path": teacher})
+    for result in run_ranks(2, rank_steps, run, STEPS):
+        assert_equal(result, plain)
+    assert len(list(tmp_path.rglob("*.swp"))) == 4  # embedding and head, on two ranks
 
 
 def test_bf16_with_fp32_masters_follows_fp32(world, tmp_path, plain):
