@@ -61,7 +61,7 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     mechanics = engine.read_deepspeed(run.student.deepspeed, run.student.dtype, run, trains=True)
     model = load_model(run.student.path, run.student.dtype, mechanics)
     if run.student.gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, offload=run.student.gradient_checkpointing == "offload")
     if run.student.freeze_vision:
         vision_tower(model).requires_grad_(False)
     align = build_align(run, pairs, model) if run.teacher is not None else None

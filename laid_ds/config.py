@@ -40,7 +40,8 @@ class Model(Section):
 
 class Student(Model):
     freeze_vision: bool = False
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Literal["offload"] = True
+    """Keep only each layer's input for the backward pass; "offload" keeps it in the CPU's memory."""
 
 
 class Teacher(Model):

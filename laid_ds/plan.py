@@ -169,24 +169,26 @@ def tokens_that_fit(pair: Pair, machine: Machine) -> int:
 
 
 def suggestion(pair: Pair, machine: Machine, tokens: int) -> str:
-    """The first change that makes T tokens fit: checkpointing, the teacher on the CPU, both, more GPUs; else fewer tokens."""
-    checkpointed = replace(pair, run=_with_checkpointing(pair.run))
+    """The first change that makes T tokens fit: checkpointing, also on the CPU, the teacher on the CPU, more GPUs; else fewer tokens."""
+    checkpointed, waiting = (replace(pair, run=_with_checkpointing(pair.run, how)) for how in (True, "offload"))
     offloaded = replace(pair, teacher_zero=pair.teacher_zero | OFFLOAD)
     both = replace(checkpointed, teacher_zero=offloaded.teacher_zero)
+    every = replace(waiting, teacher_zero=offloaded.teacher_zero)
     changes = [
         ("set student.gradient_checkpointing = true", checkpointed, machine.gpus),
         ("keep the teacher on the CPU (teacher.deepspeed = ds_configs/zero3_teacher_offload.json)", offloaded, machine.gpus),
         ("checkpoint the student's activations and keep the teacher on the CPU", both, machine.gpus),
+        ('keep the teacher and the checkpointed activations (student.gradient_checkpointing = "offload") on the CPU', every, machine.gpus),
         *((f"use {gpus} GPUs", pair, gpus) for gpus in (8, 16, 32, 64, 128) if gpus > machine.gpus),
     ]
     for sentence, changed, gpus in changes:
         other = replace(machine, gpus=gpus)
         if peak_bytes(memory(changed, other, tokens)) <= machine.gpu_bytes:
             return f"{sentence}; then {tokens_that_fit(changed, other):,} tokens fit"
-    fitting = {gpus: tokens_that_fit(both, replace(machine, gpus=gpus)) for gpus in (machine.gpus, 128)}
+    fitting = {gpus: tokens_that_fit(every, replace(machine, gpus=gpus)) for gpus in (machine.gpus, 128)}
     return (
-        f"no single change is enough; with checkpointing and the teacher on the CPU {fitting[machine.gpus]:,} tokens fit on {machine.gpus} "
-        f"GPUs and {fitting[128]:,} on 128: use shorter samples"
+        f"no single change is enough; with the teacher and checkpointed activations on the CPU {fitting[machine.gpus]:,} tokens fit on "
+        f"{machine.gpus} GPUs and {fitting[128]:,} on 128: use shorter samples"
     )
 
 
@@ -239,10 +241,12 @@ def _live_bytes(pair: Pair) -> int:
 
 
 def _activations(pair: Pair, tokens: int) -> int:
-    """What the student's forward pass keeps: of every layer all, or with checkpointing its input; the embedded tokens before and after
-    the images are put among them; the last hidden states. A trained vision tower is taken to keep as much per hidden element."""
+    """What the student's forward pass keeps: of every layer all, or with checkpointing its input (unless that waits on the CPU); the
+    embedded tokens before and after the images are put among them; the last hidden states. A trained vision tower is taken to keep as
+    much per hidden element."""
     student, width, checkpointed = pair.student, BYTES[pair.run.student.dtype], pair.run.student.gradient_checkpointing
-    layers = student.layers * (width * student.hidden if checkpointed else _layer_kept(pair))
+    of_layer = {False: _layer_kept(pair), True: width * student.hidden, "offload": 0}[checkpointed]
+    layers = student.layers * of_layer
     vision = 0 if pair.run.student.freeze_vision else _vision_kept(student, width, checkpointed)
     return tokens * (layers + 3 * width * student.hidden + vision)
 
@@ -326,5 +330,5 @@ def _pairs(pair: Pair) -> tuple[tuple[int, int], ...]:
     return layer_pairs(pair.run.align.pairs, pair.student.layers, pair.teacher.layers)
 
 
-def _with_checkpointing(run: Run) -> Run:
-    return run.model_copy(update={"student": run.student.model_copy(update={"gradient_checkpointing": True})})
+def _with_checkpointing(run: Run, how: bool | str) -> Run:
+    return run.model_copy(update={"student": run.student.model_copy(update={"gradient_checkpointing": how})})

@@ -170,7 +170,8 @@ def test_more_gpus_hold_more(pair):
         (["student.gradient_checkpointing=false"], 4, 30_000, "set student.gradient_checkpointing = true"),
         ([], 4, 60_000, "keep the teacher on the CPU"),
         (["student.gradient_checkpointing=false"], 2, 20_000, "checkpoint the student's activations and keep the teacher on the CPU"),
-        ([], 2, 60_000, "use 8 GPUs"),
+        ([], 2, 40_000, "keep the teacher and the checkpointed activations"),
+        ([], 2, 90_000, "use 8 GPUs"),
         ([], 4, 10_000_000, "use shorter samples"),
     ],
 )

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -155,9 +157,24 @@ def attention_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:
     return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Non-reentrant activation checkpointing: the reentrant kind would silently cut the gradient of every tapped tensor."""
+def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
+    """Non-reentrant activation checkpointing: the reentrant kind would silently cut the gradient of every tapped tensor.
+
+    offload: the decoder layers' inputs wait for the backward pass in the CPU's memory.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder(model).layers if offload else ():
+        layer._gradient_checkpointing_func = _checkpoint_on_cpu
+
+
+def _checkpoint_on_cpu(layer: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
+    """layer(hidden, *others), checkpointed with `hidden` on the CPU; the copies are differentiable, so its gradient comes back."""
+
+    def run(waiting: Tensor, *others: Any) -> Any:
+        return layer(waiting.to(hidden_device), *others)
+
+    hidden_device = hidden.device
+    return checkpoint(run, hidden.cpu(), *others, use_reentrant=False)
 
 
 def assert_differentiable(captured: dict[int, Captured]) -> None:

@@ -71,7 +71,7 @@ def test_the_sliding_window_holds(world):
 def gradients_through_the_tap(model, batch, checkpointing):
     tap = Tap([0, 1])
     if checkpointing:
-        enable_checkpointing(model.train())
+        enable_checkpointing(model.train(), offload=checkpointing == "offload")
     listen(model, tap)
     with tap.open() as heads:
         model.model(**batch.inputs, use_cache=False)
@@ -80,10 +80,11 @@ def gradients_through_the_tap(model, batch, checkpointing):
     return heard, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_checkpointing_on_is_off(world):
+@pytest.mark.parametrize("checkpointing", [True, "offload"])
+def test_checkpointing_on_is_off(world, checkpointing):
     batch = world.batch()
     heard, plain = gradients_through_the_tap(world.load("student"), batch, False)
-    heard_again, checkpointed = gradients_through_the_tap(world.load("student"), batch, True)
+    heard_again, checkpointed = gradients_through_the_tap(world.load("student"), batch, checkpointing)
     for layer in heard:
         assert torch.equal(heard[layer][0], heard_again[layer][0])
         assert torch.equal(heard[layer][1], heard_again[layer][1])

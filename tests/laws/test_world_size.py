@@ -31,7 +31,9 @@ def plain(world, tmp_path_factory):
     return plain_steps(world.run(tmp_path_factory.mktemp("plain")), STEPS, global_batch=4)
 
 
-@pytest.mark.parametrize("ranks, accumulation, checkpointing", [(1, 2, False), (2, 1, False), (2, 1, True), (4, 1, False)])
+@pytest.mark.parametrize(
+    "ranks, accumulation, checkpointing", [(1, 2, False), (2, 1, False), (2, 1, True), (2, 1, "offload"), (4, 1, False)]
+)
 def test_zero3_equals_plain_torch(world, tmp_path, plain, ranks, accumulation, checkpointing):
     run = world.run(
         tmp_path / "run",
@@ -67,7 +69,7 @@ def async_io_is_built() -> bool:
     return Path(_get_build_directory("async_io", verbose=False), "async_io.so").is_file()
 
 
-@pytest.mark.skipif(not async_io_is_built(), reason="DeepSpeed's async_io is not built here (docs/operations.md says how)")
+@pytest.mark.skipif(not async_io_is_built(), reason="DeepSpeed's async_io is not built here (ds_configs/README.md says how)")
 def test_a_teacher_on_nvme_equals_plain_torch(world, tmp_path, plain):
     """Only shards of 1 MiB and more go to the disk, so this teacher's head has many rows more than the tokenizer has ids; they are cut."""
     teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
