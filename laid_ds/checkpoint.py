@@ -62,6 +62,17 @@ def latest(output: Path) -> Path | None:
     return checkpoint
 
 
+def of_step(output: Path, step: int) -> Path:
+    """The verified checkpoint of a step. Raises ValueError when there is none or a file of it is damaged."""
+    steps = {saved.step: saved.path for saved in all_saved(output)}
+    if step not in steps:
+        raise ValueError(f"{folder(output)} holds no checkpoint of step {step}; there are {sorted(steps)}")
+    wrong = damage(steps[step])
+    if wrong:
+        raise ValueError(f"checkpoint {steps[step]}: {wrong}")
+    return steps[step]
+
+
 def all_saved(output: Path) -> list[Saved]:
     """The complete checkpoints of a run folder, oldest first; their files are not looked into."""
     found = []

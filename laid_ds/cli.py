@@ -85,13 +85,14 @@ def models(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     output: Annotated[Path, typer.Argument(help="Model folder to write; must not exist.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Take the checkpoint of this step; default: the latest.")] = None,
 ) -> None:
     """Write the trained student as a stock model folder: gain folded in, processor and model card beside it."""
     from laid_ds.engine import choose_accelerator
     from laid_ds.export import export_run
 
     choose_accelerator()
-    export_run(run, output)
+    export_run(run, output, step)
     print(f"{output}: loads with transformers' from_pretrained")
 
 
@@ -151,6 +152,7 @@ def plan(
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Look at, verify and remove the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
+checkpoint.command("export", epilog="Example: laid checkpoint export runs/demo/laid models/laid --step 200")(export)
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

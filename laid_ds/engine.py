@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def checkpoint_weights(saved: Path) -> dict[str, torch.Tensor]:
     """All fp32 weights of a checkpoint under the names of distill.Student, put together from the ranks' shards on one CPU."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(saved.parent), tag=saved.name)
+    with _silence():
+        return get_fp32_state_dict_from_zero_checkpoint(str(saved.parent), tag=saved.name)
 
 
 def write_universal(saved: Path, target: Path) -> None:
@@ -145,8 +147,15 @@ def write_universal(saved: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=False,
     )
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with _silence():
         ds_to_universal.main(options)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed's tools print what they do, line by line."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def load_universal(engine, saved: Path) -> None:

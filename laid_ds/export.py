@@ -11,12 +11,15 @@ from laid_ds.config import Run
 from laid_ds.models.export import write_student
 
 
-def export_run(folder: Path, output: Path) -> None:
-    """Write the student of the run in `folder` to `output`. Raises ValueError when there is no run or no checkpoint in it."""
+def export_run(folder: Path, output: Path, step: int | None = None) -> None:
+    """Write the student of the run in `folder` to `output`, as it was after `step` (default: the latest checkpoint).
+
+    Raises ValueError when there is no run, no such checkpoint in it, or a damaged one.
+    """
     record = folder / "run.json"
     if not record.is_file():
         raise ValueError(f"no run at {folder} (no run.json)")
-    saved = checkpoint.latest(folder)
+    saved = checkpoint.of_step(folder, step) if step is not None else checkpoint.latest(folder)
     if saved is None:
         raise ValueError(f"the run at {folder} has no checkpoint yet")
     resolved = json.loads(record.read_text())

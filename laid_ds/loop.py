@@ -26,7 +26,7 @@ from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.first_look import BATCHES, Seen, first_look
 from laid_ds.metrics import Reporter
 from laid_ds.plan import model_flops, read_pair
-from laid_ds.run_folder import open_output
+from laid_ds.run_folder import open_output, versions
 from laid_ds.stop import DONE, REQUEUE, StopRequest
 
 
@@ -74,7 +74,7 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
             _evaluate(run, training, reporter, step + 1)
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
         if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
-            state = {"step": step + 1, "stream": training.stream.state_dict()}
+            state = {"step": step + 1, "stream": training.stream.state_dict(), "run": config.as_tree(run), "versions": versions()}
             checkpoint.save(training.student, run.output, state, run.checkpoint)
         if reason:
             return step + 1, reason

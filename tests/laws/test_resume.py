@@ -13,16 +13,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from laid_ds import checkpoint, engine
+from laid_ds import checkpoint, config, engine
 from laid_ds.build import build
+from laid_ds.export import export_run
 from laid_ds.loop import train
 from laid_ds.metrics import Reporter
+from laid_ds.models.load import load_model
 from laid_ds.stop import StopRequest
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.recipes import write_recipe
@@ -106,6 +109,22 @@ def test_a_run_moves_between_numbers_of_ranks(world, tmp_path, straight):
             assert line[name] == (other[name] if alike else pytest.approx(other[name], rel=1e-6)), (line["step"], name)
         assert line["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-12 if alike else 1e-6)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_000006", "step_000008"]
+
+
+def test_an_older_checkpoint_is_exported_by_its_step(straight, tmp_path):
+    export_run(straight.output, tmp_path / "six", step=6)
+    export_run(straight.output, tmp_path / "eight")
+    with pytest.raises(ValueError, match=r"holds no checkpoint of step 7; there are \[6, 8\]"):
+        export_run(straight.output, tmp_path / "seven", step=7)
+    saved = straight.output / "checkpoints" / "step_000006"
+    weights = {name: engine.checkpoint_weights(saved)[f"model.{name}"] for name in ("lm_head.weight", "model.language_model.norm.weight")}
+    six, eight = (load_model(tmp_path / name).state_dict() for name in ("six", "eight"))
+    for name, weight in weights.items():
+        assert torch.equal(six[name], weight)
+        assert not torch.equal(eight[name], weight)
+    state = json.loads((saved / "manifest.json").read_text())["state"]
+    assert state["run"] == config.as_tree(straight)
+    assert state["versions"]["torch"] == version("torch")
 
 
 def save_again(run, saved):
