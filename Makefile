@@ -50,7 +50,8 @@ $(DEMO)/student/done.json: $(DEMO)/models/student-start/config.json
 	$(BIN)/laid train recipes/demo_student.toml --ranks $(RANKS)
 
 # One recipe, three runs: all of LAid, and the two baselines that leave parts of it out.
-$(DEMO)/laid/done.json $(DEMO)/kl+sft/done.json $(DEMO)/sft/done.json: $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json
+STUDENTS := laid kl+sft sft
+$(STUDENTS:%=$(DEMO)/%/done.json): $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json $(DEMO)/test/dataset.json
 	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(DEMO)/$* name="demo $*" $(LEAVE_OUT_$*)
 
 EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,192,256 --haystacks 64 --questions 4
