@@ -106,11 +106,31 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     attention: Annotated[bool, typer.Option("--attention", help="Also record what each head attends to.")] = False,
+    self_extend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=GROUP,WINDOW", help="Ask this model with SelfExtend (a baseline); may be given more than once."),
+    ] = None,
 ) -> None:
     """Measure accuracy against the number of images and keep every answer in a results file."""
     from laid_ds.evaluation.evaluate import evaluate_models
 
-    evaluate_models(shards, _named(models), out, _sizes(sizes), haystacks, questions, dtype, attention)
+    folders = _named(models)
+    evaluate_models(shards, folders, out, _sizes(sizes), haystacks, questions, dtype, attention, _extended(self_extend or [], folders))
+
+
+@app.command(epilog="Example: laid yarn models/student models/student-yarn --factor 4")
+def yarn(
+    model: Annotated[Path, typer.Argument(help="Stock model folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    factor: Annotated[float, typer.Option(help="How many times as long the window of positions shall be.")],
+) -> None:
+    """Copy a model folder with YaRN in its config (a baseline: a longer window without training); the weights stay as they are."""
+    from laid_ds.engine import choose_accelerator
+    from laid_ds.models.extension import write_yarn
+
+    choose_accelerator()
+    write_yarn(model, output, factor)
+    print(f"{output}: positions stretched {factor:g} times by YaRN")
 
 
 @app.command(epilog="Example: laid report runs/demo")
@@ -270,6 +290,20 @@ def _named(models: list[str]) -> dict[str, Path]:
     if wrong:
         raise ValueError(f"models are given as NAME=FOLDER, got {wrong}")
     return {name: Path(folder) for name, _, folder in (word.partition("=") for word in models)}
+
+
+def _extended(options: list[str], models: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """NAME=GROUP,WINDOW of models that are asked with SelfExtend."""
+    found = {}
+    for option in options:
+        name, _, numbers = option.partition("=")
+        group, comma, window = numbers.partition(",")
+        if name not in models or not (comma and group.strip().isdigit() and window.strip().isdigit()):
+            raise ValueError(
+                f"--self-extend {option!r}: give NAME=GROUP,WINDOW with the NAME of a model ({', '.join(models)}), as in {name}=4,512"
+            )
+        found[name] = (int(group), int(window))
+    return found
 
 
 def _sizes(text: str) -> list[int]:

@@ -17,6 +17,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
 from laid_ds.evaluation.spectra import needle_profile
+from laid_ds.models.extension import self_extend
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -30,11 +31,12 @@ def evaluate_models(
     questions: int,
     dtype: str,
     attention: bool = False,
+    extended: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate each model that the results file `out` does not hold yet, or whose files have changed since; the file is rewritten after
-    each model.
+    """Evaluate each model that the results file `out` does not hold yet, or that has changed since; the file is rewritten after each model.
 
-    Raises ValueError when `out` was made with other questions.
+    extended: name of a model -> (group, window) of SelfExtend, with which it is asked. Raises ValueError when `out` was made with other
+    questions, and when SelfExtend is not defined for a model.
     """
     dataset = Dataset.open(shards)
     setting = {
@@ -49,19 +51,28 @@ def evaluate_models(
     }
     results, samples = _open_results(out, setting), read_haystacks(dataset, haystacks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    new = {name: folder for name, folder in models.items() if results["models"].get(name, {}).get("files") != _files(folder)}
+    facts = {name: _facts(folder, (extended or {}).get(name)) for name, folder in models.items()}
     with _progress() as progress:
-        for name, folder in new.items():
+        for name, folder in models.items():
+            if facts[name].items() <= results["models"].get(name, {}).items():
+                continue
             task = progress.add_task(name, total=len(sizes))
             model, renderer = load_model(folder, dtype).to(device).eval(), Renderer(load_processor(folder), Pixels())
+            if facts[name].get("self_extend"):
+                self_extend(model, *facts[name]["self_extend"])
             answers = ask(model, renderer, samples, sizes, questions, tick=lambda task=task: progress.advance(task))
-            results["models"][name] = {"folder": str(folder), "files": _files(folder), "answers": answers}
+            results["models"][name] = facts[name] | {"answers": answers}
             if attention:
                 results["models"][name]["attention"] = {
                     str(size): needle_profile(model, renderer, dataset, size, haystacks) for size in sizes
                 }
             _write(out, results)
     return results
+
+
+def _facts(folder: Path, extension: tuple[int, int] | None) -> dict[str, Any]:
+    """What must be the same for a model's answers to be kept."""
+    return {"folder": str(folder), "files": _files(folder), "self_extend": list(extension) if extension else None}
 
 
 def _files(folder: Path) -> list[list[Any]]:

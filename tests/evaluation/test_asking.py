@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from laid_ds import cli
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.haystack import ask, read_haystacks
 from laid_ds.evaluation.report import write_report
+from laid_ds.models.load import load_config
 from laid_ds.models.processor import Renderer, load_processor
 
 
@@ -95,6 +98,34 @@ def test_results_file_is_extended_not_repeated_and_guards_its_setting(world, tmp
     assert "window in images" in summary.as_text()
     with pytest.raises(ValueError, match="no model 'nobody'"):
         write_report(tmp_path, "nobody")
+
+
+def test_baselines_without_training_are_asked_by_their_commands(world, taught, tmp_path, capsys):
+    """YaRN is a folder, SelfExtend a way of asking; a window that holds everything changes nothing, another setting is asked anew."""
+    student = shutil.copytree(world.student, tmp_path / "student")
+    taught.save_pretrained(student)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as exit_status:
+            cli.main([str(word) for word in words])
+        return exit_status.value.code or 0
+
+    assert run("yarn", student, tmp_path / "yarn", "--factor", "4") == 0
+    assert load_config(tmp_path / "yarn").get_text_config().rope_parameters["factor"] == 4
+    out = tmp_path / "e.json"
+    names = [f"{name}={student}" for name in ("student", "wide", "narrow")]
+    words = ["eval", world.shards, *names, f"yarn={tmp_path / 'yarn'}", "--out", out, "--sizes", "2", "--haystacks", 8]
+    assert run(*words, "--self-extend", "wide=4,10000", "--self-extend", "narrow=4,2") == 0
+    found = json.loads(out.read_text())["models"]
+    assert found["wide"]["answers"] == found["student"]["answers"]
+    assert 0 < sum(sum(row) for row in found["wide"]["answers"]["2"]) < 8
+    assert found["narrow"]["self_extend"] == [4, 2]
+    assert run(*words, "--self-extend", "wide=4,10000") == 0
+    again = json.loads(out.read_text())["models"]
+    assert again["narrow"]["self_extend"] is None
+    assert again["wide"] == found["wide"]
+    assert run(*words, "--self-extend", "nobody=4,2") == 2
+    assert "give NAME=GROUP,WINDOW, with the NAME of a model (student, wide, narrow, yarn)" in capsys.readouterr().err
 
 
 def test_a_report_without_results_is_a_sentence(tmp_path):
