@@ -299,9 +299,7 @@ def _extended(options: list[str], models: dict[str, Path]) -> dict[str, tuple[in
         name, _, numbers = option.partition("=")
         group, comma, window = numbers.partition(",")
         if name not in models or not (comma and group.strip().isdigit() and window.strip().isdigit()):
-            raise ValueError(
-                f"--self-extend {option!r}: give NAME=GROUP,WINDOW with the NAME of a model ({', '.join(models)}), as in {name}=4,512"
-            )
+            raise ValueError(f"--self-extend {option!r}: give NAME=GROUP,WINDOW, with the NAME of a model ({', '.join(models)})")
         found[name] = (int(group), int(window))
     return found
 
