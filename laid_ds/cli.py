@@ -53,7 +53,7 @@ def init(
     """Make a small model with random weights and its processor, without any download, as an ordinary model folder."""
     from laid_ds.data.index import Dataset
     from laid_ds.engine import choose_accelerator
-    from laid_ds.models.load import write_new_model
+    from laid_ds.models.new_model import write_new_model
 
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     samples = [dataset.read(i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]

@@ -80,7 +80,8 @@ class Student(nn.Module):
         )
         compared = [term for term in ask.terms if term in ("align", "match")]
         if compared:
-            sums |= self.align(heads, lesson.heads, batch.segments, compared, ask.omega, self.match_rows)
+            rows = None if self.match_rows is None else self.match_rows * len(batch.keys) // len(batch.segments)
+            sums |= self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows)
         return {term: sums[term] for term in ask.terms}
 
 
@@ -118,12 +119,13 @@ def train_step(
         student.step()
         totals = {term: totals[term] + sums[term].item() for term in terms}
     means = {term: total / divisors[term] for term, total in zip(terms, distributed.add(totals.values()), strict=True)}
-    return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts
+    fill = counts["tokens"] / counts.pop("places")  # the share of what was computed that is no padding
+    return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts | {"fill": fill}
 
 
 def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:
-    """Supervised rows, tokens, samples and images of the step, over all ranks."""
-    per_batch = [batch.counts() | {"images": batch.images()} for batch in batches]
+    """Supervised rows, tokens, samples, images and places of the step, over all ranks."""
+    per_batch = [batch.counts() for batch in batches]
     names = list(per_batch[0])
     totals = distributed.add(sum(counts[name] for counts in per_batch) for name in names)
     return dict(zip(names, totals, strict=True))

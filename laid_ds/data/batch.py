@@ -1,20 +1,21 @@
-"""Samples become tensors: window, render, pad. The last thing a data worker does.
+"""Samples become tensors: window, render, pad or pack. The last thing a data worker does.
 
-Rows are padded on the right and attention is causal, so padding changes nothing and no mask exists. Letters: B rows, T tokens.
+Rows are padded on the right and attention is causal, so padding changes nothing and no mask exists. Or samples lie end to end in one row,
+told apart by position ids that start again, and nothing is padded. Letters: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from laid_ds.data.haystack import draw_window
+from laid_ds.data.haystack import draw_window, images_drawn
 from laid_ds.data.record import DataError, Sample
 
 IGNORED = -100
@@ -23,12 +24,20 @@ IGNORED = -100
 class Rendered(Protocol):
     """One sample as tensors (models.processor.Rendered is one)."""
 
-    input_ids: Tensor  # [T]
-    token_types: Tensor  # [T] 0 text, 1 image
-    supervised: Tensor  # [T] bool: the tokens of the answers
-    pixel_values: Tensor  # [patches, values]
-    image_grid_thw: Tensor  # [images, 3]
-    trailing: int  # tokens after the sample itself: a stand-in image where it has none
+    tokens: Mapping[str, Tensor]
+    """What the model reads of every token, each [T]: input_ids, and whatever else its family wants."""
+    images: list[dict[str, Tensor]]
+    """What the model reads of each image."""
+    image_axis: int
+    """Along which axis images follow each other."""
+    shows: Tensor
+    """[T]: the number of the image that a token belongs to, or -1."""
+    supervised: Tensor
+    """[T] bool: the tokens of the answers."""
+    trailing: int
+    """Tokens after the sample itself: a stand-in image where it has none."""
+    positions: Tensor | None
+    """[axes, T] position ids, where samples are to be packed."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,11 @@ class Batch:
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    """[B, T]: the token that position t must predict, IGNORED where there is none (already shifted by one)."""
+    """[B, T]: the token that position t must predict, IGNORED where there is none (already shifted by one, within its sample)."""
     segments: Tensor
-    """[B, T]: 0, and -1 for padding."""
+    """[B, T]: the number of the token's sample within its row, and -1 for padding and stand-in images."""
     keys: tuple[str, ...]
+    num_images: int
 
     @property
     def supervised(self) -> Tensor:
@@ -48,11 +58,9 @@ class Batch:
         return self.labels != IGNORED
 
     def counts(self) -> dict[str, int]:
-        """What the sums of this micro-batch are divided by, once per optimizer step."""
-        return {"rows": int(self.supervised.sum()), "tokens": int((self.segments >= 0).sum()), "samples": len(self.keys)}
-
-    def images(self) -> int:
-        return len(self.inputs["image_grid_thw"])
+        """What the sums of this micro-batch are divided by, once per optimizer step; and its size with padding ("places")."""
+        counted = {"rows": int(self.supervised.sum()), "tokens": int((self.segments >= 0).sum()), "samples": len(self.keys)}
+        return counted | {"images": self.num_images, "places": self.segments.numel()}
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("labels", "segments")}
@@ -65,45 +73,98 @@ def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    labels = [torch.where(r.supervised, r.input_ids, IGNORED) for r in rendered]
-    segments = [torch.zeros_like(r.input_ids) for r in rendered]
-    for row, r in zip(segments, rendered, strict=True):
-        row[len(row) - r.trailing :] = -1
+    names = rendered[0].tokens
+    tokens = {name: padded([r.tokens[name] for r in rendered], pad_token if name == "input_ids" else 0) for name in names}
     return Batch(
-        inputs={
-            "input_ids": padded([r.input_ids for r in rendered], pad_token),
-            "mm_token_type_ids": padded([r.token_types for r in rendered], 0),
-            "pixel_values": torch.cat([r.pixel_values for r in rendered]),
-            "image_grid_thw": torch.cat([r.image_grid_thw for r in rendered]),
-        },
-        labels=padded([torch.cat([row[1:], row.new_full((1,), IGNORED)]) for row in labels], IGNORED),
-        segments=padded(segments, -1),
+        inputs=tokens | _images([image for r in rendered for image in r.images], rendered[0].image_axis),
+        labels=padded([_labels(r) for r in rendered], IGNORED),
+        segments=padded([_segments(r, 0) for r in rendered], -1),
         keys=tuple(keys),
+        num_images=sum(len(r.images) for r in rendered),
     )
+
+
+def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
+    """Lay rendered samples end to end in one row. A stand-in image stays only where the row would have no image at all, at its end."""
+    if any(not r.trailing for r in rendered):
+        rendered = [_without_stand_in(r) for r in rendered]
+    else:
+        rendered = [*(_without_stand_in(r) for r in rendered[:-1]), rendered[-1]]
+    tokens = {name: torch.cat([r.tokens[name] for r in rendered])[None] for name in rendered[0].tokens}
+    positions = torch.cat([r.positions for r in rendered], 1)
+    tokens["position_ids"] = positions if len(positions) == 1 else positions[:, None]  # [1, T], or [axes, 1, T]
+    return Batch(
+        inputs=tokens | _images([image for r in rendered for image in r.images], rendered[0].image_axis),
+        labels=torch.cat([_labels(r) for r in rendered])[None],
+        segments=torch.cat([_segments(r, number) for number, r in enumerate(rendered)])[None],
+        keys=tuple(keys),
+        num_images=sum(len(r.images) for r in rendered),
+    )
+
+
+def _labels(r: Rendered) -> Tensor:
+    answers = torch.where(r.supervised, r.tokens["input_ids"], IGNORED)
+    return torch.cat([answers[1:], answers.new_full((1,), IGNORED)])
+
+
+def _segments(r: Rendered, number: int) -> Tensor:
+    segments = torch.full_like(r.supervised, number, dtype=torch.long)
+    segments[len(segments) - r.trailing :] = -1
+    return segments
+
+
+def _without_stand_in(r: Rendered) -> Rendered:
+    if not r.trailing:
+        return r
+    own = len(r.supervised) - r.trailing
+    tokens = {name: row[:own] for name, row in r.tokens.items()}
+    return replace(
+        r, tokens=tokens, images=[], shows=r.shows[:own], supervised=r.supervised[:own], trailing=0, positions=r.positions[:, :own]
+    )
+
+
+def _images(images: list[dict[str, Tensor]], axis: int) -> dict[str, Tensor]:
+    """The images one after the other; where their other sizes differ, zeros fill up."""
+    return {name: _join([image[name] for image in images], axis) for name in images[0]}
+
+
+def _join(tensors: list[Tensor], axis: int) -> Tensor:
+    axis = min(axis, tensors[0].ndim - 1)
+    largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+
+    def padded(tensor: Tensor) -> Tensor:
+        missing = [0 if k == axis else size - tensor.shape[k] for k, size in enumerate(largest)]
+        return F.pad(tensor, [n for more in reversed(missing) for n in (0, more)]) if any(missing) else tensor
+
+    return torch.cat([padded(tensor) for tensor in tensors], axis)
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """From (position, sample) pairs to a Batch; runs in a data worker. All randomness follows from (seed, position)."""
+    """From (position, sample) pairs to a Batch, or from one list of such pairs, a pack; runs in a data worker. All randomness follows from
+    (seed, position)."""
 
     render: Callable[[Sample], Rendered]
     pad_token: int
     seed: int = 0
     global_batch: int = 1
-    """Samples per optimizer step over all ranks: position // global_batch is the step."""
+    """Samples per optimizer step over all ranks: position // global_batch is the step (without packing)."""
     image_range: Callable[[int], tuple[int, int] | None] = lambda step: None
     questions: int | None = None
+    packs: bool = False
+    """Whether items are packs: one list of pairs, to lie in one row."""
 
-    def __call__(self, items: list[tuple[int, Sample]]) -> Batch:
-        samples = [self._window(position, sample) for position, sample in items]
-        return collate([self._rendered(sample) for sample in samples], [sample.key for sample in samples], self.pad_token)
+    def __call__(self, items: list) -> Batch:
+        pairs: list[tuple[int, Sample]] = [pair for packed in items for pair in packed] if self.packs else items
+        samples = [self._window(position, sample) for position, sample in pairs]
+        rendered, keys = [self._rendered(sample) for sample in samples], [sample.key for sample in samples]
+        return pack(rendered, keys) if self.packs else collate(rendered, keys, self.pad_token)
 
     def _window(self, position: int, sample: Sample) -> Sample:
         bounds = self.image_range(position // self.global_batch)
         if bounds is None:
             return sample
-        images = random.Random(f"images {self.seed} {position}").randint(*bounds)
-        return draw_window(sample, images, self.questions, (self.seed, position))
+        return draw_window(sample, images_drawn(self.seed, position, bounds), self.questions, (self.seed, position))
 
     def _rendered(self, sample: Sample) -> Rendered:
         try:

@@ -12,6 +12,11 @@ from dataclasses import replace
 from laid_ds.data.record import Sample, Turn
 
 
+def images_drawn(seed: int, position: int, bounds: tuple[int, int]) -> int:
+    """How many images the window at a position of the stream has."""
+    return random.Random(f"images {seed} {position}").randint(*bounds)
+
+
 def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[int, ...]) -> Sample:
     """A window of `images` images that asks at most `questions` of the sample's questions (all when None).
 

@@ -39,7 +39,7 @@ def ask(
         windows = [draw_window(sample, size, questions, ("evaluation", size, sample.key)) for sample in samples]
         rows = [renderer(window) for window in windows]
         answers: list[list[int]] = []
-        for part in _by_tokens([len(row.input_ids) for row in rows], tokens_per_batch):
+        for part in _by_tokens([len(row.supervised) for row in rows], tokens_per_batch):
             batch = collate(rows[part], [window.key for window in windows[part]], renderer.processor.tokenizer.pad_token_id)
             answers += _correct(model, batch.to(model.device))
         results[str(size)] = answers

@@ -17,7 +17,7 @@ from laid_ds.data.index import Dataset
 from laid_ds.kernels.attention_profile import attention_profile
 from laid_ds.models.attention import Captured, Tap, attention_layers, last_hidden_state, listen
 from laid_ds.models.load import PreTrainedModel
-from laid_ds.models.processor import Rendered, Renderer
+from laid_ds.models.processor import Renderer
 
 
 def profile_heads(
@@ -58,17 +58,10 @@ def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset,
     batch = collate(rows, [window.key for window in windows], renderer.processor.tokenizer.pad_token_id).to(model.device)
     marked = torch.zeros_like(batch.segments, dtype=torch.bool)
     for row, rendered, window in zip(marked, rows, windows, strict=True):
-        row[_tokens_of_images(rendered, renderer, window.turns[0].needles).to(row.device)] = True
+        row[: len(rendered.shows)] = torch.isin(rendered.shows, torch.tensor(window.turns[0].needles)).to(row.device)
     answering = batch.supervised & ~batch.supervised.roll(1, dims=1)
     tap = Tap(list(attention_layers(model)))
     listen(model, tap)
     with tap.open() as captured:
         last_hidden_state(model, **batch.inputs)
     return profile_heads(captured, batch.segments, answering, marked)
-
-
-def _tokens_of_images(rendered: Rendered, renderer: Renderer, images: tuple[int, ...]) -> Tensor:
-    """Positions of the tokens of some images of a sample, in the order in which the sample shows them."""
-    lengths = rendered.image_grid_thw.prod(-1) // renderer.processor.image_processor.merge_size**2
-    positions = torch.nonzero(rendered.token_types).flatten().split(lengths.tolist())
-    return torch.cat([positions[image] for image in images])

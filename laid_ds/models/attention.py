@@ -1,12 +1,14 @@
 """The attention function `laid`: SDPA's output, a gain on the queries, and a tap that hands out queries and keys after RoPE.
 
 It is set on the decoder only. A tap that is closed stores nothing; the output is the same, bit for bit, whether it is open or closed.
+Rows that hold several samples (their position ids start again) get no mask but the samples' bounds: time and memory stay linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from laid_ds.models.backends import attend, has_lse, is_bounds
+from laid_ds.models.family import check_packable
 
 NAME = "laid"  # a name with "flash" or "/" in it would make transformers look for a package or a hub kernel
 
@@ -32,6 +37,10 @@ class Captured:
     """Factor on the scores, from the model's own call."""
     window: int | None
     """Sliding window of the layer in tokens (a row sees itself and window - 1 tokens before), or None."""
+    mask: Tensor | None = None
+    """None (causal), the bounds of packed samples, or a dense mask (see backends)."""
+    lse: Tensor | None = None
+    """[B, H, T] float32: log-sum-exp of each row's scaled scores over the keys it sees, without a gradient, if the tap asked for it."""
 
 
 @dataclass
@@ -39,6 +48,8 @@ class Tap:
     """Collects `Captured` of chosen decoder layers while it is open."""
 
     layers: Sequence[int]
+    lse: bool = False
+    """Whether the log-sum-exp is asked for; ask only where `backends.has_lse`."""
     captured: dict[int, Captured] = field(default_factory=dict)
     is_open: bool = False
 
@@ -72,17 +83,71 @@ def laid_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, K, S, D] -> ([B, T, H, D], None)."""
     listening: Listening | None = getattr(module, "_laid", None)
-    if listening is not None and listening.gain is not None:
+    if listening is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if listening.gain is not None:
         query = listening.gain(query)
-    if listening is not None and listening.tap is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        listening.tap.take(listening.layer, Captured(query, key, scale, kwargs.get("sliding_window")))
-    attend = sdpa_attention_forward if listening is None else listening.attend
-    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window, tap = kwargs.get("sliding_window"), listening.tap
+    asks_lse = tap is not None and tap.lse and listening.layer in tap.layers  # also while closed: recomputing must call the same kernel
+    lse = None
+    if asks_lse or is_bounds(attention_mask):
+        _check_backend(listening, query, attention_mask, kwargs.get("dropout", 0.0), asks_lse)
+        out, lse = attend(query, key, value, attention_mask, scale, window)
+        out = out.transpose(1, 2).contiguous()
+    else:
+        out, _ = listening.attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if tap is not None:
+        tap.take(listening.layer, Captured(query, key, scale, window, attention_mask, lse if asks_lse else None))
+    return out, None
+
+
+def _check_backend(listening: Listening, query: Tensor, mask: Tensor | None, dropout: float, asks_lse: bool) -> None:
+    """Raises ValueError for a log-sum-exp or packed samples where this attention has none."""
+    device, dtype = query.device.type, query.dtype
+    dense = mask is not None and not is_bounds(mask)
+    what = "the log-sum-exp of attention" if asks_lse else "packed samples"
+    if listening.attend is not sdpa_attention_forward:
+        raise ValueError(f"{type(listening.attend).__name__} gives no {what.removeprefix('the ')}; use the plain attention of the model")
+    if dropout:
+        raise ValueError(
+            f"attention_dropout is {dropout}: there is no {what.removeprefix('the ')} under dropout; set it to 0 in the config"
+        )
+    if asks_lse and not (has_lse(device, dtype) and (device == "cpu" or not dense)):
+        raise ValueError(
+            f"{what} was asked for in layer {listening.layer}, and attention on {device} in {dtype}{' under a dense mask' if dense else ''}"
+            " gives none: use bfloat16 without image blocks, or a tap without lse"
+        )
+
+
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+@contextmanager
+def packed_rows() -> Iterator[None]:
+    """Inside the block, models under `laid` take position ids that start again as borders between samples, and make no mask."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def laid_mask(
+    *, batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **kwargs: Any
+) -> Tensor | None:
+    """transformers' mask interface: SDPA's mask or, inside `packed_rows`, the bounds of the samples: a token that does not see the one
+    before it begins a sample."""
+    if not _packed.get():
+        return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **kwargs)
+    row, token = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
+    follows = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
+    starts = torch.cat([torch.ones_like(row, dtype=torch.bool), ~follows], 1).flatten().nonzero().flatten()
+    return torch.cat([starts.cpu(), torch.tensor([batch_size * q_length])]).int()
 
 
 AttentionInterface.register(NAME, laid_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # an unregistered name would silently get no mask at all
+AttentionMaskInterface.register(NAME, laid_mask)  # an unregistered name would silently get no mask at all
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -134,10 +199,22 @@ def rotary_planes(model: PreTrainedModel, layer: int) -> int:
 def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """[B, T, hidden]: what the decoder hands to the head. The head is left out where the model's classes allow it, else run on one row.
 
-    Raises ValueError for images without what tells their tokens from text, since positions would silently count along one axis.
+    Position ids among the inputs say that rows hold several samples; the model must be under `laid` (listen). Raises ValueError for images
+    without what tells their tokens from text, since positions would silently count along one axis, and for samples packed into rows of
+    a family that mixes them.
     """
     if "image_grid_thw" in inputs and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
         raise ValueError("images came without mm_token_type_ids: pass all that the processor returns, or position_ids")
+    if "position_ids" not in inputs:
+        return _hidden(model, inputs)
+    check_packable(model.config)
+    if decoder(model).config._attn_implementation != NAME:
+        raise ValueError("samples are packed into one row, and the model would make a dense mask for it: put it on `laid` with listen()")
+    with packed_rows():
+        return _hidden(model, inputs)
+
+
+def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     whole = getattr(model, "model", None)
     if whole is not None and whole is not decoder(model):
         return whole(**inputs, use_cache=False).last_hidden_state

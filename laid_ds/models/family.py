@@ -148,6 +148,17 @@ def trainable(config: PretrainedConfig) -> Family:
     return expected
 
 
+def check_packable(config: PretrainedConfig) -> Family:
+    """The expectations again. Raises ValueError too when samples in one row would see each other."""
+    expected = family(config)
+    if not expected.packable:
+        raise ValueError(
+            f"{expected.model_type} with {expected.decoder} mixes samples that share a row (packable is no in `laid models`): leave out"
+            " data.tokens_per_pack and set data.micro_batch"
+        )
+    return expected
+
+
 def families() -> Iterator[Family]:
     """All rows of the table, in its order."""
     return (_row(model_type, decoder) for model_type, decoders in FAMILIES.items() for decoder in decoders)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
-
-from laid_ds.models.processor import OfflineProcessor, SampleLike, train_processor
 
 transformers.utils.logging.disable_progress_bar()
 # Qwen's decoder says that sliding windows are not implemented for this attention; the mask implements them (tests/laws/test_tap.py).
@@ -69,40 +66,3 @@ def load_model(path: str | Path, dtype: str = "float32", deepspeed_config: dict[
         raise ValueError(f"the weights at {path} do not fit the model's config: {wrong}")
     model.config.use_cache = False
     return model
-
-
-def write_new_model(
-    model_config: str | Path, output: str | Path, corpus: Sequence[SampleLike], vocabulary: int, image_tokens: int, seed: int
-) -> int:
-    """Write a model with random weights and its processor as an ordinary folder; returns its number of parameters.
-
-    model_config: JSON with the fields of a transformers config (model_type, text_config, vision_config); the vocabulary, the ids of
-    special tokens and the images' normalisation come from `corpus`. Raises ValueError for a wrong config and for a folder that exists.
-    """
-    path, output = Path(model_config), Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another folder or remove it")
-    if not path.is_file():
-        raise ValueError(f"no model config at {path}")
-    try:
-        tree = json.loads(path.read_text())
-        vision = tree["vision_config"]
-        processor = train_processor(corpus, vocabulary, vision["patch_size"], vision["spatial_merge_size"], image_tokens)
-        config = _with_tokens(tree, processor)
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is not a usable model config: {error!r}") from None
-    torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _with_tokens(tree: dict[str, Any], processor: OfflineProcessor) -> PretrainedConfig:
-    """The config with everything that the tokenizer decides filled in."""
-    tokenizer = processor.tokenizer
-    marks = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = tree["text_config"] | ends | {"vocab_size": len(tokenizer)}
-    return AutoConfig.for_model(**(tree | ids | {"text_config": text}))

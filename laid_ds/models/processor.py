@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
+import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
+from transformers import ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 ANSWER, END = "\ue000", "\ue001"  # private-use marks around answers; removed again after the chat template has run
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 class TurnLike(Protocol):
@@ -52,58 +42,45 @@ class PixelsLike(Protocol):
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image: ...
 
 
-class OfflineProcessor(Qwen2_5_VLProcessor):
-    """The family's processor without its video part, which would need torchvision."""
+@cache
+def offline(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A family's processor class without its video part, which would need torchvision. It keeps its name, and so the folders it writes."""
 
-    def check_argument_for_proper_class(self, argument_name: str, argument):
-        return None if argument_name == "video_processor" else super().check_argument_for_proper_class(argument_name, argument)
+    def check(self, argument_name: str, argument):
+        return None if argument_name == "video_processor" else super(made, self).check_argument_for_proper_class(argument_name, argument)
 
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+    made = type(
+        stock.__name__,
+        (stock,),
+        {
+            "check_argument_for_proper_class": check,
+            "get_attributes": classmethod(lambda cls: [name for name in super(made, cls).get_attributes() if name != "video_processor"]),
+        },
+    )
+    return made
 
 
-def load_processor(path: str | Path) -> OfflineProcessor:
-    """The processor of a model folder. Raises ValueError when the folder holds none."""
-    if not (Path(path) / "tokenizer_config.json").is_file():
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """The processor of a model folder, of whatever family. Raises ValueError when the folder holds none, or none for images and text."""
+    path = Path(path)
+    if not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} holds no processor (no tokenizer_config.json); copy the processor files of the model there")
-    processor = OfflineProcessor.from_pretrained(path)
-    if not isinstance(processor.image_processor, Qwen2VLImageProcessorPil):
+    name = _processor_class(path)
+    processor = offline(getattr(transformers, name)).from_pretrained(path)
+    if type(processor.image_processor).__name__.removesuffix("Fast") == "Qwen2VLImageProcessor":  # torchvision's, where that is installed
         processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     return processor
 
 
-def train_processor(
-    corpus: Sequence[SampleLike], vocabulary: int, patch_size: int, merge_size: int, max_image_tokens: int
-) -> OfflineProcessor:
-    """A processor made without any download: a byte-level BPE tokenizer trained on the corpus' text, an image processor of the given
-    geometry that normalises by the mean and deviation of the corpus' images (of at most 500)."""
-    texts = [turn_text(turn) for sample in corpus for turn in sample.turns]
-    images = [image for sample in corpus for image in sample.images][:500]
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    roles = ("system", "user", "assistant")  # words of the template, not of the corpus
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(chain(texts, roles), trainer)
-    merges = [tuple(merge) for merge in _merges(bpe)]
-    tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
-    pixels = (patch_size * merge_size) ** 2
-    mean, deviation = _statistics(images)
-    image_processor = Qwen2VLImageProcessorPil(
-        min_pixels=pixels,
-        max_pixels=pixels * max_image_tokens,
-        patch_size=patch_size,
-        merge_size=merge_size,
-        temporal_patch_size=2,
-        image_mean=mean,
-        image_std=deviation,
+def _processor_class(path: Path) -> str:
+    """The name that the folder gives its processor. Raises ValueError when it gives none that transformers has."""
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        name = json.loads((path / file).read_text()).get("processor_class") if (path / file).is_file() else None
+        if name is not None and issubclass(getattr(transformers, name, type(None)), ProcessorMixin):
+            return name
+    raise ValueError(
+        f"{path} names no processor class of transformers {transformers.__version__}; copy the processor files of the model there"
     )
-    return OfflineProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def turn_text(turn: TurnLike) -> str:
@@ -111,22 +88,7 @@ def turn_text(turn: TurnLike) -> str:
     return "".join(segment for segment in turn.segments if isinstance(segment, str))
 
 
-def _statistics(images: Sequence[bytes]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each colour channel in [0, 1]."""
-    pixels = np.concatenate([_rgb(image).reshape(-1, 3) for image in images]) / 255
-    return pixels.mean(0).tolist(), pixels.std(0).tolist()
-
-
-def _rgb(image: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(image)) as opened:
-        return np.asarray(opened.convert("RGB"), np.float64)
-
-
-def _merges(bpe: Tokenizer) -> list[list[str]]:
-    return json.loads(bpe.to_str())["model"]["merges"]
-
-
-def check_same_tokenizer(student: OfflineProcessor, teacher: OfflineProcessor) -> int:
+def check_same_tokenizer(student: ProcessorMixin, teacher: ProcessorMixin) -> int:
     """The number of real tokens both models share. Heads may be longer (padding rows); the ids must be the same.
 
     Raises ValueError when a token has another id or exists on one side only: KL between such models would compare different words.
@@ -144,103 +106,157 @@ def check_same_tokenizer(student: OfflineProcessor, teacher: OfflineProcessor) -
 class Rendered:
     """One sample as tensors; the fields are those of data.batch.Rendered."""
 
-    input_ids: Tensor
-    token_types: Tensor
+    tokens: dict[str, Tensor]
+    images: list[dict[str, Tensor]]
+    image_axis: int
+    shows: Tensor
     supervised: Tensor
-    pixel_values: Tensor
-    image_grid_thw: Tensor
     trailing: int
+    positions: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image as the model gets it."""
+
+    tensors: dict[str, Tensor]
+    ids: Tensor
+    """The tokens that stand in the text where the image is."""
 
 
 class Renderer:
-    """Samples to tensors; keeps the patches of recently seen images (haystacks repeat them) up to a number of bytes."""
+    """Samples to tensors; keeps the tensors of recently seen images (haystacks repeat them) up to a number of bytes.
 
-    def __init__(self, processor: OfflineProcessor, pixels: PixelsLike, cache_bytes: int = 256 << 20):
-        self.processor, self.pixels, self.cache_bytes = processor, pixels, cache_bytes
-        self._patches: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self._cached_bytes = 0
+    What a family's model wants beside pixels, what stands for an image in the text, and along which axis images follow each other is
+    learned from its processor, by giving it one small image.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        pixels: PixelsLike,
+        cache_bytes: int = 256 << 20,
+        positions: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    ):
+        """positions: numbers the tokens of a sample (models.positions.position_rule), for samples that will share a row."""
+        self.processor, self.pixels, self.cache_bytes, self.positions = processor, pixels, cache_bytes, positions
+        self._pictures: OrderedDict[bytes, _Picture] = OrderedDict()
+        self._cached_bytes, self._texts = 0, {}
+        self._options = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
+        self._learn_the_family()
+
+    def _learn_the_family(self) -> None:
+        side = 32 if self._patch() is None else self._patch()
+        blank = Image.new("RGB", (side, side))
+        example = self.processor(text=[self.processor.image_token], images=[blank], return_tensors="pt")
+        per_token = {name for name, tensor in example.items() if tensor.shape == example["input_ids"].shape}
+        self._type_names = sorted(per_token - {"input_ids", "attention_mask"})
+        self._image_names = sorted(example.keys() - per_token)
+        one, two = (self._process([blank] * number)[0]["pixel_values"].shape for number in (1, 2))
+        self._image_axis = next(axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
+        tensors, (text,) = self._process([blank])
+        self._blank = _Picture({name: tensors[name] for name in self._image_names}, self._ids(text))
 
     def __call__(self, sample: SampleLike) -> Rendered:
         """The sample's conversation under the chat template; every assistant turn and its end mark are supervised.
 
-        A sample without an image gets the smallest legal one after its last token: causal attention keeps it from changing anything,
-        and under ZeRO-3 every rank then runs the vision tower. Raises ValueError (what `pixels` raises) for an image that cannot be read.
+        A sample without an image gets the smallest one after its last token: causal attention keeps it from changing anything, and under
+        ZeRO-3 every rank then runs the vision tower. Raises ValueError (what `pixels` raises) for an image that cannot be read.
         """
         ids, supervised, shown = self._tokens(sample)
-        images = [sample.images[i] for i in shown] or [self._blank()]
-        patches, grids = zip(*self._processed(images), strict=True)
-        lengths = torch.stack(grids).prod(-1) // self.processor.image_processor.merge_size**2
-        trailing = 0 if shown else int(lengths[0]) + 2
-        if not shown:
-            marks = self.processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
-            ids, supervised = torch.cat([ids, torch.tensor(marks)]), torch.cat([supervised, torch.zeros(3, dtype=torch.bool)])
-        repeats = torch.ones_like(ids)
+        pictures = [self._picture(sample.images[i]) for i in shown]
+        places = torch.nonzero(ids == self.processor.image_token_id).flatten().tolist()
+        if len(places) != len(pictures):
+            raise ValueError(f"{len(places)} image marks in the text for {len(pictures)} images")
+        if not pictures:
+            pictures, places = [self._blank], [len(ids)]
+        parts, begin = [], 0
+        for place, picture in zip(places, pictures, strict=True):
+            parts += [(ids[begin:place], supervised[begin:place]), (picture.ids, torch.zeros(len(picture.ids), dtype=torch.bool))]
+            begin = place + 1
+        parts.append((ids[begin:], supervised[begin:]))
+        all_ids, all_supervised = (torch.cat(column) for column in zip(*parts, strict=True))
+        return self._rendered(all_ids, all_supervised, pictures, trailing=0 if shown else len(self._blank.ids))
+
+    def _rendered(self, ids: Tensor, supervised: Tensor, pictures: list[_Picture], trailing: int) -> Rendered:
+        tokens, images = {"input_ids": ids}, [picture.tensors for picture in pictures]
+        if self._type_names:
+            types = torch.as_tensor(self.processor.create_mm_token_type_ids([ids.tolist()])[0])
+            tokens |= dict.fromkeys(self._type_names, types)
         is_image = ids == self.processor.image_token_id
-        if int(is_image.sum()) != len(images):
-            raise ValueError(f"{int(is_image.sum())} image marks in the text for {len(images)} images")
-        repeats[is_image] = lengths
-        return Rendered(
-            input_ids=ids.repeat_interleave(repeats),
-            token_types=is_image.long().repeat_interleave(repeats),
-            supervised=supervised.repeat_interleave(repeats),
-            pixel_values=torch.cat(patches),
-            image_grid_thw=torch.stack(grids),
-            trailing=trailing,
-        )
+        lengths = torch.tensor([int((picture.ids == self.processor.image_token_id).sum()) for picture in pictures])
+        shows = torch.full_like(ids, -1)
+        shows[is_image] = torch.arange(len(pictures)).repeat_interleave(lengths)
+        positions = None
+        if self.positions is not None:
+            grids = {name: torch.cat([image[name] for image in images]) for name in self._image_names if name == "image_grid_thw"}
+            positions = self.positions({name: row[None] for name, row in tokens.items()} | grids)
+        return Rendered(tokens, images, self._image_axis, shows, supervised, trailing, positions)
 
     def _tokens(self, sample: SampleLike) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
         text, spans = self._text(sample)
-        encoded = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        tokenizer = self.processor.tokenizer
+        begins = tokenizer.bos_token is None or text.startswith(tokenizer.bos_token)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
+        ids = torch.tensor(encoded["input_ids"])
         starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
+        marks = torch.isin(ids, torch.tensor(sorted(tokenizer.added_tokens_decoder)))
         supervised = torch.zeros(len(starts), dtype=torch.bool)
         for start, stop in spans:
-            supervised |= (starts >= start) & (starts < stop)
+            supervised |= (starts >= start) & ((starts < stop) | ((starts == stop) & marks))  # the mark that ends an answer belongs to it
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
-        return torch.tensor(encoded["input_ids"]), supervised, shown
+        return ids, supervised, shown
 
     def _text(self, sample: SampleLike) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the spans of its answers with their end marks."""
-        marked = self.processor.apply_chat_template([_message(turn) for turn in sample.turns], tokenize=False)
-        end_mark = self.processor.tokenizer.eos_token
+        """The conversation as text, and the spans of its answers."""
+        template = ProcessorMixin.apply_chat_template  # some families' own ask their video part even where there is no video
+        marked = template(self.processor, [_message(turn) for turn in sample.turns], tokenize=False)
         pieces, spans, length = [], [], 0
         for number, piece in enumerate(marked.replace(END, ANSWER).split(ANSWER)):
             pieces.append(piece)
-            if number % 2:  # odd pieces are answers; the end mark that follows belongs to them
-                spans.append((length, length + len(piece) + len(end_mark)))
+            if number % 2:  # odd pieces are answers
+                spans.append((length, length + len(piece)))
             length += len(piece)
         return "".join(pieces), spans
 
-    def _processed(self, images: list[bytes]) -> list[tuple[Tensor, Tensor]]:
-        """(patches [n, values], grid [3]) of each image."""
-        new = [image for image in dict.fromkeys(images) if image not in self._patches]
-        if new:
-            done = self.processor.image_processor([self._sized(image) for image in new], return_tensors="pt")
-            grids = done["image_grid_thw"]
-            for image, patches, grid in zip(new, done["pixel_values"].split(grids.prod(-1).tolist()), grids, strict=True):
-                self._patches[image] = (patches.clone(), grid)
-                self._cached_bytes += patches.nbytes
-        found = [self._patches[image] for image in images]
-        for image in images:
-            self._patches.move_to_end(image)
+    def _picture(self, image: bytes) -> _Picture:
+        if image not in self._pictures:
+            tensors, (text,) = self._process([self._sized(image)])
+            kept = {name: tensors[name].clone() for name in self._image_names}
+            self._pictures[image] = _Picture(kept, self._ids(text))
+            self._cached_bytes += sum(tensor.nbytes for tensor in kept.values())
+        found = self._pictures[image]
+        self._pictures.move_to_end(image)
         while self._cached_bytes > self.cache_bytes:
-            _, (patches, _) = self._patches.popitem(last=False)
-            self._cached_bytes -= patches.nbytes
+            _, forgotten = self._pictures.popitem(last=False)
+            self._cached_bytes -= sum(tensor.nbytes for tensor in forgotten.tensors.values())
         return found
 
-    def _sized(self, image: bytes) -> Image.Image:
-        """The image in the size at which the processor would see it, so that the processor has nothing left to resize."""
-        found, geometry = self.pixels.decode(image), self.processor.image_processor
-        factor = geometry.patch_size * geometry.merge_size
-        limits = {"min_pixels": geometry.size["shortest_edge"], "max_pixels": geometry.size["longest_edge"]}
-        height, width = smart_resize(found.height, found.width, factor=factor, **limits)
-        return self.pixels.resize(found, width, height)
+    def _process(self, images: list[Image.Image]) -> tuple[Mapping[str, Tensor], list[str]]:
+        """Tensors of some images, and for each the text that stands for it."""
+        laid_out, *_ = self.processor.prepare_inputs_layout(images=images, text=[self.processor.image_token * len(images)])
+        return self.processor._process_images(laid_out, **self._options)
 
-    def _blank(self) -> bytes:
-        side = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
-        buffer = io.BytesIO()
-        Image.new("RGB", (side, side)).save(buffer, "PNG")
-        return buffer.getvalue()
+    def _ids(self, text: str) -> Tensor:
+        """Token ids of the text of an image; images of one size have the same."""
+        if text not in self._texts:
+            self._texts[text] = torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._texts[text]
+
+    def _patch(self) -> int | None:
+        """The side of the smallest image, in Qwen's way of sizing images."""
+        found = self.processor.image_processor
+        return found.patch_size * found.merge_size if isinstance(found, Qwen2VLImageProcessorPil) else None
+
+    def _sized(self, image: bytes) -> Image.Image:
+        """The image; where its family sizes as Qwen does, in the size at which the processor would see it, so that `pixels` resizes."""
+        found, geometry = self.pixels.decode(image), self.processor.image_processor
+        if self._patch() is None:
+            return found
+        limits = {"min_pixels": geometry.size["shortest_edge"], "max_pixels": geometry.size["longest_edge"]}
+        height, width = smart_resize(found.height, found.width, factor=self._patch(), **limits)
+        return self.pixels.resize(found, width, height)
 
 
 def _message(turn: TurnLike) -> dict:

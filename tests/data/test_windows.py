@@ -58,7 +58,7 @@ def test_rows_do_not_depend_on_their_neighbours(world):
     items = [(i, dataset.read(i)) for i in range(5)]
     batch = prepare(items)
     assert batch.keys == tuple(sample.key for _, sample in items)
-    counts = {"rows": 0, "tokens": 0, "samples": 0}
+    counts = {"rows": 0, "tokens": 0, "samples": 0, "images": 0}
     for row, item in enumerate(items):
         alone = prepare([item])
         length = alone.labels.shape[1]
@@ -68,8 +68,8 @@ def test_rows_do_not_depend_on_their_neighbours(world):
         assert (batch.segments[row] >= 0).sum() == length
         supervised = alone.labels[0] != IGNORED
         assert alone.labels[0][supervised].equal(alone.inputs["input_ids"][0].roll(-1)[supervised])
-        counts = {name: counts[name] + value for name, value in alone.counts().items()}
-    assert batch.counts() == counts
+        counts = {name: value + alone.counts()[name] for name, value in counts.items()}
+    assert batch.counts() == counts | {"places": batch.labels.numel()}
 
 
 def test_the_size_follows_the_step_and_the_position(world):
@@ -78,4 +78,4 @@ def test_the_size_follows_the_step_and_the_position(world):
     prepare = Prepare(Renderer(processor, Pixels()), 0, global_batch=4, image_range=ranges.get)
     for position in range(8):
         batch = prepare([(position, dataset.read(0))])
-        assert batch.images() == (1 if position < 4 else 6)
+        assert batch.num_images == (1 if position < 4 else 6)

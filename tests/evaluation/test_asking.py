@@ -51,13 +51,11 @@ def test_scores_are_those_of_greedy_decoding(world, renderer, taught):
         sample = draw_window(dataset.read(i), 2, 1, ("evaluation", 2, dataset.read(i).key))
         row = renderer(sample)
         start = int(torch.nonzero(row.supervised)[0])
-        answer = row.input_ids[row.supervised]
+        answer = row.tokens["input_ids"][row.supervised]
         reply = taught.generate(
-            input_ids=row.input_ids[None, :start],
-            mm_token_type_ids=row.token_types[None, :start],
+            **{name: tokens[None, :start] for name, tokens in row.tokens.items()},
+            **{name: torch.cat([image[name] for image in row.images]) for name in row.images[0]},
             attention_mask=torch.ones(1, start, dtype=torch.long),
-            pixel_values=row.pixel_values,
-            image_grid_thw=row.image_grid_thw,
             max_new_tokens=len(answer),
             do_sample=False,
         )[0, start:]

@@ -1,4 +1,5 @@
-"""Rendering equals the model's own processor; answers and nothing else are supervised; a sample without an image changes nothing."""
+"""Rendering equals the model's own processor, for every family whose processor we make; answers and nothing else are supervised; a sample
+without an image changes nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ import io
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaProcessor
 
+from laid_ds.data.batch import collate
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample, Turn
-from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor, train_processor
+from laid_ds.models.new_model import KINDS, train_processor
+from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor
+from tests.support.world import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +39,79 @@ def messages(sample):
     ]
 
 
-def test_tensors_are_those_of_the_processor(processor, sample):
-    rendered = Renderer(processor, Pixels())(sample)
+def test_a_processor_is_made_for_several_families():
+    assert {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava"} <= KINDS.keys()
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_tensors_are_those_of_the_processor(worlds, family, sample):
+    processor = load_processor(worlds(family).student)
     text = processor.apply_chat_template(messages(sample), tokenize=False)
     images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
     expected = processor(text=[text], images=images, return_tensors="pt")
-    assert torch.equal(rendered.input_ids, expected["input_ids"][0])
-    assert torch.equal(rendered.token_types, expected["mm_token_type_ids"][0])
-    assert torch.equal(rendered.pixel_values, expected["pixel_values"])
-    assert torch.equal(rendered.image_grid_thw, expected["image_grid_thw"])
+    found = collate([Renderer(processor, Pixels())(sample)], ["k"], 0).inputs
+    assert found.keys() == expected.keys() - {"attention_mask"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_images_of_many_tiles_are_those_of_the_processor(worlds, sample):
+    """InternVL cuts a large image into tiles: one image then has many pixel tensors and many tokens."""
+    processor = load_processor(worlds("internvl").student)
+    processor.image_processor.max_patches = 4
+    wide = io.BytesIO()
+    Image.open(io.BytesIO(sample.images[0])).resize((96, 32)).save(wide, "PNG")
+    sample = Sample("k", sample.turns, images=(wide.getvalue(), *sample.images[1:]))
+    text = processor.apply_chat_template(messages(sample), tokenize=False)
+    images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
+    expected = processor(text=[text], images=images, return_tensors="pt")
+    rendered = Renderer(processor, Pixels())(sample)
+    found = collate([rendered], ["k"], 0).inputs
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert (rendered.shows == 0).sum() == 4  # three tiles and the whole
+    assert (rendered.shows == 5).sum() > 0
+
+
+def test_a_folder_s_processor_keeps_the_family_s_name(worlds):
+    assert type(load_processor(worlds("llava").student)).__mro__[1] is LlavaProcessor
+    assert type(load_processor(worlds("llava").student)).__name__ == "LlavaProcessor"
 
 
 def test_answers_and_their_end_marks_are_supervised(processor, sample):
     rendered = Renderer(processor, Pixels())(sample)
-    said = processor.tokenizer.decode(rendered.input_ids[rendered.supervised])
+    said = processor.tokenizer.decode(rendered.tokens["input_ids"][rendered.supervised])
     assert said == "".join(f"{turn.text}<|im_end|>" for turn in sample.turns if turn.role == "assistant")
-    text = processor.tokenizer.decode(rendered.input_ids)
+    text = processor.tokenizer.decode(rendered.tokens["input_ids"])
     assert ANSWER not in text
     assert END not in text
 
 
 def test_the_image_cache_changes_nothing_and_stays_within_its_bytes(processor, sample):
-    whole, small = Renderer(processor, Pixels()), Renderer(processor, Pixels(), cache_bytes=3 * 4 * 1536 * 4)
+    whole, small = Renderer(processor, Pixels()), Renderer(processor, Pixels(), cache_bytes=3 * (4 * 1536 * 4 + 3 * 8))
     for _ in range(3):
         a, b = whole(sample), small(sample)
-        assert torch.equal(a.pixel_values, b.pixel_values)
+        assert all(torch.equal(x["pixel_values"], y["pixel_values"]) for x, y in zip(a.images, b.images, strict=True))
     assert small._cached_bytes <= small.cache_bytes
-    assert len(small._patches) == 3
+    assert len(small._pictures) == 3
 
 
 def test_an_answer_that_is_part_of_the_question_is_supervised_only_as_answer(processor):
     turns = (Turn("user", ("red red red?",)), Turn("assistant", ("red",)))
     rendered = Renderer(processor, Pixels())(Sample("k", turns))
-    assert processor.tokenizer.decode(rendered.input_ids[rendered.supervised]) == "red<|im_end|>"
+    assert processor.tokenizer.decode(rendered.tokens["input_ids"][rendered.supervised]) == "red<|im_end|>"
 
 
-def test_a_stand_in_image_after_the_last_token_changes_nothing(world, processor):
+@pytest.mark.parametrize("family", KINDS)
+def test_a_stand_in_image_after_the_last_token_changes_nothing(worlds, family):
     turns = (Turn("user", ("what colour is the other shape?",)), Turn("assistant", ("red",)))
-    rendered = Renderer(processor, Pixels())(Sample("k", turns))
-    assert rendered.trailing == 3
-    assert len(rendered.image_grid_thw) == 1
-    model, length = world.load("student"), len(rendered.input_ids) - rendered.trailing
-    ids, types = rendered.input_ids[None], rendered.token_types[None]
+    rendered = Renderer(load_processor(worlds(family).student), Pixels())(Sample("k", turns))
+    assert 0 < rendered.trailing <= 4
+    assert len(rendered.images) == 1
+    batch = collate([rendered], ["k"], 0)
+    assert (batch.segments[0] == -1).sum() == rendered.trailing
+    model, length = worlds(family).load("student"), len(rendered.shows) - rendered.trailing
     with torch.no_grad():
-        pictures = {"pixel_values": rendered.pixel_values, "image_grid_thw": rendered.image_grid_thw}
-        shown = model.model(input_ids=ids, mm_token_type_ids=types, **pictures, use_cache=False)
-        plain = model.model(input_ids=ids[:, :length], use_cache=False)
+        shown = model.model(**batch.inputs, use_cache=False)
+        plain = model.model(input_ids=batch.inputs["input_ids"][:, :length], use_cache=False)
     torch.testing.assert_close(shown.last_hidden_state[:, :length], plain.last_hidden_state)
 
 
@@ -90,7 +122,9 @@ def test_an_unreadable_image_is_a_sentence(processor):
 
 
 def test_different_tokenizers_are_refused(processor, sample):
-    other = train_processor([Sample("k", (Turn("user", ("entirely different words",)),), images=sample.images)], 270, 16, 2, 1)
+    other = train_processor(
+        [Sample("k", (Turn("user", ("entirely different words",)),), images=sample.images)], 270, tiny_config("student", "qwen2_5_vl"), 1
+    )
     assert check_same_tokenizer(processor, processor) == len(processor.tokenizer)
     with pytest.raises(ValueError, match="the tokenizers differ in"):
         check_same_tokenizer(processor, other)

@@ -1,0 +1,175 @@
+"""What turns queries, keys and values into the decoder's output, with the log-sum-exp of each row where it is asked for.
+
+A mask is None (causal), transformers' dense one, or `bounds`: where the samples of packed rows begin and end. With bounds no mask is made:
+time and memory are linear in the row. FlashAttention 2 or 4 serve where they are installed, torch's own kernels elsewhere.
+The branches for CUDA are checked against CPU stand-ins of the kernels they call; they have not run on a GPU.
+
+Letters: B batch, T tokens, H query heads, K key heads, D head dim, N packed samples. No log-sum-exp here carries a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 512  # query rows at a time in a sliding window on the CPU
+HALVES = (torch.bfloat16, torch.float16)
+
+Result = tuple[Tensor, Tensor | None]
+"""Output [B, H, T, D] and log-sum-exp [B, H, T] (natural, float32, without a gradient) or None."""
+
+
+def has_lse(device: str, dtype: torch.dtype) -> bool:
+    """Whether attention on this type of device, in this dtype, gives its log-sum-exp."""
+    return device == "cpu" or (device == "cuda" and dtype in HALVES)
+
+
+def is_bounds(mask: Tensor | None) -> bool:
+    """Whether a mask is `bounds`, int32 [N + 1] on the CPU: sample n is tokens bounds[n] to bounds[n + 1] of the rows laid end to end."""
+    return mask is not None and mask.ndim == 1
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Result:
+    """Causal attention of query [B, H, T, D] over key, value [B, K, T, D], with the log-sum-exp if there is one.
+
+    mask: None, `bounds` (with `window`, a row sees itself and the window - 1 tokens of its sample before it), or dense [B, 1, T, T], bool,
+    which says all. On the CPU the output for the first and the last is that of SDPA, bit for bit.
+    """
+    device = query.device.type
+    if device == "cuda" and query.dtype in HALVES and (mask is None or is_bounds(mask)):
+        rows = torch.arange(len(query) + 1, dtype=torch.int32) * query.shape[2] if mask is None else mask
+        return _varlen(query, key, value, rows, scale, window if is_bounds(mask) else None)
+    kernel = _flash_cpu if device == "cpu" else _sdpa
+    return _segments(kernel, query, key, value, mask, scale, window) if is_bounds(mask) else kernel(query, key, value, mask, scale)
+
+
+def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Result:
+    """What SDPA calls on a CPU, with the log-sum-exp that SDPA throws away."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and groups > 1:  # as transformers' SDPA: only without a mask do query heads share keys as they are
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    causal = mask is None and query.shape[2] > 1
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    return out, lse.detach().float()
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Result:
+    """For devices and dtypes without a flash kernel."""
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True), None
+
+
+def _segments(kernel, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
+    """Sample by sample; under a window that is shorter than the sample, a stretch of rows at a time."""
+    outs, lses = [], []
+    for row, first, start, stop in _pieces(bounds, query.shape[2], window):
+        whole = first == start and (window is None or stop - first <= window)
+        band = None if whole else _band(start, stop, first, window, query.device)
+        out, lse = kernel(query[row, None, :, start:stop], key[row, None, :, first:stop], value[row, None, :, first:stop], band, scale)
+        outs.append(out)
+        lses.append(lse)
+    return _rows(outs, len(query)), None if any(lse is None for lse in lses) else _rows(lses, len(query))
+
+
+def _pieces(bounds: Tensor, tokens: int, window: int | None) -> list[tuple[int, int, int, int]]:
+    """(batch row, first key, first query, end) of stretches of queries that see one stretch of keys; places within the row."""
+    pieces = []
+    for start, stop in pairwise(bounds.tolist()):
+        row, offset = divmod(start, tokens)
+        length = stop - start
+        step = length if window is None or length <= window else max(window, ROWS)
+        for begin in range(0, length, step):
+            first = 0 if window is None else max(0, begin - window + 1)
+            pieces.append((row, offset + first, offset + begin, offset + min(begin + step, length)))
+    return pieces
+
+
+def _band(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys] bool: queries start..stop see keys first..stop, themselves and window - 1 before."""
+    distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, stop, device=device)
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _rows(parts: list[Tensor], batch: int) -> Tensor:
+    """Parts [1, H, t, ...] of rows laid end to end -> [B, H, T, ...]."""
+    return torch.cat(parts, 2)[0].unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
+    """A CUDA kernel for samples of any length laid end to end."""
+    longest = int(bounds.diff().max())
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B T, heads, D]
+    out, lse = _kernel()(*flat, bounds.to(query.device), longest, scale, window)
+    shape = len(query), query.shape[2]
+    return out.unflatten(0, shape).transpose(1, 2), lse.detach().unflatten(1, shape).transpose(0, 1)
+
+
+@cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
+    """FlashAttention 4 or 2 where installed, else torch's: (query, key, value [T, heads, D], bounds, longest, scale, window) ->
+    (output [T, H, D], log-sum-exp [H, T])."""
+    major = torch.cuda.get_device_capability()[0]
+    if _installed("flash_attn.cute") and major >= 9:
+        return _flash_4
+    return _flash_2 if _installed("flash_attn.flash_attn_interface") else _torch_varlen
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False
+
+
+def _flash_4(query, key, value, bounds, longest, scale, window) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    seen = (None if window is None else window - 1, 0)
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=seen,
+        return_lse=True,
+    )[:2]
+
+
+def _flash_2(query, key, value, bounds, longest, scale, window) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    seen = (-1 if window is None else window - 1, 0)
+    return flash_attn_varlen_func(
+        query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=seen, return_attn_probs=True
+    )[:2]
+
+
+def _torch_varlen(query, key, value, bounds, longest, scale, window) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    seen = (-1 if window is None else window - 1, 0)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=seen,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

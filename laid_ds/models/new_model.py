@@ -1,0 +1,187 @@
+"""A model with random weights and its processor, made without any download, as an ordinary folder: for tests and the demo."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    InternVLProcessor,
+    LlavaProcessor,
+    PretrainedConfig,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from laid_ds.models.processor import SampleLike, offline, turn_text
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDS = {"end_of_text": "<|endoftext|>", "start": "<|im_start|>", "end": "<|im_end|>"}
+QWEN_MARKS = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>", "video": "<|video_pad|>"}
+INTERNVL_MARKS = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the processor of some families is made."""
+
+    shown: str
+    """What the chat template writes for an image."""
+    marks: dict[str, str]
+    """Special tokens by name; NAME_token_id goes into the config."""
+    processor: Callable[[Qwen2Tokenizer, dict[str, Any], int, dict[str, list[float]]], ProcessorMixin]
+    """(tokenizer, config tree, most tokens of an image, mean and deviation of colours) -> processor."""
+
+
+def _qwen(stock: type[ProcessorMixin]) -> Callable[..., ProcessorMixin]:
+    def make(tokenizer: Qwen2Tokenizer, tree: dict[str, Any], image_tokens: int, colours: dict[str, list[float]]) -> ProcessorMixin:
+        vision = tree["vision_config"]
+        pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+        images = Qwen2VLImageProcessorPil(
+            min_pixels=pixels,
+            max_pixels=pixels * image_tokens,
+            patch_size=vision["patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            temporal_patch_size=2,
+            **colours,
+        )
+        return offline(stock)(image_processor=images, tokenizer=tokenizer, chat_template=_template(QWEN))
+
+    return make
+
+
+def _internvl(tokenizer: Qwen2Tokenizer, tree: dict[str, Any], image_tokens: int, colours: dict[str, list[float]]) -> ProcessorMixin:
+    """One tile an image; the config's downsample_ratio and not `image_tokens` says how many tokens it takes."""
+    side, patch = tree["vision_config"]["image_size"][0], tree["vision_config"]["patch_size"][0]
+    images = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, min_patches=1, max_patches=1, **colours)
+    length = int((side // patch * tree.get("downsample_ratio", 0.5)) ** 2)
+    return offline(InternVLProcessor)(
+        image_processor=images, tokenizer=tokenizer, image_seq_length=length, chat_template=_template(INTERNVL)
+    )
+
+
+def _llava(tokenizer: Qwen2Tokenizer, tree: dict[str, Any], image_tokens: int, colours: dict[str, list[float]]) -> ProcessorMixin:
+    """One token for each patch of CLIP's square image."""
+    side, patch = tree["vision_config"]["image_size"], tree["vision_config"]["patch_size"]
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **colours)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_template(LLAVA),
+    )
+
+
+QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+INTERNVL = "<IMG_CONTEXT>"
+LLAVA = "<image>"
+KINDS = {
+    "qwen2_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2VLProcessor)),
+    "qwen2_5_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2_5_VLProcessor)),
+    "qwen3_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen3VLProcessor)),
+    "internvl": Kind(INTERNVL, INTERNVL_MARKS, _internvl),
+    "llava": Kind(LLAVA, {"image": LLAVA}, _llava),
+}
+
+
+def _template(shown: str) -> str:
+    return CHAT_TEMPLATE.replace("IMAGE", shown)
+
+
+def write_new_model(
+    model_config: str | Path, output: str | Path, corpus: Sequence[SampleLike], vocabulary: int, image_tokens: int, seed: int
+) -> int:
+    """Write a model with random weights and its processor as an ordinary folder; returns its number of parameters.
+
+    model_config: JSON with the fields of a transformers config (model_type, text_config, vision_config); the vocabulary, the ids of
+    special tokens and the images' normalisation come from `corpus`. Raises ValueError for a wrong config, for a family that no processor
+    is made for here, and for a folder that exists.
+    """
+    path, output = Path(model_config), Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists; choose another folder or remove it")
+    if not path.is_file():
+        raise ValueError(f"no model config at {path}")
+    try:
+        tree = json.loads(path.read_text())
+        processor = train_processor(corpus, vocabulary, tree, image_tokens)
+        config = _with_tokens(tree, processor)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is not a usable model config: {error!r}") from None
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train_processor(corpus: Sequence[SampleLike], vocabulary: int, tree: dict[str, Any], max_image_tokens: int) -> ProcessorMixin:
+    """A processor for the family of a config tree: a byte-level BPE tokenizer trained on the corpus' text, and images normalised by the
+    mean and deviation of the corpus' images (of at most 500). Raises ValueError for a family that none is made for."""
+    if tree["model_type"] not in KINDS:
+        raise ValueError(f"no processor is made for model_type {tree['model_type']!r}; choose one of {', '.join(KINDS)}")
+    kind = KINDS[tree["model_type"]]
+    mean, deviation = _statistics([image for sample in corpus for image in sample.images][:500])
+    tokenizer = _train_tokenizer([turn_text(turn) for sample in corpus for turn in sample.turns], vocabulary, kind.marks)
+    return kind.processor(tokenizer, tree, max_image_tokens, {"image_mean": mean, "image_std": deviation})
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int, marks: dict[str, str]) -> Qwen2Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    roles = ("system", "user", "assistant")  # words of the template, not of the corpus
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(chain(texts, roles), trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    named = {f"{name}_token": mark for name, mark in (ENDS | marks).items()}
+    tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges, extra_special_tokens=named)
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
+    return tokenizer
+
+
+def _statistics(images: Sequence[bytes]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour channel in [0, 1]."""
+    pixels = np.concatenate([_rgb(image).reshape(-1, 3) for image in images]) / 255
+    return pixels.mean(0).tolist(), pixels.std(0).tolist()
+
+
+def _rgb(image: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(image)) as opened:
+        return np.asarray(opened.convert("RGB"), np.float64)
+
+
+def _with_tokens(tree: dict[str, Any], processor: ProcessorMixin) -> PretrainedConfig:
+    """The config with everything that the tokenizer decides filled in."""
+    tokenizer, marks = processor.tokenizer, KINDS[tree["model_type"]].marks
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = tree["text_config"] | ends | {"vocab_size": len(tokenizer)}
+    return AutoConfig.for_model(**(tree | ids | {"image_token_id": processor.image_token_id, "text_config": text}))
