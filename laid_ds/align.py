@@ -24,6 +24,7 @@ class Heads(Protocol):
     key: Tensor
     scale: float
     window: int | None
+    lse: Tensor | None
 
 
 def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
@@ -127,6 +128,7 @@ class Align(nn.Module):
         return total / student.query.shape[1] if self.options.reduction == "relative" else total
 
     def _matching(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+        student_sees_less = student.window is not None and (teacher.window is None or teacher.window > student.window)
         total, _ = attention_matching(
             student.query,
             student.key,
@@ -137,6 +139,8 @@ class Align(nn.Module):
             teacher_scale=teacher.scale,
             student_window=student.window,
             teacher_window=teacher.window,
+            student_lse=student.lse,
+            teacher_lse=None if student_sees_less else teacher.lse,  # the teacher is compared over the keys that both see
             omega=omega,
             segments=segments,
             rows=rows,

@@ -10,17 +10,19 @@ import torch
 
 from laid_ds import distributed, engine, schedule
 from laid_ds.align import Align, layer_pairs
-from laid_ds.config import Run
+from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
-from laid_ds.data.stream import Stream
+from laid_ds.data.order import Packing
+from laid_ds.data.stream import Stream, check_budget
 from laid_ds.distill import Student, Teacher
 from laid_ds.evaluation.progress import chance_of
-from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, listen, vision_tower
-from laid_ds.models.family import trainable
+from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
+from laid_ds.models.family import check_packable, trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
-from laid_ds.models.processor import Renderer, check_same_tokenizer, load_processor
+from laid_ds.models.positions import position_rule
+from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
 
 Pairs = tuple[tuple[int, int], ...]
@@ -52,7 +54,7 @@ def build(run: Run) -> Training:
     student, align = build_student(run, pairs, vocabulary)
     teacher = build_teacher(run, pairs, vocabulary) if run.teacher is not None else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
-    renderer = Renderer(processor, Pixels(run.data.decoder, run.data.resizer))
+    renderer = build_renderer(run, processor)
     return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)
 
 
@@ -67,7 +69,7 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     align = build_align(run, pairs, model) if run.teacher is not None else None
     layout = trainable(model.config).layout
     gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
-    tap = Tap([student for student, _ in pairs])
+    tap = Tap([student for student, _ in pairs], lse=_asks_lse(run, run.student))
     listen(model, tap, gains)
     student = Student(model, align, tap, run.losses, vocabulary, run.match.rows)
     return engine.training_engine(student, run, mechanics), align
@@ -86,21 +88,34 @@ def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
     """The engine around the frozen teacher."""
     mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
     model = load_model(run.teacher.path, run.teacher.dtype, mechanics)
-    tap = Tap([teacher for _, teacher in pairs])
+    tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.teacher))
     listen(model, tap)
     return engine.teacher_engine(Teacher(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
+
+
+def _asks_lse(run: Run, model: Model) -> bool:
+    """Matching saves work where attention hands out its log-sum-exp."""
+    return run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
+
+
+def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
+    """Samples to tensors, with position ids where samples are to share a row."""
+    positions = position_rule(load_config(run.student.path)) if run.data.tokens_per_pack is not None else None
+    return Renderer(processor, Pixels(run.data.decoder, run.data.resizer), positions=positions)
 
 
 def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
     """This rank's endless stream of batches."""
     data, world = run.data, distributed.world_size()
+    per_step = data.micro_batch * world * run.optimizer.accumulation
     prepare = Prepare(
         render=renderer,
         pad_token=renderer.processor.tokenizer.pad_token_id,
         seed=run.seed,
-        global_batch=data.micro_batch * world * run.optimizer.accumulation,
+        global_batch=per_step,
         image_range=partial(schedule.image_range, steps=run.steps, data=data),
         questions=data.questions,
+        packs=data.tokens_per_pack is not None,
     )
     return Stream(
         dataset,
@@ -111,9 +126,17 @@ def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
         prepare=prepare,
         shuffle=data.shuffle,
         weights=data.weights,
+        packing=_packing(run, per_step),
         on_bad=data.on_bad,
         workers=data.workers,
     )
+
+
+def _packing(run: Run, packs_per_step: int = 1) -> Packing | None:
+    data = run.data
+    if data.tokens_per_pack is None:
+        return None
+    return Packing(data.tokens_per_pack, group=packs_per_step, tokens=data.count_tokens, images=data.images)
 
 
 def _pairs(run: Run) -> Pairs:
@@ -127,7 +150,7 @@ def _pairs(run: Run) -> Pairs:
 def check(run: Run) -> None:
     """What can be refused before a process is started: shards, engine files, models, tokenizers. Raises ValueError with the first thing
     that is wrong."""
-    Dataset.open(list(run.data.shards))
+    dataset = Dataset.open(list(run.data.shards))
     if run.evaluation:
         chance_of(run.evaluation)
     processors = []
@@ -140,4 +163,18 @@ def check(run: Run) -> None:
             processors.append(load_processor(model.path))
     if len(processors) == 2:
         check_same_tokenizer(*processors)
+    if run.data.tokens_per_pack is not None:
+        _check_packs(run, dataset)
     _pairs(run)
+
+
+def _check_packs(run: Run, dataset: Dataset) -> None:
+    """Raises ValueError unless every sample fits a pack, and both models keep the samples of a row apart and number positions alike."""
+    packing = _packing(run)
+    check_budget(dataset, dataset.token_counts(packing.tokens), packing)
+    found = [check_packable(load_config(model.path)) for model in (run.student, run.teacher) if model is not None]
+    if len({(family.positions, family.positions == "1d" or family.model_type) for family in found}) > 1:
+        raise ValueError(
+            f"student ({found[0].model_type}) and teacher ({found[1].model_type}) number positions in their own ways, and one packed row"
+            " serves both: leave out data.tokens_per_pack"
+        )

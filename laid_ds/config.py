@@ -69,13 +69,25 @@ class Data(Section):
     """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
     resizer: Literal["pil", "torch"] = "pil"
     micro_batch: Count = 1
-    """Samples per rank and forward pass."""
+    """Samples per rank and forward pass, padded to the longest; with tokens_per_pack packs, of which there is 1."""
+    tokens_per_pack: Count | None = None
+    """Lay samples end to end in one row of at most so many tokens (as `count_tokens` counts them) instead of padding them."""
+    count_tokens: str = "estimate"
+    """Which token counts of the shards' index packs are planned by: "estimate", or the name under which samples record exact ones."""
     workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Data:
         if self.weights is not None and len(self.weights) != len(self.shards):
             raise ValueError(f"{len(self.weights)} weights for {len(self.shards)} shard folders; give one weight for each")
+        return self
+
+    @model_validator(mode="after")
+    def _packs_are_plannable(self) -> Data:
+        if self.tokens_per_pack is not None and self.micro_batch != 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}: with tokens_per_pack a forward pass is one pack; set micro_batch = 1")
+        if self.tokens_per_pack is not None and self.grow_from is not None:
+            raise ValueError("packs are planned before the run, for windows of one range: leave out grow_from or tokens_per_pack")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ class Heads:
     key: Tensor
     scale: float = 0.25
     window: int | None = None
+    lse: Tensor | None = None
 
 
 def heads(query_heads, key_heads, dim, seed, batch=2, tokens=7):

@@ -109,6 +109,8 @@ class Packing:
     """Packs of similar work that lie side by side: best the number of packs in one optimizer step."""
     tokens: str = "estimate"
     """Which lengths of the index: `Dataset.token_counts`."""
+    images: tuple[int, int] | None = None
+    """Samples enter as windows of [least, most] images: each counts as many of its tokens as its window has of its images."""
 
 
 @dataclass(frozen=True)

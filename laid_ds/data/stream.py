@@ -5,6 +5,7 @@ over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [
 """
 
 import io
+import json
 import logging
 import math
 import mmap
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from laid_ds.data.haystack import images_drawn
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
 from laid_ds.data.record import DataError, Sample
@@ -66,7 +68,7 @@ class Stream:
         self.micro_batch, self.rank, self.world_size, self.workers = micro_batch, rank, world_size, workers
         self.lengths = dataset.token_counts(packing.tokens) if packing else dataset.lengths
         if packing:
-            _check_budget(dataset, self.lengths, packing)
+            check_budget(dataset, self.lengths, packing)
         self._reader = _Reader(dataset, prepare, self.lengths if packing else None, seed, on_bad)
         self._plans: dict[int, tuple[np.ndarray, Packs]] = {}
         self._epoch, self._offset, self._position = 0, 0, 0
@@ -135,7 +137,7 @@ class Stream:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "weights": None if self.weights is None else [float(weight) for weight in self.weights],
-            "packing": asdict(self.packing) if self.packing else None,
+            "packing": json.loads(json.dumps(asdict(self.packing))) if self.packing else None,
             "lengths_crc32": zlib.crc32(self.lengths.tobytes()) if self.packing else None,
         }
 
@@ -151,7 +153,15 @@ class Stream:
         order = self._order(epoch)
         if self.packing is None:
             return order, single_packs(len(order))
-        return order, plan_packs(self.seed, epoch, self.lengths[order], self.packing)
+        return order, plan_packs(self.seed, epoch, self._lengths_of(epoch, order), self.packing)
+
+    def _lengths_of(self, epoch: int, order: np.ndarray) -> np.ndarray:
+        """Tokens at each place of an epoch: of the whole sample, or of the window that will be drawn of it."""
+        bounds = self.packing.images
+        if bounds is None:
+            return self.lengths[order]
+        drawn = np.array([images_drawn(self.seed, epoch * len(order) + place, bounds) for place in range(len(order))], np.int64)
+        return _of_windows(self.lengths[order], self.dataset.num_images[order], drawn)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.weights is None:
@@ -344,7 +354,16 @@ class _Unpacker(pickle.Unpickler):
         return self.room[first : first + num_bytes].view(dtype).reshape(shape)
 
 
-def _check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:
+def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int) -> np.ndarray:
+    """Tokens of windows of `drawn` images, rounded up; a sample with no more images than that stays whole."""
+    images = np.maximum(num_images, 1)
+    return -(-lengths * np.minimum(drawn, images) // images)
+
+
+def check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:
+    """Raises DataError for a sample that no pack can hold."""
+    if packing.images is not None:
+        lengths = _of_windows(lengths, dataset.num_images, packing.images[1])
     longest = int(lengths.argmax())
     if lengths[longest] > packing.budget:
         raise DataError(f"a sample of {lengths[longest]} tokens does not fit a budget of {packing.budget}").at(dataset.origin(longest))

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from laid_ds.models.backends import attend, has_lse, is_bounds
-from laid_ds.models.family import check_packable
+from laid_ds.models.family import DECODERS, ONE_AXIS_WITHOUT_MASK, check_packable, family
 
 NAME = "laid"  # a name with "flash" or "/" in it would make transformers look for a package or a hub kernel
 
@@ -49,7 +49,7 @@ class Tap:
 
     layers: Sequence[int]
     lse: bool = False
-    """Whether the log-sum-exp is asked for; ask only where `backends.has_lse`."""
+    """Whether the log-sum-exp is asked for; ask only where `gives_lse`."""
     captured: dict[int, Captured] = field(default_factory=dict)
     is_open: bool = False
 
@@ -90,22 +90,26 @@ def laid_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, tap = kwargs.get("sliding_window"), listening.tap
     asks_lse = tap is not None and tap.lse and listening.layer in tap.layers  # also while closed: recomputing must call the same kernel
-    lse = None
-    if asks_lse or is_bounds(attention_mask):
-        _check_backend(listening, query, attention_mask, kwargs.get("dropout", 0.0), asks_lse)
-        out, lse = attend(query, key, value, attention_mask, scale, window)
+    lse, mask = None, attention_mask
+    if asks_lse or is_bounds(mask):
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        _check_backend(listening, query, mask, kwargs.get("dropout", 0.0), asks_lse, causal)
+        out, lse = attend(query, key, value, mask, scale, window, causal)
+        if mask is None and not causal:  # every row sees all
+            mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device).expand(1, 1, query.shape[2], key.shape[2])
         out = out.transpose(1, 2).contiguous()
     else:
         out, _ = listening.attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if tap is not None:
-        tap.take(listening.layer, Captured(query, key, scale, window, attention_mask, lse if asks_lse else None))
+        tap.take(listening.layer, Captured(query, key, scale, window, mask, lse if asks_lse else None))
     return out, None
 
 
-def _check_backend(listening: Listening, query: Tensor, mask: Tensor | None, dropout: float, asks_lse: bool) -> None:
+def _check_backend(listening: Listening, query: Tensor, mask: Tensor | None, dropout: float, asks_lse: bool, causal: bool) -> None:
     """Raises ValueError for a log-sum-exp or packed samples where this attention has none."""
     device, dtype = query.device.type, query.dtype
-    dense = mask is not None and not is_bounds(mask)
+    dense = not causal or (mask is not None and not is_bounds(mask))
     what = "the log-sum-exp of attention" if asks_lse else "packed samples"
     if listening.attend is not sdpa_attention_forward:
         raise ValueError(f"{type(listening.attend).__name__} gives no {what.removeprefix('the ')}; use the plain attention of the model")
@@ -136,14 +140,31 @@ def packed_rows() -> Iterator[None]:
 def laid_mask(
     *, batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **kwargs: Any
 ) -> Tensor | None:
-    """transformers' mask interface: SDPA's mask or, inside `packed_rows`, the bounds of the samples: a token that does not see the one
-    before it begins a sample."""
-    if not _packed.get():
+    """transformers' mask interface: SDPA's mask or, inside `packed_rows` and for sliding windows on CUDA, the bounds of the samples.
+
+    A token that does not see the one before it begins a sample.
+    """
+    if not (_packed.get() or (device.type == "cuda" and _is_plain_window(**kwargs))):
         return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **kwargs)
     row, token = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
     follows = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
     starts = torch.cat([torch.ones_like(row, dtype=torch.bool), ~follows], 1).flatten().nonzero().flatten()
     return torch.cat([starts.cpu(), torch.tensor([batch_size * q_length])]).int()
+
+
+def _is_plain_window(
+    config: PretrainedConfig, kv_length: int, q_offset: int = 0, local_size: int | None = None, attention_mask: Tensor | None = None, **rest
+) -> bool:
+    """A sliding window over whole rows without padding, of a decoder in which every row sees one run of keys."""
+    known = DECODERS.get(config.model_type)
+    return local_size is not None and attention_mask is None and q_offset == 0 and known is not None and known.packable
+
+
+def gives_lse(config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether a model of this config, on this machine, hands out the log-sum-exp of its attention."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
+    return has_lse(device, dtype) and not dropout and (device == "cpu" or family(config).packable)
 
 
 AttentionInterface.register(NAME, laid_attention)
@@ -206,6 +227,8 @@ def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     if "image_grid_thw" in inputs and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
         raise ValueError("images came without mm_token_type_ids: pass all that the processor returns, or position_ids")
     if "position_ids" not in inputs:
+        if model.config.model_type in ONE_AXIS_WITHOUT_MASK and "image_grid_thw" in inputs and "attention_mask" not in inputs:
+            raise ValueError(f"{model.config.model_type} counts positions along one axis unless it gets an attention_mask or position_ids")
         return _hidden(model, inputs)
     check_packable(model.config)
     if decoder(model).config._attn_implementation != NAME:

@@ -35,35 +35,37 @@ def is_bounds(mask: Tensor | None) -> bool:
     return mask is not None and mask.ndim == 1
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Result:
-    """Causal attention of query [B, H, T, D] over key, value [B, K, T, D], with the log-sum-exp if there is one.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None = None, causal: bool = True
+) -> Result:
+    """Attention of query [B, H, T, D] over key, value [B, K, T, D], with the log-sum-exp if there is one.
 
-    mask: None, `bounds` (with `window`, a row sees itself and the window - 1 tokens of its sample before it), or dense [B, 1, T, T], bool,
-    which says all. On the CPU the output for the first and the last is that of SDPA, bit for bit.
+    mask: None (causal, or all keys), `bounds` (causal; with `window`, a row sees itself and the window - 1 tokens of its sample before it),
+    or dense [B, 1, T, T], bool, which says all. On the CPU the output for the first and the last is that of SDPA, bit for bit.
     """
     device = query.device.type
-    if device == "cuda" and query.dtype in HALVES and (mask is None or is_bounds(mask)):
+    if device == "cuda" and query.dtype in HALVES and causal and (mask is None or is_bounds(mask)):
         rows = torch.arange(len(query) + 1, dtype=torch.int32) * query.shape[2] if mask is None else mask
         return _varlen(query, key, value, rows, scale, window if is_bounds(mask) else None)
     kernel = _flash_cpu if device == "cpu" else _sdpa
-    return _segments(kernel, query, key, value, mask, scale, window) if is_bounds(mask) else kernel(query, key, value, mask, scale)
+    return _segments(kernel, query, key, value, mask, scale, window) if is_bounds(mask) else kernel(query, key, value, mask, scale, causal)
 
 
-def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Result:
+def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = True) -> Result:
     """What SDPA calls on a CPU, with the log-sum-exp that SDPA throws away."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     groups = query.shape[1] // key.shape[1]
     if mask is not None and groups > 1:  # as transformers' SDPA: only without a mask do query heads share keys as they are
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    causal = mask is None and query.shape[2] > 1
+    causal = causal and mask is None and query.shape[2] > 1
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse.detach().float()
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Result:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = True) -> Result:
     """For devices and dtypes without a flash kernel."""
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True), None
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=True), None
 
 
 def _segments(kernel, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:

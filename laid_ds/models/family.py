@@ -57,6 +57,9 @@ DECODERS = {
     "llama4_text": Decoder("interleaved", "1d", "none", packable=False),  # chunks are counted from the start of the row
 }
 
+ONE_AXIS_WITHOUT_MASK = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+"""Families whose forward numbers the axes of images only when it gets an attention_mask or position ids."""
+
 FAMILIES = {
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),

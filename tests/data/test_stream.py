@@ -1,13 +1,16 @@
 """Laws of the stream: one global order for any number of ranks and workers, resumed at any step, never uneven, nothing dropped silently."""
 
 import logging
+import math
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from data_samples import make_sample, write_dataset
 
+from laid_ds.data.haystack import images_drawn
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
@@ -15,6 +18,8 @@ from laid_ds.data.stream import Stream, _Slabs, empty
 
 GLOBAL_BATCH = 24
 PACKING = Packing(budget=120, buffer=8, group=3)
+WINDOWS = Packing(budget=120, buffer=8, group=3, images=(1, 2))
+each_packing = pytest.mark.parametrize("packing", [None, PACKING, WINDOWS], ids=["samples", "packs", "packs of windows"])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def run(dataset, world_size, steps, state=None, workers=0, **options):
     return batches, states[0]
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 @pytest.mark.parametrize("shuffle", ["full", "none", 6])
 def test_global_batches_do_not_depend_on_the_world_size(uneven, packing, shuffle):
     reference, _ = run(uneven, 1, 5, packing=packing, shuffle=shuffle)
@@ -51,7 +56,7 @@ def test_global_batches_do_not_depend_on_the_world_size(uneven, packing, shuffle
         assert run(uneven, world_size, 5, packing=packing, shuffle=shuffle)[0] == reference
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 def test_the_world_size_may_change_at_any_step(uneven, packing):
     reference, _ = run(uneven, 1, 6, packing=packing)
     for step in range(1, 6):
@@ -60,7 +65,7 @@ def test_the_world_size_may_change_at_any_step(uneven, packing):
             assert first + run(uneven, after, 6 - step, state, packing=packing)[0] == reference
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 def test_workers_change_neither_the_order_nor_the_random_state(uneven, packing):
     reference, _ = run(uneven, 1, 5, packing=packing)
     before = torch.get_rng_state()
@@ -69,7 +74,7 @@ def test_workers_change_neither_the_order_nor_the_random_state(uneven, packing):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 def test_each_epoch_holds_each_sample_once_and_epochs_differ(uneven, packing):
     stream = Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=packing)
     epochs = [[entry for slot in stream.epoch_slots(epoch) for entry in slot] for epoch in range(2)]
@@ -96,7 +101,7 @@ def test_another_data_set_or_order_is_refused(uneven, dataset):
         run(uneven, 1, 1, state, packing=PACKING)
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 def test_a_blend_keeps_every_law(uneven, tmp_path, packing):
     write_dataset(tmp_path / "more", [make_sample(i, 1) for i in range(100, 109)], samples_per_shard=4)
     both = Dataset.open([uneven.folders[0].path, tmp_path / "more"])
@@ -127,7 +132,7 @@ def test_a_bad_sample_stops_the_stream_with_its_place(dataset, tmp_path, workers
     assert (caught.value.shard, caught.value.key, caught.value.offset) == (origin.shard, origin.key, origin.offset)
 
 
-@pytest.mark.parametrize("packing", [None, PACKING], ids=["samples", "packs"])
+@each_packing
 def test_a_bad_sample_is_replaced_by_the_same_one_on_any_world_size_and_logged(dataset, tmp_path, packing, caplog):
     origin = spoil(tmp_path / "set", dataset, 11)
     with caplog.at_level(logging.WARNING):
@@ -235,3 +240,16 @@ def test_every_rank_has_the_same_steps_over_uneven_shards(dataset, tmp_path, wor
         _train, (world_size, port, str(tmp_path / "set"), results), nprocs=world_size, start_method="fork"
     )
     assert results.tolist() == [15 * 2 * world_size] * world_size
+
+
+def test_windows_are_packed_by_the_tokens_that_they_will_have(uneven):
+    """A window of half of a sample's images counts half of its tokens, so that a pack may hold what whole samples would burst."""
+    packing = replace(WINDOWS, budget=60, images=(1, 1))
+    stream = Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=packing)
+    windows, whole = [], []
+    for slot in stream.epoch_slots(0):
+        lengths, images = ([int(column[index]) for _, index in slot] for column in (uneven.lengths, uneven.num_images))
+        assert all(images_drawn(5, position, packing.images) == 1 for position, _ in slot)
+        windows.append(sum(math.ceil(length / max(number, 1)) for length, number in zip(lengths, images, strict=True)))
+        whole.append(sum(lengths))
+    assert max(windows) <= packing.budget < max(whole)

@@ -206,6 +206,7 @@ def inputs(model_type: str, seed: int = 0, num_tokens: int = 6) -> dict[str, Ten
     ids = torch.cat([before, image, after], 1)
     found = {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator)}
     if shape[0] == 16:
+        found |= {"attention_mask": torch.ones_like(ids)} if "omni" in model_type else {}
         return found | {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == IMAGE).long()}
     if model_type == "gemma3":
         return found | {"token_type_ids": (ids == IMAGE).long()}
@@ -215,4 +216,4 @@ def inputs(model_type: str, seed: int = 0, num_tokens: int = 6) -> dict[str, Ten
 def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Several rows as one; five-dimensional pixels hold a row's images in their second dimension."""
     along = {"pixel_values": 1 if rows[0].get("pixel_values", torch.empty(0)).ndim == 5 else 0, "image_grid_thw": 0, "image_sizes": 0}
-    return {name: torch.cat([row[name] for row in rows], along.get(name, 1)) for name in rows[0]}
+    return {name: torch.cat([row[name] for row in rows], along.get(name, 1)) for name in rows[0] if name != "attention_mask"}

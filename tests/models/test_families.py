@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from laid_ds import cli
 from laid_ds.models.attention import (
     NAME,
+    Captured,
     Tap,
     assert_differentiable,
     attention_layers,
@@ -24,9 +25,11 @@ from laid_ds.models.attention import (
     last_hidden_state,
     listen,
 )
+from laid_ds.models.backends import is_bounds
 from laid_ds.models.export import fold_gains, write_student
 from laid_ds.models.family import Decoder, Family, families, family, trainable
 from laid_ds.models.load import load_model, model_class
+from laid_ds.models.positions import position_rule
 from laid_ds.models.probe import Measured, measure, probe
 from laid_ds.models.rope_gain import gain_shapes, responder
 from tests.models.family_models import CONFIGS, IMAGE, IMAGES, TOKENS, inputs, packed, tiny_model
@@ -50,13 +53,22 @@ def test_every_row_has_a_tiny_model_and_the_other_way_round():
     assert len({row.model_type for row in ROWS if row.gain != "none"}) >= 24
 
 
+def dense_lse(heard: Captured) -> Tensor:
+    """By its definition, from the scores of all pairs."""
+    tokens, groups = heard.query.shape[2], heard.query.shape[1] // heard.key.shape[1]
+    seen = torch.ones(tokens, tokens).tril().bool() if heard.mask is None else heard.mask
+    scores = heard.query.double() @ heard.key.double().repeat_interleave(groups, 1).mT * heard.scale
+    return scores.masked_fill(~seen, -torch.inf).logsumexp(-1).float()
+
+
 @each_family
 def test_the_tap_changes_nothing_and_hears_the_decoder_alone(row):
-    batch, found = inputs(row.model_type), []
+    """Also where the tap asks for the log-sum-exp, which on a CPU comes from the kernel that SDPA itself calls."""
+    batch, found = inputs(row.model_type, num_tokens=20), []
     for listening in (False, True):
         model = tiny(row)
         layers = attention_layers(model)
-        tap = Tap(list(layers))
+        tap = Tap(list(layers), lse=True)
         if listening:
             listen(model, tap)
         with tap.open() as heads:
@@ -65,6 +77,8 @@ def test_the_tap_changes_nothing_and_hears_the_decoder_alone(row):
         found.append((logits.detach(), [p.grad for p in model.parameters()]))
     assert sorted(heads) == sorted(layers)
     assert all(h.query.requires_grad and h.key.requires_grad for h in heads.values())
+    for heard in heads.values():
+        torch.testing.assert_close(heard.lse, dense_lse(heard), rtol=0, atol=2e-6)
     own = set(layers.values())
     assert all(hasattr(module, "_laid") == (module in own) for module in model.modules())
     (expected, gradients), (logits, heard) = found
@@ -189,28 +203,77 @@ def positions_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return found[0]
 
 
-@torch.no_grad()
-def packing_error(row: Family) -> float:
-    """Largest difference of logits between two samples in one row and the same two alone."""
-    model, rows = tiny(row), [inputs(row.model_type, seed=0, num_tokens=8), inputs(row.model_type, seed=1, num_tokens=5)]
-    listen(model)
-    alone = torch.cat([logits_of(model, batch) for batch in rows], 1)
-    axes = torch.cat([positions_of(model, batch) for batch in rows], -1)
-    text = torch.cat([torch.arange(batch["input_ids"].shape[1]) for batch in rows])[None]
-    positions = text if row.positions == "1d" else torch.cat([text[None], axes.expand(3, 1, -1)])
-    return (logits_of(model, packed(rows) | {"position_ids": positions}) - alone).abs().max().item()
+def two_samples(row: Family) -> list[dict[str, Tensor]]:
+    return [inputs(row.model_type, seed=0, num_tokens=21), inputs(row.model_type, seed=1, num_tokens=13)]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.packable], ids=lambda row: f"{row.model_type}-{row.decoder}")
+each_packable = pytest.mark.parametrize("row", [row for row in ROWS if row.packable], ids=lambda row: f"{row.model_type}-{row.decoder}")
+
+
+@each_packable
 def test_two_samples_in_one_row_are_the_two_alone(row):
-    assert packing_error(row) <= 1e-6
+    """Hidden states and every gradient, with positions numbered by the model's own code; and no mask is made."""
+    rows, found = two_samples(row), []
+    number = position_rule(tiny(row).config)
+    for together in (False, True):
+        model = tiny(row).train()
+        if together:
+            enable_checkpointing(model)
+        tap = Tap(list(attention_layers(model)), lse=True)
+        listen(model, tap)
+        with tap.open() as heads:
+            if together:
+                positions = torch.cat([number(batch) for batch in rows], 1)
+                positions = positions if row.positions == "1d" else positions[:, None]
+                hidden = last_hidden_state(model, **packed(rows), position_ids=positions)
+                assert all(is_bounds(heard.mask) for heard in heads.values())
+            else:
+                hidden = torch.cat([last_hidden_state(model, **batch) for batch in rows], 1)
+        hidden.square().sum().backward()
+        found.append((hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, heads))
+    (expected, gradients, alone), (hidden, shared, together) = found
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=2e-6)
+    assert shared.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
+    for layer, heard in together.items():  # the tap kept the second sample of those alone
+        tokens = alone[layer].query.shape[2]
+        torch.testing.assert_close(heard.lse[:, :, -tokens:], alone[layer].lse, rtol=0, atol=2e-5)
+
+
+@each_packable
+def test_positions_are_numbered_as_the_model_numbers_them(row):
+    model, batch = tiny(row), inputs(row.model_type)
+    found, expected = position_rule(model.config)(batch), positions_of(model, batch)
+    assert torch.equal(found[0], torch.arange(found.shape[1]))
+    assert torch.equal(found[:1] if row.positions == "1d" else found[1:], expected if row.positions == "1d" else expected[-3:, 0])
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
-def test_families_that_are_not_packable_give_other_logits_when_packed(name):
+def test_families_that_are_not_packable_give_others_logits_and_are_refused(name):
     (row,) = [row for row in ROWS if row.model_type == name]
-    assert not row.packable
-    assert packing_error(row) > 1e-3
+    model, rows = tiny(row), two_samples(row)
+    text = torch.cat([torch.arange(batch["input_ids"].shape[1]) for batch in rows])[None]
+    with torch.no_grad():
+        axes = torch.cat([positions_of(model, batch) for batch in rows], -1)
+        positions = text if row.positions == "1d" else torch.cat([text[None], axes.expand(3, 1, -1)])
+        alone = torch.cat([logits_of(model, batch) for batch in rows], 1)
+        assert (logits_of(model, packed(rows) | {"position_ids": positions}) - alone).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=rf"{name} .*mixes samples that share a row .*leave out data.tokens_per_pack"):
+        last_hidden_state(model, **packed(rows), position_ids=positions)
+
+
+def test_a_packed_row_under_another_attention_is_refused():
+    model, rows = tiny_model("internvl", "qwen2"), [inputs("internvl"), inputs("internvl")]
+    with pytest.raises(ValueError, match=r"would make a dense mask for it: put it on `laid` with listen"):
+        last_hidden_state(model, **packed(rows), position_ids=torch.arange(9).repeat(1, 2))
+
+
+def test_an_omni_model_without_a_mask_is_refused():
+    batch = inputs("qwen2_5_omni_thinker")
+    del batch["attention_mask"]
+    with pytest.raises(ValueError, match="qwen2_5_omni_thinker counts positions along one axis unless"):
+        last_hidden_state(tiny_model("qwen2_5_omni_thinker", "qwen2_5_omni_text"), **batch)
 
 
 def page(measured: dict[Family, Measured]) -> str:
@@ -234,12 +297,14 @@ Written by `pytest tests/models/test_families.py` from tiny random models of eve
 - positions: one per token (1d), or time, height and width on stretches of planes (mrope) or on mixed planes (mrope_interleaved).
 - gain: where a RoPE gain folds: per head, shared by the heads of a layer (their queries share one norm), or nowhere.
 - query norm: how the norm that the gain folds into uses its weight.
-- packable: two samples in one row give the logits of the two alone (1e-6), with position ids that start again and no mask.
+- packable: two samples in one row give the hidden states of the two alone (2e-6) and all their gradients, with position ids that start
+  again, checkpointing on, and no mask at all.
 - image blocks: tokens of one image see each other in both directions, so the mask is dense.
 - tier: A trains, folds and packs; B trains and folds; C trains without a gain.
 - run on: what the tiny model was given. A row run on text alone says nothing measured about its images.
 
-In every row the logits and all gradients under the tap are those of SDPA, bit for bit, and the vision tower is not tapped.
+In every row the logits and all gradients under a tap that asks for queries, keys and their log-sum-exp are those of SDPA, bit for bit,
+and the vision tower is not tapped.
 In tiers A and B a folded gain, exported and loaded by stock classes, gives the logits of the unfolded one within 1e-5.
 
 """

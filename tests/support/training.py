@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -10,15 +12,16 @@ import torch.nn.functional as F
 
 from laid_ds import engine, schedule
 from laid_ds.align import layer_pairs, start_mixing
-from laid_ds.build import build, build_stream
+from laid_ds.build import build, build_renderer, build_stream
 from laid_ds.config import Run
-from laid_ds.data.images import Pixels
+from laid_ds.data.batch import Batch
 from laid_ds.data.index import Dataset
+from laid_ds.data.stream import Stream
 from laid_ds.distill import train_step
 from laid_ds.loop import seed_everything
 from laid_ds.models.attention import Tap, attention_layers, listen
 from laid_ds.models.load import load_model
-from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import gain
 
 WATCHED = ("model.model.language_model.layers.1.self_attn.q_proj.weight", "model.lm_head.weight", "align.mixing.1", "align.gain.1")
@@ -68,15 +71,15 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
             "optimizer": run.optimizer.model_copy(update={"accumulation": global_batch}),
         }
     )
-    stream = iter(build_stream(one_by_one, Dataset.open(list(run.data.shards)), Renderer(load_processor(run.student.path), Pixels())))
+    stream = _samples(build_stream(one_by_one, Dataset.open(list(run.data.shards)), build_renderer(run, load_processor(run.student.path))))
     records = []
     for step in range(steps):
         sums, counts = dict.fromkeys(("sft", "kl", "align", "match"), 0.0), {"rows": 0, "tokens": 0, "samples": 0}
         omega = schedule.omega(schedule.progress(step, run.steps), run.match)
-        for batch in islice(stream, global_batch):
+        for batch in chain.from_iterable(islice(stream, global_batch)):
             for name, value in _dense_sums(student, teacher, taps, pairs, mixing, batch, omega).items():
                 sums[name] = sums[name] + value
-            counts = {name: counts[name] + value for name, value in batch.counts().items()}
+            counts = {name: value + batch.counts()[name] for name, value in counts.items()}
         means = {
             "sft": sums["sft"] / counts["rows"],
             "kl": sums["kl"] / counts["rows"],
@@ -94,6 +97,14 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
         records.append({name: mean.item() for name, mean in means.items()} | {"loss": loss.item(), "gradient_norm": float(norm)})
     named = {f"model.{name}": p for name, p in student.named_parameters()} | {"align.mixing.1": mixing, "align.gain.1": theta[1]}
     return {"records": records, "weights": {name: named[name].detach() for name in WATCHED}}
+
+
+def _samples(stream: Stream) -> Iterator[list[Batch]]:
+    """The samples of each micro-batch, each by itself; those of a pack come apart."""
+    prepare = stream._reader.prepare
+    alone = replace(prepare, packs=False)
+    stream._reader.prepare = lambda items: [alone([pair]) for pack in items for pair in (pack if prepare.packs else [pack])]
+    return iter(stream)
 
 
 def _dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str, torch.Tensor]:
