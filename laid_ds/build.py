@@ -21,6 +21,7 @@ from laid_ds.evaluation.progress import chance_of
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import check_packable, trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
+from laid_ds.models.lora import add_lora
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
@@ -66,6 +67,8 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
         enable_checkpointing(model, offload=run.student.gradient_checkpointing == "offload")
     if run.student.freeze_vision:
         vision_tower(model).requires_grad_(False)
+    if run.student.lora is not None:
+        add_lora(model, run.student.lora, run.seed)
     align = build_align(run, pairs, model) if run.teacher is not None else None
     layout = trainable(model.config).layout
     gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
@@ -165,6 +168,11 @@ def check(run: Run) -> None:
         check_same_tokenizer(*processors)
     if run.data.tokens_per_pack is not None:
         _check_packs(run, dataset)
+    if run.student.lora is not None and any(layer == 0 for layer, _ in _pairs(run)) and "k_proj" not in run.student.lora.targets:
+        raise ValueError(
+            f"the keys of layer 0 are compared, and LoRA on {list(run.student.lora.targets)} cannot move them: add k_proj to"
+            " student.lora.targets, or leave layer 0 out of align.pairs"
+        )
     _pairs(run)
 
 

@@ -38,10 +38,22 @@ class Model(Section):
     """JSON with this engine's mechanics (see ds_configs/)."""
 
 
+class Lora(Section):
+    """Train low-rank factors beside frozen weights (needs the extra `lora`); the exported folder has them merged."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    """The factors' product counts alpha / rank times."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the decoder, by their last name."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class Student(Model):
     freeze_vision: bool = False
     gradient_checkpointing: bool | Literal["offload"] = True
     """Keep only each layer's input for the backward pass; "offload" keeps it in the CPU's memory."""
+    lora: Lora | None = None
 
 
 class Teacher(Model):

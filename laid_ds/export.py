@@ -9,6 +9,7 @@ from typing import Any
 from laid_ds import checkpoint, engine
 from laid_ds.config import Run
 from laid_ds.models.export import write_student
+from laid_ds.models.lora import merge_lora
 
 
 def export_run(folder: Path, output: Path, step: int | None = None) -> None:
@@ -26,6 +27,8 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
     run = Run.model_validate(resolved["run"])
     weights = engine.checkpoint_weights(saved)
     model = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+    if run.student.lora is not None:
+        model = merge_lora(model, run.student.lora.alpha / run.student.lora.rank)
     gains = {int(name.rsplit(".", 1)[1]): w for name, w in weights.items() if name.startswith("align.gain.")}
     write_student(run.student.path, model, gains, run.student.dtype, output, model_card(run, resolved["versions"], saved.name))
 

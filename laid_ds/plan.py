@@ -128,9 +128,9 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
     """Bytes on each GPU, by term."""
     run, student, ranks = pair.run, pair.student, machine.gpus
     zero, width = pair.student_zero, BYTES[run.student.dtype]
-    aligned, stage = align_parameters(pair), zero.get("stage", 0)
-    every = [*student.parameters.values(), *aligned]
-    trained = [size for name, size in student.parameters.items() if not (run.student.freeze_vision and name in student.vision)] + aligned
+    added, stage = align_parameters(pair) + lora_parameters(pair), zero.get("stage", 0)
+    every = [*student.parameters.values(), *added]
+    trained = [size for name, size in student.parameters.items() if _moves(run, name in student.vision)] + added
     return {
         "parameters": width * _held(every, ranks, zero),
         "gradients": width * (_share(trained, ranks) if stage >= 2 else sum(trained)),
@@ -145,6 +145,20 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
         "logits_chunk": _logits(pair, tokens),
         "reserved": round(RESERVED * machine.gpu_bytes),
     }
+
+
+def _moves(run: Run, vision: bool) -> bool:
+    """Whether the student's own parameters are trained: those of the vision tower, or all others."""
+    return run.student.lora is None and not (vision and run.student.freeze_vision)
+
+
+def lora_parameters(pair: Pair) -> list[int]:
+    """Elements of the factors beside the student's linear layers."""
+    lora = pair.run.student.lora
+    if lora is None:
+        return []
+    sizes = [(outputs, inputs) for name, outputs, inputs in pair.student.linear if name in lora.targets]
+    return [lora.rank * size for pair_of_sizes in sizes for size in pair_of_sizes]
 
 
 def align_parameters(pair: Pair) -> list[int]:
@@ -204,7 +218,7 @@ def model_flops(pair: Pair, samples: float, tokens: float) -> float:
 
 def _row_flops(pair: Pair, tokens: float, passes: int) -> float:
     """Of one row of T tokens: 2 per parameter and token forward, twice that backward (3 passes), once more for a recomputation (4)."""
-    seen = 1 if pair.run.student.freeze_vision else passes
+    seen = passes if _moves(pair.run, vision=True) else 1
     student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens)
     teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens) if pair.teacher else 0
     return student + teacher + _matching_flops(pair, tokens)
@@ -247,7 +261,7 @@ def _activations(pair: Pair, tokens: int) -> int:
     student, width, checkpointed = pair.student, BYTES[pair.run.student.dtype], pair.run.student.gradient_checkpointing
     of_layer = {False: _layer_kept(pair), True: width * student.hidden, "offload": 0}[checkpointed]
     layers = student.layers * of_layer
-    vision = 0 if pair.run.student.freeze_vision else _vision_kept(student, width, checkpointed)
+    vision = _vision_kept(student, width, checkpointed) if _moves(pair.run, vision=True) else 0
     return tokens * (layers + 3 * width * student.hidden + vision)
 
 

@@ -25,6 +25,8 @@ class Sizes:
     """Elements by name; a tied head is counted once."""
     vision: frozenset[str]
     """Names of the parameters that are neither of the decoder nor of the head."""
+    linear: tuple[tuple[str, int, int], ...]
+    """Last name, outputs and inputs of each linear layer of the decoder's layers."""
     largest_module: int
     """Elements of the largest of: a decoder layer, the embedding, the head."""
     layers: int
@@ -69,6 +71,11 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
     return Sizes(
         parameters={name: parameter.numel() for name, parameter in model.named_parameters()},
         vision=frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in language),
+        linear=tuple(
+            (name.rsplit(".", 1)[-1], *module.weight.shape)
+            for name, module in inside.layers.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ),
         largest_module=max(sum(parameter.numel() for parameter in part.parameters()) for part in parts),
         layers=len(inside.layers),
         hidden=text.hidden_size,

@@ -1,0 +1,56 @@
+"""LoRA (Hu et al., 2022) by `peft`: low-rank factors beside the decoder's own weights, which stay frozen, and their merge for export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laid_ds.config import Lora
+from laid_ds.models.attention import decoder
+
+A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."  # peft's names
+
+
+def add_lora(model: PreTrainedModel, options: Lora, seed: int) -> None:
+    """Freeze the model and put factors, which start as nothing, beside the linear layers of its decoder that `options.targets` names.
+
+    The model may be partitioned. Raises ValueError when `peft` is not installed and for a name that is no linear layer there.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("student.lora needs the extra: pip install 'laid-ds[lora]'") from None
+    model.requires_grad_(False)
+    settings = LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=_targets(model, options.targets)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def merge_lora(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Weights under peft's names -> those of the stock model, in fp32: W + scale B A, with scale = alpha / rank."""
+    merged = {name.replace(BASE, "."): tensor.float() for name, tensor in weights.items() if not name.endswith((A, B))}
+    for name in weights:
+        if name.endswith(A):
+            layer = name.removesuffix(A)
+            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + scale * weights[layer + B].float() @ weights[name].float()
+    return merged
+
+
+def _targets(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
+    """Full names of the decoder's linear layers whose last name is asked for."""
+    inside = {id(module) for layer in decoder(model).layers for module in layer.modules() if isinstance(module, nn.Linear)}
+    linear = [name for name, module in model.named_modules() if id(module) in inside]
+    known = {name.rsplit(".", 1)[-1] for name in linear}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"student.lora.targets: {unknown} are no linear layers of the decoder, which has {sorted(known)}")
+    return [name for name in linear if name.rsplit(".", 1)[-1] in names]
