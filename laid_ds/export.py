@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laid_ds import checkpoint, engine
 from laid_ds.config import Run
+from laid_ds.evaluation.window import curve
+from laid_ds.losses import TERMS
 from laid_ds.models.export import write_student
 from laid_ds.models.lora import merge_lora
 
@@ -30,16 +33,58 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
     if run.student.lora is not None:
         model = merge_lora(model, run.student.lora.alpha / run.student.lora.rank)
     gains = {int(name.rsplit(".", 1)[1]): w for name, w in weights.items() if name.startswith("align.gain.")}
-    write_student(run.student.path, model, gains, run.student.dtype, output, model_card(run, resolved["versions"], saved.name))
+    write_student(
+        run.student.path,
+        model,
+        gains,
+        run.student.dtype,
+        output,
+        model_card(run, resolved["versions"], saved.name, results(folder, saved.name)),
+    )
 
 
-def model_card(run: Run, versions: dict[str, Any], step: str) -> str:
+def results(folder: Path, step: str) -> str:
+    """What the run folder holds of measurements up to a checkpoint, as Markdown; "" if nothing.
+
+    metrics.jsonl: the losses of that step. evaluation.jsonl: the last held-out accuracy. evaluation.json: what `laid eval` wrote there.
+    """
+    number, parts = int(step.rsplit("_", 1)[1]), []
+    losses = _last(folder / "metrics.jsonl", number)
+    if losses is not None:
+        named = [f"{name} {losses[name]:.4g}" for name in ("loss", *TERMS) if name in losses]
+        parts.append(f"Training after step {losses['step']} of the run: {', '.join(named)}.")
+    held_out = _last(folder / "evaluation.jsonl", number)
+    if held_out is not None:
+        bound = "at least " if held_out["censored"] else ""
+        parts.append(
+            f"Held out after step {held_out['step']}, accuracy by number of images: {_curve(held_out['accuracy'])}. Window: {bound}"
+            f"{held_out['window']:.1f} images (accuracy >= {held_out['threshold']:.3f})."
+        )
+    if (folder / "evaluation.json").is_file():
+        for name, model in json.loads((folder / "evaluation.json").read_text())["models"].items():
+            parts.append(f"Evaluated, {name}, accuracy by number of images: {_curve(curve(model['answers']))}.")
+    return "\n\n".join(parts)
+
+
+def _last(path: Path, step: int) -> dict[str, Any] | None:
+    """The last line of a JSON lines file that is not after a step."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default=None)
+
+
+def _curve(accuracy: Mapping[Any, float]) -> str:
+    return ", ".join(f"{size}: {share:.2f}" for size, share in accuracy.items())
+
+
+def model_card(run: Run, versions: dict[str, Any], step: str, measured: str) -> str:
     """The README.md of an exported model."""
     made = "distilled" if run.teacher is not None else "trained"
     source = f" from the teacher `{run.teacher.path}`" if run.teacher is not None else ""
     resolved = json.dumps(run.model_dump(mode="json"), indent=1)
+    found = f"## Results\n\n{measured}\n\n" if measured else ""
+    used = ", ".join(f"{name} {number}" for name, number in versions.items())
     return (
         f"---\nlibrary_name: transformers\ntags: [laid-ds, long-context, distillation]\n---\n\n# {run.name}\n\n"
         f"Student `{run.student.path}`, {made}{source} with laid_ds ({step}). A stock checkpoint: it loads without laid_ds.\n\n"
-        f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}.\n\n## The run\n\n```json\n{resolved}\n```\n"
+        f"Versions: {used}.\n\n{found}## The run\n\n```json\n{resolved}\n```\n"
     )

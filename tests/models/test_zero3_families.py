@@ -131,4 +131,6 @@ def test_a_whole_run_of_another_family(worlds, name, tmp_path):
     assert [len(rows) for rows in found["models"]["student"]["answers"].values()] == [4, 4]
     mass = found["models"]["student"]["attention"]["3"]["1"]["marked_mass"]
     assert all(0 < share < 1 for share in mass)
-    assert json.loads((run.output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    last = json.loads((run.output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert f"Training after step 3 of the run: loss {last['loss']:.4g}, align" in (tmp_path / "out" / "README.md").read_text()
