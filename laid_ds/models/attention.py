@@ -205,7 +205,12 @@ def listen(
     missing = [layer for layer in (tap.layers if tap else ()) if layer not in attentions]
     if missing:
         raise ValueError(f"decoder layers {missing} have no attention to listen to; layers with attention: {sorted(attentions)}")
-    decoder(model).set_attn_implementation(NAME)
+    inside = decoder(model)
+    towers = [module.config for module in inside.modules() if isinstance(module, PreTrainedModel) and module.config is not inside.config]
+    kept = [(config, config._attn_implementation) for config in towers]  # of a decoder that holds the vision tower
+    inside.set_attn_implementation(NAME)
+    for config, implementation in kept:
+        config._attn_implementation = implementation
     for index, attention in attentions.items():
         object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index), attend))
 
@@ -224,7 +229,9 @@ def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     without what tells their tokens from text, since positions would silently count along one axis, and for samples packed into rows of
     a family that mixes them.
     """
-    if "image_grid_thw" in inputs and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
+    known = DECODERS.get(model.config.get_text_config().model_type)
+    one_axis = known is not None and known.positions == "1d"
+    if "image_grid_thw" in inputs and not one_axis and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
         raise ValueError("images came without mm_token_type_ids: pass all that the processor returns, or position_ids")
     if "position_ids" not in inputs:
         if model.config.model_type in ONE_AXIS_WITHOUT_MASK and "image_grid_thw" in inputs and "attention_mask" not in inputs:

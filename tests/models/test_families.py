@@ -80,6 +80,8 @@ def test_the_tap_changes_nothing_and_hears_the_decoder_alone(row):
     for heard in heads.values():
         torch.testing.assert_close(heard.lse, dense_lse(heard), rtol=0, atol=2e-6)
     own = set(layers.values())
+    towers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and "Vision" in type(m).__name__]
+    assert all(tower.config._attn_implementation != NAME for tower in towers)
     assert all(hasattr(module, "_laid") == (module in own) for module in model.modules())
     (expected, gradients), (logits, heard) = found
     assert torch.equal(logits, expected)
@@ -89,25 +91,26 @@ def test_the_tap_changes_nothing_and_hears_the_decoder_alone(row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.model_type in IMAGES], ids=lambda row: f"{row.model_type}-{row.decoder}")
 def test_the_image_is_seen(row):
     model, batch = tiny(row), inputs(row.model_type)
+    name = next(name for name in batch if "pixel_values" in name)
     with torch.no_grad():
-        plain, changed = logits_of(model, batch), logits_of(model, batch | {"pixel_values": batch["pixel_values"].flip(-1)})
+        plain, changed = logits_of(model, batch), logits_of(model, batch | {name: batch[name].flip(-1)})
     assert not torch.equal(plain, changed)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.model_type in IMAGES], ids=lambda row: f"{row.model_type}-{row.decoder}")
 def test_a_token_changes_those_before_it_only_where_images_are_blocks(row):
-    """The last token of the image is changed where it enters the decoder."""
+    """The last token of the image is changed where it enters the first layer."""
     model, batch, found = tiny(row), inputs(row.model_type), []
     last = int((batch["input_ids"][0] == IMAGE).nonzero()[-1])
 
     def change(module, args, kwargs):
-        embedded = kwargs["inputs_embeds"].clone()
-        embedded[:, last] += 1
-        return args, kwargs | {"inputs_embeds": embedded}
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        hidden[:, last] += 1
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     with torch.no_grad():
         found.append(logits_of(model, batch)[:, :last])
-        decoder(model).register_forward_pre_hook(change, with_kwargs=True)
+        decoder(model).layers[0].register_forward_pre_hook(change, with_kwargs=True)
         found.append(logits_of(model, batch)[:, :last])
     assert torch.equal(*found) != row.image_blocks
 
