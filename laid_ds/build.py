@@ -15,7 +15,7 @@ from laid_ds.data.batch import Prepare
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
-from laid_ds.data.stream import Stream, check_budget
+from laid_ds.data.stream import Stream, budgeted_lengths
 from laid_ds.distill import Student, Teacher
 from laid_ds.evaluation.progress import chance_of
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
@@ -25,6 +25,8 @@ from laid_ds.models.lora import add_lora
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
+
+COUNTED = 64  # samples whose tokens are counted before packs are planned
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -97,8 +99,9 @@ def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
 
 
 def _asks_lse(run: Run, model: Model) -> bool:
-    """Matching saves work where attention hands out its log-sum-exp."""
-    return run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
+    """Whether matching takes the log-sum-exp from attention: the fused kernels then leave out the sweep that finds it; the chunked one,
+    measured on a CPU, saves nothing (docs/log.md)."""
+    return torch.cuda.is_available() and run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
 
 
 def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
@@ -129,17 +132,31 @@ def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
         prepare=prepare,
         shuffle=data.shuffle,
         weights=data.weights,
-        packing=_packing(run, per_step),
+        packing=_packing(run, dataset, renderer, per_step),
         on_bad=data.on_bad,
         workers=data.workers,
     )
 
 
-def _packing(run: Run, packs_per_step: int = 1) -> Packing | None:
+def _packing(run: Run, dataset: Dataset, renderer: Renderer, packs_per_step: int = 1) -> Packing | None:
+    """How packs are planned, in the student's tokens, by what it makes of some samples spread over the data; on the safe side."""
     data = run.data
     if data.tokens_per_pack is None:
         return None
-    return Packing(data.tokens_per_pack, group=packs_per_step, tokens=data.count_tokens, images=data.images)
+    chosen = sorted({i * len(dataset) // COUNTED for i in range(COUNTED)}, key=lambda i: dataset.lengths[i])
+    records = {i: dataset.record(i) for i in chosen}
+    scale = 1.0
+    if data.count_tokens == "estimate":  # short samples may be off by more, but by few tokens
+        scale = max(renderer.count(records[i]) / int(dataset.lengths[i]) for i in chosen[len(chosen) // 2 :])
+    of_image = [renderer.image_length(image.width, image.height) for record in records.values() for image in record.images]
+    return Packing(
+        data.tokens_per_pack,
+        group=packs_per_step,
+        tokens=data.count_tokens,
+        scale=scale,
+        images=data.images,
+        image_tokens=min(of_image, default=0),
+    )
 
 
 def _pairs(run: Run) -> Pairs:
@@ -167,7 +184,7 @@ def check(run: Run) -> None:
     if len(processors) == 2:
         check_same_tokenizer(*processors)
     if run.data.tokens_per_pack is not None:
-        _check_packs(run, dataset)
+        _check_packs(run, dataset, build_renderer(run, processors[0]))
     if run.student.lora is not None and any(layer == 0 for layer, _ in _pairs(run)) and "k_proj" not in run.student.lora.targets:
         raise ValueError(
             f"the keys of layer 0 are compared, and LoRA on {list(run.student.lora.targets)} cannot move them: add k_proj to"
@@ -176,10 +193,9 @@ def check(run: Run) -> None:
     _pairs(run)
 
 
-def _check_packs(run: Run, dataset: Dataset) -> None:
+def _check_packs(run: Run, dataset: Dataset, renderer: Renderer) -> None:
     """Raises ValueError unless every sample fits a pack, and both models keep the samples of a row apart and number positions alike."""
-    packing = _packing(run)
-    check_budget(dataset, dataset.token_counts(packing.tokens), packing)
+    budgeted_lengths(dataset, _packing(run, dataset, renderer))
     found = [check_packable(load_config(model.path)) for model in (run.student, run.teacher) if model is not None]
     if len({(family.positions, family.positions == "1d" or family.model_type) for family in found}) > 1:
         raise ValueError(

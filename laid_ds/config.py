@@ -83,9 +83,10 @@ class Data(Section):
     micro_batch: Count = 1
     """Samples per rank and forward pass, padded to the longest; with tokens_per_pack packs, of which there is 1."""
     tokens_per_pack: Count | None = None
-    """Lay samples end to end in one row of at most so many tokens (as `count_tokens` counts them) instead of padding them."""
+    """Lay samples end to end in one row of at most about so many of the student's tokens, instead of padding them."""
     count_tokens: str = "estimate"
-    """Which token counts of the shards' index packs are planned by: "estimate", or the name under which samples record exact ones."""
+    """How packs are planned: by the "estimate" in the shards' index, scaled to what the student's processor makes of some samples; or by
+    the exact counts that samples record under another name."""
     workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -109,8 +109,12 @@ class Packing:
     """Packs of similar work that lie side by side: best the number of packs in one optimizer step."""
     tokens: str = "estimate"
     """Which lengths of the index: `Dataset.token_counts`."""
+    scale: float = 1.0
+    """Tokens of the budget's kind for each token of the index."""
     images: tuple[int, int] | None = None
-    """Samples enter as windows of [least, most] images: each counts as many of its tokens as its window has of its images."""
+    """Samples enter as windows of [least, most] images."""
+    image_tokens: int = 0
+    """By how many tokens a window is at least shorter than its sample, for each image that it lacks."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,7 @@ class Stream:
             raise ValueError(f'on_bad {on_bad!r} is neither "raise" nor "replace"')
         self.dataset, self.seed, self.shuffle, self.weights, self.packing = dataset, seed, shuffle, weights, packing
         self.micro_batch, self.rank, self.world_size, self.workers = micro_batch, rank, world_size, workers
-        self.lengths = dataset.token_counts(packing.tokens) if packing else dataset.lengths
-        if packing:
-            check_budget(dataset, self.lengths, packing)
+        self.lengths = budgeted_lengths(dataset, packing) if packing else dataset.lengths
         self._reader = _Reader(dataset, prepare, self.lengths if packing else None, seed, on_bad)
         self._plans: dict[int, tuple[np.ndarray, Packs]] = {}
         self._epoch, self._offset, self._position = 0, 0, 0
@@ -161,7 +159,7 @@ class Stream:
         if bounds is None:
             return self.lengths[order]
         drawn = np.array([images_drawn(self.seed, epoch * len(order) + place, bounds) for place in range(len(order))], np.int64)
-        return _of_windows(self.lengths[order], self.dataset.num_images[order], drawn)
+        return _of_windows(self.lengths[order], self.dataset.num_images[order], drawn, self.packing.image_tokens)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.weights is None:
@@ -354,19 +352,19 @@ class _Unpacker(pickle.Unpickler):
         return self.room[first : first + num_bytes].view(dtype).reshape(shape)
 
 
-def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int) -> np.ndarray:
-    """Tokens of windows of `drawn` images, rounded up; a sample with no more images than that stays whole."""
-    images = np.maximum(num_images, 1)
-    return -(-lengths * np.minimum(drawn, images) // images)
+def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int, image_tokens: int) -> np.ndarray:
+    """The most tokens that windows of `drawn` images have: all text, and what the images that are left out would have taken is gone."""
+    return np.maximum(lengths - np.maximum(num_images - drawn, 0) * image_tokens, 1)
 
 
-def check_budget(dataset: Dataset, lengths: np.ndarray, packing: Packing) -> None:
-    """Raises DataError for a sample that no pack can hold."""
-    if packing.images is not None:
-        lengths = _of_windows(lengths, dataset.num_images, packing.images[1])
-    longest = int(lengths.argmax())
-    if lengths[longest] > packing.budget:
-        raise DataError(f"a sample of {lengths[longest]} tokens does not fit a budget of {packing.budget}").at(dataset.origin(longest))
+def budgeted_lengths(dataset: Dataset, packing: Packing) -> np.ndarray:
+    """Tokens of each whole sample as the budget counts them. Raises DataError for a sample, or a window of it, that no pack can hold."""
+    lengths = np.ceil(dataset.token_counts(packing.tokens) * packing.scale).astype(np.int64)
+    largest = lengths if packing.images is None else _of_windows(lengths, dataset.num_images, packing.images[1], packing.image_tokens)
+    longest = int(largest.argmax())
+    if largest[longest] > packing.budget:
+        raise DataError(f"a sample of {largest[longest]} tokens does not fit a budget of {packing.budget}").at(dataset.origin(longest))
+    return lengths
 
 
 def _unchanged(item: Any) -> Any:

@@ -35,6 +35,18 @@ class SampleLike(Protocol):
     images: tuple[bytes, ...]
 
 
+class RecordLike(Protocol):
+    """A sample whose images are only described (data.record.Record is one)."""
+
+    turns: tuple[TurnLike, ...]
+    images: tuple[SizeLike, ...]
+
+
+class SizeLike(Protocol):
+    width: int
+    height: int
+
+
 class PixelsLike(Protocol):
     """How encoded images become pixels of a wanted size (data.images.Pixels is one)."""
 
@@ -141,7 +153,7 @@ class Renderer:
         """positions: numbers the tokens of a sample (models.positions.position_rule), for samples that will share a row."""
         self.processor, self.pixels, self.cache_bytes, self.positions = processor, pixels, cache_bytes, positions
         self._pictures: OrderedDict[bytes, _Picture] = OrderedDict()
-        self._cached_bytes, self._texts = 0, {}
+        self._cached_bytes, self._texts, self._lengths = 0, {}, {}
         self._options = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
         self._learn_the_family()
 
@@ -178,6 +190,18 @@ class Renderer:
         all_ids, all_supervised = (torch.cat(column) for column in zip(*parts, strict=True))
         return self._rendered(all_ids, all_supervised, pictures, trailing=0 if shown else len(self._blank.ids))
 
+    def count(self, record: RecordLike) -> int:
+        """The tokens that a sample will have, without its images (and without a stand-in)."""
+        ids, _, shown = self._tokens(record)
+        return len(ids) + sum(self.image_length(record.images[i].width, record.images[i].height) - 1 for i in shown)
+
+    def image_length(self, width: int, height: int) -> int:
+        """Tokens of an image of this size, with its own marks."""
+        if (width, height) not in self._lengths:
+            _, (text,) = self._process([self._sized(Image.new("RGB", (width, height)))])
+            self._lengths[width, height] = len(self._ids(text))
+        return self._lengths[width, height]
+
     def _rendered(self, ids: Tensor, supervised: Tensor, pictures: list[_Picture], trailing: int) -> Rendered:
         tokens, images = {"input_ids": ids}, [picture.tensors for picture in pictures]
         if self._type_names:
@@ -193,7 +217,7 @@ class Renderer:
             positions = self.positions({name: row[None] for name, row in tokens.items()} | grids)
         return Rendered(tokens, images, self._image_axis, shows, supervised, trailing, positions)
 
-    def _tokens(self, sample: SampleLike) -> tuple[Tensor, Tensor, list[int]]:
+    def _tokens(self, sample: SampleLike | RecordLike) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
         text, spans = self._text(sample)
         tokenizer = self.processor.tokenizer
@@ -208,7 +232,7 @@ class Renderer:
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
         return ids, supervised, shown
 
-    def _text(self, sample: SampleLike) -> tuple[str, list[tuple[int, int]]]:
+    def _text(self, sample: SampleLike | RecordLike) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the spans of its answers."""
         template = ProcessorMixin.apply_chat_template  # some families' own ask their video part even where there is no video
         marked = template(self.processor, [_message(turn) for turn in sample.turns], tokenize=False)
@@ -222,7 +246,7 @@ class Renderer:
 
     def _picture(self, image: bytes) -> _Picture:
         if image not in self._pictures:
-            tensors, (text,) = self._process([self._sized(image)])
+            tensors, (text,) = self._process([self._sized(self.pixels.decode(image))])
             kept = {name: tensors[name].clone() for name in self._image_names}
             self._pictures[image] = _Picture(kept, self._ids(text))
             self._cached_bytes += sum(tensor.nbytes for tensor in kept.values())
@@ -249,9 +273,9 @@ class Renderer:
         found = self.processor.image_processor
         return found.patch_size * found.merge_size if isinstance(found, Qwen2VLImageProcessorPil) else None
 
-    def _sized(self, image: bytes) -> Image.Image:
+    def _sized(self, found: Image.Image) -> Image.Image:
         """The image; where its family sizes as Qwen does, in the size at which the processor would see it, so that `pixels` resizes."""
-        found, geometry = self.pixels.decode(image), self.processor.image_processor
+        geometry = self.processor.image_processor
         if self._patch() is None:
             return found
         limits = {"min_pixels": geometry.size["shortest_edge"], "max_pixels": geometry.size["longest_edge"]}

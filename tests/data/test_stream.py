@@ -18,7 +18,7 @@ from laid_ds.data.stream import Stream, _Slabs, empty
 
 GLOBAL_BATCH = 24
 PACKING = Packing(budget=120, buffer=8, group=3)
-WINDOWS = Packing(budget=120, buffer=8, group=3, images=(1, 2))
+WINDOWS = Packing(budget=120, buffer=8, group=3, images=(1, 2), image_tokens=3)
 each_packing = pytest.mark.parametrize("packing", [None, PACKING, WINDOWS], ids=["samples", "packs", "packs of windows"])
 
 
@@ -242,14 +242,14 @@ def test_every_rank_has_the_same_steps_over_uneven_shards(dataset, tmp_path, wor
     assert results.tolist() == [15 * 2 * world_size] * world_size
 
 
-def test_windows_are_packed_by_the_tokens_that_they_will_have(uneven):
-    """A window of half of a sample's images counts half of its tokens, so that a pack may hold what whole samples would burst."""
-    packing = replace(WINDOWS, budget=60, images=(1, 1))
+def test_windows_are_packed_by_the_tokens_that_they_may_have(uneven):
+    """A window is shorter than its sample by the images that it lacks, so that a pack may hold what whole samples would burst."""
+    packing = replace(WINDOWS, budget=60, scale=0.5, images=(1, 1))
     stream = Stream(uneven, micro_batch=1, rank=0, world_size=1, seed=5, prepare=keys, packing=packing)
     windows, whole = [], []
     for slot in stream.epoch_slots(0):
         lengths, images = ([int(column[index]) for _, index in slot] for column in (uneven.lengths, uneven.num_images))
         assert all(images_drawn(5, position, packing.images) == 1 for position, _ in slot)
-        windows.append(sum(math.ceil(length / max(number, 1)) for length, number in zip(lengths, images, strict=True)))
-        whole.append(sum(lengths))
+        whole.append(sum(math.ceil(length / 2) for length in lengths))
+        windows.append(whole[-1] - sum(3 * max(number - 1, 0) for number in images))
     assert max(windows) <= packing.budget < max(whole)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laid_ds.align import Align, layer_pairs
-from laid_ds.build import check
+from laid_ds.build import build_renderer, build_stream, check
 from laid_ds.config import Align as Options
 from laid_ds.config import Losses
 from laid_ds.data.batch import Prepare
@@ -103,7 +103,7 @@ def test_a_row_without_any_image_ends_with_a_stand_in_that_changes_nothing(world
     assert_same(step(world, [packed]), step(world, [prepare_of(world, False)([item]) for item in items]))
 
 
-def test_the_log_sum_exp_saves_work_and_changes_nothing(worlds):
+def test_the_log_sum_exp_of_attention_changes_nothing(worlds):
     """Matching is given what attention computed anyway, or computes it again: the same losses and gradients."""
     world = worlds("qwen2_5_vl")
     for batch in (world.batch(), world.batch(packed=True)):
@@ -115,12 +115,26 @@ def packed_run(world):
     def of(folder, accumulation):
         return world.run(
             folder,
-            data={"micro_batch": 1, "tokens_per_pack": 150, "images": [1, 4]},
+            data={"micro_batch": 1, "tokens_per_pack": 300, "images": [1, 4]},
             optimizer={"accumulation": accumulation},
             student={"gradient_checkpointing": True},
         )
 
     return of
+
+
+def test_packs_of_windows_stay_within_the_budget_in_the_model_s_own_tokens(packed_run, tmp_path):
+    """The index only estimates tokens, of whole samples; the plan is made in the student's, on the safe side."""
+    run = packed_run(tmp_path / "run", 1)
+    dataset, renderer = Dataset.open(list(run.data.shards)), build_renderer(run, load_processor(run.student.path))
+    stream = build_stream(run, dataset, renderer)
+    counted = torch.tensor([renderer.count(dataset.record(i)) for i in range(len(dataset))])
+    assert (torch.from_numpy(stream.lengths) >= counted).all()
+    assert stream.lengths.max() <= 1.05 * counted.max()
+    found = [batch.counts() for batch, _ in zip(stream, range(20), strict=False)]
+    assert max(counts["tokens"] for counts in found) <= 300
+    assert sum(counts["tokens"] for counts in found) > 0.4 * 300 * 20
+    assert sum(counts["samples"] for counts in found) >= 2 * 20
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laid_ds.models.attention import NAME, Tap, decoder, enable_checkpointing, listen
+from laid_ds.models.attention import NAME, Tap, assert_differentiable, decoder, enable_checkpointing, listen
 
 
 def outputs(model, batch):
@@ -102,3 +102,14 @@ def test_two_models_of_one_config_do_not_share_their_attention(world):
 def test_a_layer_without_attention_is_refused(world):
     with pytest.raises(ValueError, match=r"decoder layers \[7\] have no attention.*\[0, 1\]"):
         listen(world.load("student"), Tap([0, 7]))
+
+
+def test_reentrant_checkpointing_is_refused(world):
+    """It would cut the gradient of all that is heard, without a word."""
+    model, tap = world.load("student").train(), Tap([1])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    listen(model, tap)
+    with tap.open() as heads:
+        model.model(**world.batch().inputs, use_cache=False)
+    with pytest.raises(AssertionError, match=r"tapped tensors of layers \[1\] carry no gradient \(reentrant checkpointing"):
+        assert_differentiable(heads)

@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 from laid_ds.data.batch import collate
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
-from laid_ds.data.record import Sample, Turn
+from laid_ds.data.record import Sample, Turn, record_of
 from laid_ds.models.new_model import KINDS, train_processor
 from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor
 from tests.support.world import tiny_config
@@ -69,6 +69,12 @@ def test_images_of_many_tiles_are_those_of_the_processor(worlds, sample):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert (rendered.shows == 0).sum() == 4  # three tiles and the whole
     assert (rendered.shows == 5).sum() > 0
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_tokens_are_counted_without_the_images(worlds, family, sample):
+    renderer = Renderer(load_processor(worlds(family).student), Pixels())
+    assert renderer.count(record_of(sample)) == len(renderer(sample).supervised)
 
 
 def test_a_folder_s_processor_keeps_the_family_s_name(worlds):
