@@ -21,7 +21,7 @@ from laid_ds.evaluation.progress import chance_of
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import check_packable, trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
-from laid_ds.models.lora import add_lora
+from laid_ds.models.lora import add_lora, check_peft
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
@@ -185,12 +185,20 @@ def check(run: Run) -> None:
         check_same_tokenizer(*processors)
     if run.data.tokens_per_pack is not None:
         _check_packs(run, dataset, build_renderer(run, processors[0]))
-    if run.student.lora is not None and any(layer == 0 for layer, _ in _pairs(run)) and "k_proj" not in run.student.lora.targets:
-        raise ValueError(
-            f"the keys of layer 0 are compared, and LoRA on {list(run.student.lora.targets)} cannot move them: add k_proj to"
-            " student.lora.targets, or leave layer 0 out of align.pairs"
-        )
+    if run.student.lora is not None:
+        _check_lora(run)
     _pairs(run)
+
+
+def _check_lora(run: Run) -> None:
+    """Raises ValueError without peft, and for compared keys that the factors cannot move."""
+    check_peft()
+    targets = run.student.lora.targets
+    if any(layer == 0 for layer, _ in _pairs(run)) and "k_proj" not in targets:
+        raise ValueError(
+            f"the keys of layer 0 are compared, and LoRA on {list(targets)} cannot move them: add k_proj to student.lora.targets, or leave"
+            " layer 0 out of align.pairs"
+        )
 
 
 def _check_packs(run: Run, dataset: Dataset, renderer: Renderer) -> None:

@@ -144,7 +144,7 @@ def laid_mask(
 
     A token that does not see the one before it begins a sample.
     """
-    if not (_packed.get() or (device.type == "cuda" and _is_plain_window(**kwargs))):
+    if not (_packed.get() or (device.type == "cuda" and _is_plain_window(q_length, **kwargs))):
         return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **kwargs)
     row, token = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
     follows = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
@@ -153,11 +153,16 @@ def laid_mask(
 
 
 def _is_plain_window(
-    config: PretrainedConfig, kv_length: int, q_offset: int = 0, local_size: int | None = None, attention_mask: Tensor | None = None, **rest
+    q_length: int,
+    config: PretrainedConfig,
+    kv_length: int,
+    local_size: int | None = None,
+    attention_mask: Tensor | None = None,
+    **rest: Any,
 ) -> bool:
-    """A sliding window over whole rows without padding, of a decoder in which every row sees one run of keys."""
+    """A sliding window over whole rows without padding or cache, of a decoder in which every row sees one run of keys."""
     known = DECODERS.get(config.model_type)
-    return local_size is not None and attention_mask is None and q_offset == 0 and known is not None and known.packable
+    return local_size is not None and attention_mask is None and kv_length == q_length and known is not None and known.packable
 
 
 def gives_lse(config: PretrainedConfig, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,9 @@ def add_lora(model: PreTrainedModel, options: Lora, seed: int) -> None:
 
     The model may be partitioned. Raises ValueError when `peft` is not installed and for a name that is no linear layer there.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ValueError("student.lora needs the extra: pip install 'laid-ds[lora]'") from None
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.requires_grad_(False)
     settings = LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=_targets(model, options.targets)
@@ -33,6 +33,12 @@ def add_lora(model: PreTrainedModel, options: Lora, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
+
+
+def check_peft() -> None:
+    """Raises ValueError when `peft` is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError("student.lora needs the extra: pip install 'laid-ds[lora]'")
 
 
 def merge_lora(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    Idefics3Processor,
     InternVLProcessor,
     LlavaProcessor,
     PretrainedConfig,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from laid_ds.models.processor import SampleLike, offline, turn_text
@@ -97,6 +99,15 @@ def _llava(tokenizer: Qwen2Tokenizer, tree: dict[str, Any], image_tokens: int, c
     )
 
 
+def _idefics3(tokenizer: Qwen2Tokenizer, tree: dict[str, Any], image_tokens: int, colours: dict[str, list[float]]) -> ProcessorMixin:
+    """One tile an image; the config's scale_factor says how many tokens it takes."""
+    side, patch = tree["vision_config"]["image_size"], tree["vision_config"]["patch_size"]
+    edge = {"longest_edge": side}
+    images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False, **colours)
+    length = (side // patch // tree.get("scale_factor", 2)) ** 2
+    return Idefics3Processor(image_processor=images, tokenizer=tokenizer, image_seq_len=length, chat_template=_template(LLAVA))
+
+
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 INTERNVL = "<IMG_CONTEXT>"
 LLAVA = "<image>"
@@ -106,6 +117,7 @@ KINDS = {
     "qwen3_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen3VLProcessor)),
     "internvl": Kind(INTERNVL, INTERNVL_MARKS, _internvl),
     "llava": Kind(LLAVA, {"image": LLAVA}, _llava),
+    "idefics3": Kind(LLAVA, {"fake_image": "<fake_token_around_image>", "image": LLAVA, "global_image": "<global-img>"}, _idefics3),
 }
 
 

@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 ANSWER, END = "\ue000", "\ue001"  # private-use marks around answers; removed again after the chat template has run
@@ -78,18 +79,24 @@ def load_processor(path: str | Path) -> ProcessorMixin:
     if not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} holds no processor (no tokenizer_config.json); copy the processor files of the model there")
     name = _processor_class(path)
-    processor = offline(getattr(transformers, name)).from_pretrained(path)
+    try:
+        processor = offline(getattr(transformers, name)).from_pretrained(path)
+    except ImportError as error:
+        raise ValueError(f"the {name} at {path} needs a package that is not installed: {error}") from None
     if type(processor.image_processor).__name__.removesuffix("Fast") == "Qwen2VLImageProcessor":  # torchvision's, where that is installed
         processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     return processor
 
 
 def _processor_class(path: Path) -> str:
-    """The name that the folder gives its processor. Raises ValueError when it gives none that transformers has."""
+    """The name that the folder gives its processor, else that of its family. Raises ValueError when transformers has none of that name."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         name = json.loads((path / file).read_text()).get("processor_class") if (path / file).is_file() else None
         if name is not None and issubclass(getattr(transformers, name, type(None)), ProcessorMixin):
             return name
+    config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+    if config.get("model_type") in PROCESSOR_MAPPING_NAMES:
+        return PROCESSOR_MAPPING_NAMES[config["model_type"]]
     raise ValueError(
         f"{path} names no processor class of transformers {transformers.__version__}; copy the processor files of the model there"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from laid_ds.models import backends
-from laid_ds.models.attention import Listening, Tap, laid_attention, listen
+from laid_ds.models.attention import Listening, Tap, _is_plain_window, laid_attention, listen
 from laid_ds.models.backends import attend, has_lse
 from laid_ds.models.extension import self_extend
 from tests.models.family_models import inputs, tiny_model
@@ -124,6 +124,17 @@ def test_no_mask_of_a_packed_row_grows_with_the_row(tokens, monkeypatch):
     query = torch.randn(1, 1, tokens, 8)
     attend(query, query, query, torch.tensor([0, tokens], dtype=torch.int32), 1.0, 64)
     assert max(sizes) == 512 * (512 + 63)
+
+
+def test_a_sliding_window_on_cuda_is_bounds_where_rows_see_one_run_of_keys():
+    """Elsewhere, and with padding or a cache, it is the dense mask. (The device is only a name here: nothing is computed on it.)"""
+    known, mixed = (tiny_model(*key).config.get_text_config() for key in (("aya_vision", "cohere2"), ("gemma3", "gemma3_text")))
+    window = {"kv_length": 9, "local_size": 4, "q_offset": 0}
+    assert _is_plain_window(9, config=known, **window)
+    assert not _is_plain_window(9, config=mixed, **window)
+    assert not _is_plain_window(1, config=known, **window)
+    assert not _is_plain_window(9, config=known, **window | {"local_size": None})
+    assert not _is_plain_window(9, config=known, **window, attention_mask=torch.ones(1, 9))
 
 
 def test_a_log_sum_exp_where_there_is_none_is_refused():

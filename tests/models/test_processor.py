@@ -4,6 +4,8 @@ without an image changes nothing."""
 from __future__ import annotations
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample, Turn, record_of
 from laid_ds.models.new_model import KINDS, train_processor
-from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor
+from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor, offline
 from tests.support.world import tiny_config
 
 
@@ -40,7 +42,7 @@ def messages(sample):
 
 
 def test_a_processor_is_made_for_several_families():
-    assert {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava"} <= KINDS.keys()
+    assert {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava", "idefics3"} <= KINDS.keys()
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -110,7 +112,7 @@ def test_an_answer_that_is_part_of_the_question_is_supervised_only_as_answer(pro
 def test_a_stand_in_image_after_the_last_token_changes_nothing(worlds, family):
     turns = (Turn("user", ("what colour is the other shape?",)), Turn("assistant", ("red",)))
     rendered = Renderer(load_processor(worlds(family).student), Pixels())(Sample("k", turns))
-    assert 0 < rendered.trailing <= 4
+    assert 0 < rendered.trailing <= 4  # the image's tokens and its own marks
     assert len(rendered.images) == 1
     batch = collate([rendered], ["k"], 0)
     assert (batch.segments[0] == -1).sum() == rendered.trailing
@@ -139,3 +141,25 @@ def test_different_tokenizers_are_refused(processor, sample):
 def test_a_folder_without_a_processor_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="holds no processor"):
         load_processor(tmp_path)
+
+
+def test_a_folder_that_does_not_name_its_processor_gets_that_of_its_family(worlds, tmp_path):
+    folder = shutil.copytree(worlds("internvl").student, tmp_path / "model")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if key != "processor_class"}))
+    assert type(load_processor(folder)).__name__ == "InternVLProcessor"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no processor class of transformers"):
+        load_processor(folder)
+
+
+def test_a_processor_that_needs_a_package_is_a_sentence(worlds, tmp_path, monkeypatch):
+    folder = shutil.copytree(worlds("llava").student, tmp_path / "model")
+
+    def missing(path):
+        raise ImportError("Package `num2words` is required")
+
+    monkeypatch.setattr(offline(LlavaProcessor), "from_pretrained", missing)
+    with pytest.raises(ValueError, match=r"LlavaProcessor at .* needs a package that is not installed: .*`num2words`"):
+        load_processor(folder)

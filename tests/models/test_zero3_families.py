@@ -114,7 +114,7 @@ def test_a_step_of_other_families_under_zero3_is_plain_torch(world, folders, tmp
                 assert result[name][term] == pytest.approx(value, rel=2e-5), (name, term)
 
 
-@pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "llava"])
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "llava", "idefics3"])
 def test_a_whole_run_of_another_family(worlds, name, tmp_path):
     """Shards, training on two ranks (packed), export, a stock model, evaluation."""
     world = worlds(name)

@@ -87,10 +87,11 @@ def make_world(folder: Path, family: str = "qwen2_5_vl") -> World:
 
 
 TINY_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-OTHER_DECODERS = {"qwen3_vl": "qwen3_vl_text", "internvl": "qwen2", "llava": "llama"}
+OTHER_DECODERS = {"qwen3_vl": "qwen3_vl_text", "internvl": "qwen2", "llava": "llama", "idefics3": "llama"}
 OTHER_TOWERS = {
     "qwen3_vl": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     "internvl": TINY_VISION | {"image_size": [32, 32], "patch_size": [16, 16]},
+    "idefics3": TINY_VISION | {"image_size": 32, "patch_size": 16},
     "llava": TINY_VISION | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16},
 }
 
