@@ -77,6 +77,7 @@ class Reporter:
         per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
         remaining = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.steps - step)))
         rates = f"{record['tokens'] / seconds:,.0f} tokens/s  {record['images'] / seconds:,.0f} images/s"
+        rates += f"  fill {record['fill']:.0%}" if "fill" in record else ""
         used = f"{record['peak_bytes'] / 2**30:.2f} GiB" + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
         loss = f"loss {record['loss']:.4g}  {terms}  |g| {record['gradient_norm']:.3g}"
         return f"step {step}/{self.steps}  {loss}  {rates}  {used}  {remaining} left"

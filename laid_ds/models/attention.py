@@ -160,9 +160,10 @@ def _is_plain_window(
     attention_mask: Tensor | None = None,
     **rest: Any,
 ) -> bool:
-    """A sliding window over whole rows without padding or cache, of a decoder in which every row sees one run of keys."""
+    """A sliding window over whole rows, no padding, cache or dropout, of a decoder in which every row sees one run of keys."""
     known = DECODERS.get(config.model_type)
-    return local_size is not None and attention_mask is None and kv_length == q_length and known is not None and known.packable
+    plain = attention_mask is None and kv_length == q_length and not getattr(config, "attention_dropout", 0.0)
+    return local_size is not None and plain and known is not None and known.packable
 
 
 def gives_lse(config: PretrainedConfig, dtype: torch.dtype) -> bool:
