@@ -16,7 +16,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     Idefics3Processor,
     InternVLProcessor,
     LlavaProcessor,
@@ -32,6 +31,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from laid_ds.models.load import model_class
 from laid_ds.models.processor import SampleLike, offline, turn_text
 
 CHAT_TEMPLATE = (
@@ -146,7 +146,7 @@ def write_new_model(
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is not a usable model config: {error!r}") from None
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = model_class(config).from_config(config)
     model.save_pretrained(output)
     processor.save_pretrained(output)
     return sum(parameter.numel() for parameter in model.parameters())
