@@ -10,6 +10,8 @@ import math
 from importlib.metadata import version
 from typing import Any
 
+from pydantic import ValidationError
+
 from laid_ds import checkpoint, config, distributed
 from laid_ds.config import Run
 from laid_ds.stop import DONE, REQUEUE, STOP
@@ -24,7 +26,7 @@ def check_output(run: Run) -> None:
     if (run.output / DONE).is_file():
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
-        differing = _differences(json.loads(record.read_text())["run"], config.as_tree(run))
+        differing = _differences(_with_defaults(json.loads(record.read_text())["run"]), config.as_tree(run))
         differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
         if differing:
             raise ValueError(
@@ -32,6 +34,14 @@ def check_output(run: Run) -> None:
             )
     elif run.output.is_dir() and any(path.name != "run.json.partial" for path in run.output.iterdir()):
         raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
+
+
+def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recorded run with the keys that later versions added; as it is where this version does not know it any more."""
+    try:
+        return config.as_tree(Run.model_validate(tree))
+    except ValidationError:
+        return tree
 
 
 def open_output(run: Run) -> None:

@@ -1,0 +1,62 @@
+"""Whose folder it is: a run goes on in its own, also after an upgrade that added keys, and in no other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from laid_ds import config
+from laid_ds.run_folder import check_output
+
+
+@pytest.fixture
+def recorded(world, tmp_path):
+    """A run that began, and its record as a tree to change."""
+    run = world.run(tmp_path / "run")
+    run.output.mkdir()
+    tree = config.as_tree(run)
+
+    def write(tree):
+        (run.output / "run.json").write_text(json.dumps({"run": tree}))
+
+    write(tree)
+    return run, tree, write
+
+
+def test_a_run_goes_on_in_its_own_folder(recorded):
+    check_output(recorded[0])
+
+
+def test_keys_that_a_later_version_added_stand_at_their_defaults(recorded):
+    run, tree, write = recorded
+    del tree["data"]["count_tokens"], tree["stop"]
+    write(tree)
+    check_output(run)
+
+
+@pytest.mark.parametrize("section, key, value", [("optimizer", "lr", 0.5), ("data", "key_of_another_version", 1)])
+def test_another_run_is_refused_by_what_differs(recorded, section, key, value):
+    run, tree, write = recorded
+    tree[section][key] = value
+    write(tree)
+    with pytest.raises(ValueError, match=rf"holds another run \(it differs in {section}.{key}\)"):
+        check_output(run)
+
+
+def test_what_does_not_decide_the_outcome_may_change(recorded):
+    run, tree, write = recorded
+    tree["logging"]["every_steps"], tree["checkpoint"]["keep_last"], tree["stop"]["after_minutes"] = 7, 9, 30.0
+    write(tree)
+    check_output(run)
+
+
+def test_a_finished_run_and_a_foreign_folder_are_left_alone(recorded, world, tmp_path):
+    run, _, _ = recorded
+    (run.output / "done.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run"):
+        check_output(run)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        check_output(world.run(tmp_path / "foreign"))
