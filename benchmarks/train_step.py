@@ -1,0 +1,334 @@
+"""One full training step of all of LAid beside a knowledge-distillation step of the usual trainers, on the CPU.
+
+python -m benchmarks.train_step --tokens 4096 --json
+
+Arms: `laid` (every term of the loss, every layer compared) on a plain AdamW loop and in DeepSpeed's ZeRO-3 engines, TRL's GKDTrainer
+(KL alone) and transformers' Trainer with cross-entropy + KL. All train the same two random Qwen2 models in fp32 on the same tokens,
+7 of 8 supervised, with the same AdamW and clip; each run is a process of its own, and the arms take turns. Needs `pip install .[bench]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import measure
+
+VOCABULARY, LAYERS, HEADS, KEY_HEADS, HIDDEN = 8192, 4, 4, 2, {"student": 128, "teacher": 256}
+ENGINE = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3_cpu.json"
+LR, CLIP = 1e-4, 1.0
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+
+Finish = Callable[[], None]
+
+
+def model(who: str):
+    """A random Qwen2 language model."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(len(who))
+    hidden = HIDDEN[who]
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
+    config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=LAYERS, use_cache=False, tie_word_embeddings=False, **sizes)
+    config._attn_implementation = "sdpa"
+    return Qwen2ForCausalLM(config)
+
+
+def sample(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels [1, T]; the first eighth is a prompt without loss."""
+    ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, : tokens // 8] = -100
+    return ids, labels
+
+
+class Meter:
+    """CPU seconds of each step, and memory beyond what the process held when the meter was made."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[dict[str, float]] = []
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+        self.before = measure._status_mb("VmRSS")
+
+    def begin(self) -> None:
+        self.began = time.process_time()
+
+    def end(self) -> None:
+        self.seconds.append(time.process_time() - self.began)
+
+    def report(self) -> dict:
+        peak = measure._status_mb("VmHWM")
+        return {
+            "cpu_seconds": statistics.median(self.seconds[1:]),  # the first step warms up
+            "added_bytes": round((peak - self.before) * 2**20),
+            "peak_bytes": round(peak * 2**20),
+            "losses": self.losses,
+        }
+
+
+def laid(tokens: int, steps: int, engines: bool) -> dict:
+    """All of LAid: cross-entropy, KL, head alignment and attention matching of every layer, gains on."""
+    from laid_ds import schedule
+    from laid_ds.align import Align, layer_pairs
+    from laid_ds.config import Run
+    from laid_ds.data.batch import Batch
+    from laid_ds.distill import Student, Teacher, train_step
+    from laid_ds.models.attention import Tap, attention_shape, listen
+    from laid_ds.models.rope_gain import responder
+
+    class TextBatch(Batch):
+        def images(self) -> int:
+            return 0
+
+    place = {"path": "random", "dtype": "float32", "deepspeed": ENGINE}
+    optimizer = {"lr": LR, "mixing_lr": LR, "gain_lr": LR, "betas": (0.9, 0.999), "clip": CLIP}
+    run = Run.model_validate(
+        {"name": "bench", "output": "none", "steps": steps, "student": place, "teacher": place, "data": {"shards": ["none"]}}
+        | {"optimizer": optimizer, "align": {"pairs": "proportional"}}
+    )
+    pupil, master = model("student"), model("teacher")
+    pairs = layer_pairs("proportional", LAYERS, LAYERS)
+    shapes = attention_shape(pupil.config), attention_shape(master.config)
+    gains = {layer: (HEADS, shapes[0][2] // 2) for layer in range(LAYERS)}
+    align = Align(run.align, pairs, *shapes, gains)
+    taps = Tap([s for s, _ in pairs]), Tap([t for _, t in pairs])
+    listen(pupil, taps[0], {layer: responder(align.gain, layer) for layer in range(LAYERS)})
+    listen(master, taps[1])
+    student, teacher = Student(pupil, align, taps[0], run.losses, VOCABULARY), Teacher(master, taps[1], VOCABULARY, shows_logits=True)
+    ids, labels = sample(tokens)
+    labels = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], 1)
+    batch = TextBatch({"input_ids": ids}, labels, torch.zeros_like(ids), ("sample",))
+    counted_by = {"kl": "rows", "sft": "rows"} | align.counted_by()
+    make = _zero3 if engines else _plain
+    meter = Meter()
+    student, teacher = make(student, teacher, run)
+    for step in range(steps):
+        meter.begin()
+        values = train_step(student, teacher, [batch], run.losses, schedule.omega(step / steps, run.match), counted_by)
+        meter.end()
+        meter.losses.append({name: values[name] for name in ("loss", "sft", "kl", "align", "match")})
+    return meter.report()
+
+
+def _plain(student, teacher, run):
+    return PlainEngine(student), teacher
+
+
+def _zero3(student, teacher, run):
+    """Both DeepSpeed engines, one rank."""
+    from laid_ds import engine
+
+    mechanics = [engine.read_deepspeed(ENGINE, "float32", run, trains) for trains in (True, False)]
+    return engine.training_engine(student, run, mechanics[0]), engine.teacher_engine(teacher, mechanics[1])
+
+
+class PlainEngine:
+    """The least that train_step needs of an engine: one process, AdamW, the gradient clipped."""
+
+    def __init__(self, student: torch.nn.Module) -> None:
+        self.student, self.optimizer = student.train(), torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0)
+
+    def __call__(self, *arguments):
+        return self.student(*arguments)
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _arguments(folder: str, steps: int) -> dict:
+    """What both trainers are told."""
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "max_grad_norm": CLIP,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _metered(meter: Meter):
+    """A callback that times steps, without the loading of data and the logging around them."""
+    from transformers import TrainerCallback
+
+    class Metered(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            meter.begin()
+
+        def on_step_end(self, *_, **__):
+            meter.end()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in (logs or {}):
+                meter.losses.append({"loss": float(logs["loss"])})
+
+    return Metered()
+
+
+def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _dataset(tokens: int, steps: int):
+    from datasets import Dataset
+
+    ids, labels = sample(tokens)
+    return Dataset.from_dict({"input_ids": ids.tolist() * steps, "labels": labels.tolist() * steps})
+
+
+def trl_gkd(tokens: int, steps: int, folder: str) -> dict:
+    """TRL's GKDTrainer as documented, off-policy (lmbda=0) with the forward KL alone (beta=0)."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
+    trainer = GKDTrainer(
+        model=model("student"),
+        teacher_model=model("teacher"),
+        args=GKDConfig(**_arguments(folder, steps), lmbda=0.0, beta=0.0, temperature=1.0, max_length=tokens),
+        train_dataset=_dataset(tokens, steps),
+        data_collator=_collate,
+        processing_class=tokenizer,
+    )
+    return _trained(trainer)
+
+
+def hf_ce_kl(tokens: int, steps: int, folder: str) -> dict:
+    """transformers' Trainer with the loss as one writes it first: the model's own cross-entropy plus KL of the supervised rows."""
+    from transformers import Trainer, TrainingArguments
+
+    teacher = model("teacher").eval()
+
+    class Distiller(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            with torch.no_grad():
+                shown = teacher(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            rows = inputs["labels"][:, 1:] != -100
+            logs = [F.log_softmax(logits[:, :-1][rows], -1) for logits in (outputs.logits, shown)]
+            loss = outputs.loss + F.kl_div(*logs, reduction="batchmean", log_target=True)
+            return (loss, outputs) if return_outputs else loss
+
+    trainer = Distiller(
+        model=model("student"),
+        args=TrainingArguments(**_arguments(folder, steps)),
+        train_dataset=_dataset(tokens, steps),
+        data_collator=_collate,
+    )
+    return _trained(trainer)
+
+
+def _trained(trainer) -> dict:
+    meter = Meter()
+    trainer.add_callback(_metered(meter))
+    trainer.train()
+    return meter.report()
+
+
+ARMS = {
+    "laid": lambda tokens, steps, folder: laid(tokens, steps, engines=False),
+    "laid_engine": lambda tokens, steps, folder: laid(tokens, steps, engines=True),
+    "trl_gkd": trl_gkd,
+    "hf_ce_kl": hf_ce_kl,
+}
+
+
+def run_arm(name: str, tokens: int, steps: int) -> dict:
+    """One arm in this process."""
+    if name == "laid_engine":
+        from laid_ds import engine
+
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        engine.start_processes()
+    with TemporaryDirectory() as folder:
+        return ARMS[name](tokens, steps, folder)
+
+
+def in_own_process(name: str, tokens: int, steps: int) -> dict:
+    """One arm in a fresh process; its report is the last line it prints."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--arm", name, "--tokens", str(tokens), "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(tokens: int, steps: int, repeats: int) -> dict:
+    """Medians over `repeats` processes of each arm, and ours divided by the peers'."""
+    runs = {name: [] for name in ARMS}
+    for _ in range(repeats):
+        for name in ARMS:
+            runs[name].append(in_own_process(name, tokens, steps))
+    _check_losses({name: found[0]["losses"][0] for name, found in runs.items()})
+    figures = {
+        f"{quantity}_{name}": statistics.median(run[quantity] for run in found)
+        for name, found in runs.items()
+        for quantity in ("cpu_seconds", "added_bytes", "peak_bytes")
+    }
+    for ours, suffix in (("laid", ""), ("laid_engine", "_engine")):
+        for peer in ("trl_gkd", "hf_ce_kl"):
+            figures[f"cpu_ratio{suffix}_vs_{peer}"] = figures[f"cpu_seconds_{ours}"] / figures[f"cpu_seconds_{peer}"]
+            figures[f"memory_ratio{suffix}_vs_{peer}"] = figures[f"added_bytes_{ours}"] / figures[f"added_bytes_{peer}"]
+    return figures
+
+
+def _check_losses(first: dict[str, dict[str, float]]) -> None:
+    """All arms computed the same: on the first step TRL's loss is our KL, the Trainer's our cross-entropy + KL, and engines change nothing."""
+    ours = first["laid"]
+    for found, expected in (
+        (first["trl_gkd"]["loss"], ours["kl"]),
+        (first["hf_ce_kl"]["loss"], ours["sft"] + ours["kl"]),
+        (first["laid_engine"]["loss"], ours["loss"]),
+    ):
+        assert abs(found - expected) < 1e-3 * abs(expected), first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=4, help="in each process; the first warms up")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each arm")
+    parser.add_argument("--arm", choices=ARMS, help="run one arm in this process and print its report")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    arguments = parser.parse_args()
+    if arguments.arm:
+        print(json.dumps(run_arm(arguments.arm, arguments.tokens, arguments.steps)))
+        return
+    figures = compare(arguments.tokens, arguments.steps, arguments.repeats)
+    measure.append("train_step.compare", "cpu", f"tokens={arguments.tokens}", figures)
+    versions = measure.versions() | {name: version(name) for name in PACKAGES}
+    measure.show(figures | {"tokens": arguments.tokens, "versions": versions}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
