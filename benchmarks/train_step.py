@@ -303,7 +303,7 @@ def compare(tokens: int, steps: int, repeats: int) -> dict:
 
 
 def _check_losses(first: dict[str, dict[str, float]]) -> None:
-    """All arms computed the same: on the first step TRL's loss is our KL, the Trainer's our cross-entropy + KL, and engines change nothing."""
+    """All arms compute the same: at first TRL's loss is our KL, the Trainer's our cross-entropy + KL, and engines change nothing."""
     ours = first["laid"]
     for found, expected in (
         (first["trl_gkd"]["loss"], ours["kl"]),

@@ -131,7 +131,11 @@ class Losses(Section):
     kl: NonNegative = 1.0
     sft: NonNegative = 1.0
     temperature: Positive = 1.0
-    rows_per_chunk: Count = 1024
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl"
+    """What losses.kl weighs: KL(teacher || student) (the paper), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the teacher in the mixture of "jsd"."""
+    rows_per_chunk: Count = 256
     """Rows of logits that exist at one time."""
 
     @property

@@ -17,7 +17,7 @@ from laid_ds.align import Align
 from laid_ds.config import Losses
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.losses import head_chunks, head_losses, weighted_mean
+from laid_ds.losses import head_losses
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
 
 
@@ -31,11 +31,11 @@ class Lesson(NamedTuple):
 
 @dataclass(frozen=True)
 class Ask:
-    """What one forward pass is to compute, besides the batch: pure functions of the step and the loss weights."""
+    """What one forward pass is to compute, besides the batch."""
 
-    terms: tuple[str, ...]
+    factors: dict[str, float]
+    """The terms of the loss, each with what its sum is multiplied with: weight / count over the whole optimizer step and all ranks."""
     omega: Omega
-    head_chunks: int
 
 
 class Teacher(nn.Module):
@@ -62,33 +62,35 @@ class Student(nn.Module):
     def __init__(self, model: nn.Module, align: Align | None, tap: Tap, losses: Losses, vocabulary: int, match_rows: int | None = None):
         super().__init__()
         self.model, self.align, self.tap = model, align, tap
-        self.temperature, self.vocabulary, self.match_rows = losses.temperature, vocabulary, match_rows
+        self.losses, self.vocabulary, self.match_rows = losses, vocabulary, match_rows
 
-    def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> dict[str, Tensor]:
-        """Sums of the asked terms over this micro-batch."""
+    def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once."""
         with self.tap.open() as heads:
             hidden = last_hidden_state(self.model, **batch.inputs)
         assert_differentiable(heads)
-        sums = head_losses(
+        loss, sums = head_losses(
             hidden[batch.supervised],
             self.model.get_output_embeddings(),
             batch.labels[batch.supervised],
             self.vocabulary,
+            ask.factors,
             lesson.logits if lesson else None,
-            self.temperature,
-            ask.head_chunks,
+            self.losses,
         )
-        compared = [term for term in ask.terms if term in ("align", "match")]
+        compared = [term for term in ask.factors if term in ("align", "match")]
         if compared:
             rows = None if self.match_rows is None else self.match_rows * len(batch.keys) // len(batch.segments)
-            sums |= self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows)
-        return {term: sums[term] for term in ask.terms}
+            found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows)
+            loss = loss + sum(ask.factors[term] * total for term, total in found.items())
+            sums |= {term: total.detach() for term, total in found.items()}
+        return loss, {term: sums[term] for term in ask.factors}
 
 
 class TrainingEngine(Protocol):
     """What a step needs of DeepSpeed's engine: gradients are averaged over ranks, the optimizer moves at the accumulation boundary."""
 
-    def __call__(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> dict[str, Tensor]: ...
+    def __call__(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]: ...
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None: ...
     def step(self) -> None: ...
 
@@ -104,21 +106,17 @@ def train_step(
 
     Counts run over all micro-batches and all ranks, so accumulation and world size change nothing. Raises NonFiniteLoss on every rank.
     """
-    weights = {term: getattr(losses, term) for term in counted_by}
-    terms = tuple(term for term, weight in weights.items() if weight > 0)
+    weights = {term: getattr(losses, term) for term in counted_by if getattr(losses, term) > 0}
     counts = _step_counts(batches)
-    divisors = {term: counts[counted_by[term]] for term in terms}
-    ask = Ask(terms, omega, head_chunks(_most_rows(batches), losses.rows_per_chunk))
-    totals = dict.fromkeys(terms, 0.0)
+    ask = Ask({term: weight / counts[counted_by[term]] for term, weight in weights.items()}, omega)
+    totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        lesson = teacher(batch) if teacher is not None else None
-        sums = student(batch, lesson, ask)
+        loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the lesson is gone before the backward
         _refuse_non_finite(sums, batch)
-        loss = weighted_mean(sums, divisors, weights)
         student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
         student.step()
-        totals = {term: totals[term] + sums[term].item() for term in terms}
-    means = {term: total / divisors[term] for term, total in zip(terms, distributed.add(totals.values()), strict=True)}
+        totals = {term: totals[term] + sums[term].item() for term in totals}
+    means = {term: total / counts[counted_by[term]] for term, total in zip(totals, distributed.add(totals.values()), strict=True)}
     fill = counts["tokens"] / counts.pop("places")  # the share of what was computed that is no padding
     return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts | {"fill": fill}
 
@@ -129,12 +127,6 @@ def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:
     names = list(per_batch[0])
     totals = distributed.add(sum(counts[name] for counts in per_batch) for name in names)
     return dict(zip(names, totals, strict=True))
-
-
-def _most_rows(batches: Sequence[Batch]) -> int:
-    """Supervised rows of the largest micro-batch of any rank."""
-    (most,) = distributed.largest([max(batch.counts()["rows"] for batch in batches)])
-    return int(most)
 
 
 def _refuse_non_finite(sums: dict[str, Tensor], batch: Batch) -> None:

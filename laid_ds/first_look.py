@@ -15,7 +15,6 @@ from laid_ds.config import Run
 from laid_ds.data.batch import Batch
 from laid_ds.distill import Ask
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.losses import head_chunks
 
 BATCHES = 2
 SURE_SHARE = 0.5  # of the nats of a guess over the vocabulary: what a teacher may need at most per token of an answer
@@ -59,9 +58,8 @@ def first_look(run: Run, student: Any, teacher: Any | None, batches: list[Batch]
 
 
 def _student_nats(run: Run, student: Any, batch: Batch) -> float:
-    ask = Ask(("sft",), Omega(), head_chunks(int(batch.supervised.sum()), run.losses.rows_per_chunk))
     try:
-        return student(batch, None, ask)["sft"].item()
+        return student(batch, None, Ask({"sft": 1.0}, Omega()))[1]["sft"].item()
     except ValueError as error:
         raise _misfit("student", run.student.path, batch, error) from None
 

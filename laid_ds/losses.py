@@ -1,65 +1,158 @@
-"""Losses at the head (Paper, Eq. 8): cross-entropy on the answers and KL to the teacher, as sums with counts.
+"""Losses at the head (Paper, Eq. 8): cross-entropy on the answers and a divergence from the teacher, as sums.
 
-Every term of a run is a sum and a count. Sums are added over the micro-batches of an optimizer step, counts are added over micro-batches
-and ranks before the first backward, and each sum is divided once: accumulation and world size change nothing.
+Every term of a run is a sum and a count. Counts are added over the micro-batches of an optimizer step and over ranks before the first
+forward pass, and each sum is divided once: accumulation and world size change nothing. What a sum is multiplied with (weight / count) is
+therefore known when it is computed, and the loss at the head is a leaf: one pass over chunks of rows computes it and its gradients.
 
-Letters: R supervised rows, C hidden size, V vocabulary (cut to the tokenizer's real length).
+Letters: R supervised rows, r rows of a chunk, C hidden size, V vocabulary (cut to the tokenizer's real length).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+
+from laid_ds.config import Losses
+from laid_ds.kernels.leaf import leaf_loss
 
 TERMS = ("align", "match", "kl", "sft")
 
 
 def head_losses(
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: nn.Linear,
     labels: Tensor,
     vocabulary: int,
+    factors: dict[str, float],
     teacher_logits: Tensor | None = None,
-    temperature: float = 1.0,
-    chunks: int = 1,
-) -> dict[str, Tensor]:
-    """Sums over rows of cross-entropy ("sft") and of temperature^2 KL(teacher || student) ("kl").
+    options: Losses = Losses(),  # noqa: B008 - frozen
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, sums): sums over rows of cross-entropy ("sft") and of temperature^2 x divergence ("kl"), and factors["sft"] x one +
+    factors["kl"] x the other.
 
-    hidden [R, C], labels [R], teacher_logits [R, V] without gradient or None. `head` maps [r, C] to logits [r, >= V]; columns from V on
-    are dropped, so the distribution is renormalised over the shared vocabulary. The head runs on `chunks` slices of the rows and again in
-    the backward pass, so that [R, V] never exists; under ZeRO-3 every rank must give the same number of chunks. Returns fp32 scalars.
+    hidden [R, C], labels [R], teacher_logits [R, >= V] without gradient or None (then there is no "kl"). Columns from V on are dropped, so
+    both distributions are renormalised over the shared vocabulary. Only the loss has a gradient, to hidden and the head's parameters, and
+    it can be differentiated once. All are scalars in float32 (float64 for such a head). [R, V] never exists, and the head is called once,
+    so that ZeRO-3 gathers its weight once; its gradients are held in its own dtype.
     """
-
-    def sums(rows: Tensor, row_labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = head(rows)[:, :vocabulary].float()
-        sft = F.cross_entropy(logits, row_labels, reduction="sum")
-        if teacher is None:
-            return sft, sft.new_zeros(())
-        student_log = F.log_softmax(logits / temperature, -1)
-        teacher_log = F.log_softmax(teacher.float() / temperature, -1)
-        return sft, temperature**2 * F.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
-
-    slices = zip(
-        hidden.tensor_split(chunks),
-        labels.tensor_split(chunks),
-        teacher_logits.tensor_split(chunks) if teacher_logits is not None else [None] * chunks,
-        strict=True,
-    )
-    parts = [checkpoint(sums, *part, use_reentrant=False) for part in slices]
-    sft, kl = (torch.stack(column).sum() for column in zip(*parts, strict=True))
-    return {"sft": sft} if teacher_logits is None else {"sft": sft, "kl": kl}
+    walk = partial(_walk, hidden.detach(), labels, vocabulary, factors, teacher_logits, options)
+    loss, *sums = inside(head, partial(_leaf, walk), hidden)
+    return loss, dict(zip(("sft", "kl"), sums, strict=False))
 
 
-def head_chunks(most_rows: int, rows_per_chunk: int) -> int:
-    """Chunks of the head that stay under rows_per_chunk. most_rows is that of the fullest rank: ZeRO-3 gathers the head for each chunk."""
-    return max(1, -(-most_rows // rows_per_chunk))
+def inside(module: nn.Module, work: Callable[..., tuple], *inputs: Tensor) -> tuple:
+    """work(module, *inputs) in place of the module's own forward. The module's hooks run around it: under ZeRO-3 its parameters are whole
+    there and only there."""
+    assert "forward" not in vars(module), f"{type(module).__name__} has a forward of its own"
+    module.forward = partial(work, module)
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward
 
 
-def weighted_mean(sums: dict[str, Tensor], counts: dict[str, float], weights: dict[str, float]) -> Tensor:
-    """The loss: over terms with a positive weight, weight x sum / count. Counts are those of the whole optimizer step and all ranks."""
-    terms = [weights[name] * total / counts[name] for name, total in sums.items() if weights[name] > 0]
-    return torch.stack(terms).sum()
+def _leaf(walk: Callable, head: nn.Linear, hidden: Tensor) -> tuple[Tensor, ...]:
+    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
+    return leaf_loss(partial(walk, *parameters), hidden, *parameters)
+
+
+def _walk(
+    hidden: Tensor, labels: Tensor, vocabulary: int, factors: dict, teacher: Tensor | None, options: Losses, *parameters_and_backward
+) -> tuple[Tensor | None, ...]:
+    """loss, "sft", "kl" if there is a teacher, d hidden, d weight, d bias if there is one."""
+    *parameters, backward = parameters_and_backward
+    weight, bias = (*(p.detach()[:vocabulary] for p in parameters), None)[:2]
+    held = [torch.zeros_like(hidden), *(torch.zeros_like(p) for p in parameters)] if backward else []
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    size = options.rows_per_chunk
+    scratch = hidden.new_empty(4, min(size, len(hidden)), vocabulary, dtype=dtype)
+    sums = hidden.new_zeros(1 if teacher is None else 2, dtype=dtype)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        z, t, q, d = scratch[:, : len(hidden[rows])]
+        _logits(hidden[rows], weight, bias, out=z)
+        t = None if teacher is None else t.copy_(teacher[rows, :vocabulary])
+        sums += _chunk(z, t, q, d, labels[rows], factors, options)
+        if backward:
+            d = d.to(weight.dtype)
+            torch.mm(d, weight, out=held[0][rows])
+            held[1][:vocabulary].addmm_(d.mT, hidden[rows])
+            if bias is not None:
+                held[2][:vocabulary] += d.sum(0)
+    loss = sum(factors.get(term, 0.0) * total for term, total in zip(("sft", "kl"), sums, strict=False))
+    return loss, *sums, *(held or [None] * (1 + len(parameters)))
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write the logits [r, V] to `out`; the product is computed in the weight's dtype."""
+    if out.dtype == weight.dtype:
+        torch.mm(rows, weight.mT, out=out)
+    else:
+        out.copy_(rows @ weight.mT)
+    if bias is not None:
+        out += bias
+
+
+def _chunk(z: Tensor, t: Tensor | None, q: Tensor, d: Tensor, labels: Tensor, factors: dict, options: Losses) -> Tensor:
+    """The sums of a chunk [1 or 2] from logits z and t of student and teacher; d becomes the loss's gradient to z. All four are scratch."""
+    sft, kl, tau = factors.get("sft", 0.0), factors.get("kl", 0.0), options.temperature
+    lse = softmax_(z, q)
+    own = labels[:, None]
+    sums = [(lse - z.gather(1, own)).sum()]
+    torch.mul(q, sft, out=d).scatter_add_(1, own, d.new_full(own.shape, -sft))
+    if t is not None:
+        if tau != 1:
+            lse = softmax_(z.div_(tau), q)
+            t.div_(tau)
+        ratio = torch.sub(t, z, out=z)
+        ratio -= softmax_(t, t) - lse
+        total, gradient = DIVERGENCES[options.divergence](t, q, ratio, options.beta)
+        d.add_(gradient, alpha=kl * tau)
+        sums.append(tau**2 * total)
+    return torch.stack(sums)
+
+
+def softmax_(x: Tensor, out: Tensor) -> Tensor:
+    """Write the softmax of x [r, V] to out, which may be x, and return the log-sum-exp [r, 1]."""
+    highest = x.amax(-1, keepdim=True)
+    torch.softmax(x, -1, out=out)
+    return highest - out.amax(-1, keepdim=True).log()
+
+
+def forward_kl(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """sum p ln(p / q) over all rows and its gradient to the logits of q, for p, q [r, V] and ratio = ln(p / q). Overwrites q.
+
+    Source: Paper, Eq. 8. The other divergences have the same arguments."""
+    return _dot(p, ratio), q.sub_(p)
+
+
+def reverse_kl(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """sum q ln(q / p). Overwrites q and ratio."""
+    rows = -_row_dot(q, ratio)
+    return rows.sum(), q.mul_(ratio.add_(rows).neg_())
+
+
+def jensen_shannon(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1. Overwrites q and ratio.
+
+    Source: generalised JSD of Agarwal et al., On-Policy Distillation of Language Models, 2024."""
+    log_m = torch.logaddexp(ratio + math.log(beta), ratio.new_tensor(math.log(1 - beta)))  # ln(m / q)
+    student = _row_dot(q, log_m)
+    total = beta * _dot(p, ratio.sub_(log_m)) - (1 - beta) * student.sum()
+    return total, q.mul_(log_m.sub_(student).mul_(beta - 1))
+
+
+DIVERGENCES = {"kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jensen_shannon}
+
+
+def _row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """[r, 1], without an [r, V] between."""
+    return torch.bmm(x[:, None], y[:, :, None])[:, 0]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return _row_dot(x, y).sum()
