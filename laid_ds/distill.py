@@ -17,7 +17,7 @@ from laid_ds.align import Align
 from laid_ds.config import Losses
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.losses import head_losses
+from laid_ds.losses import Shown, head_losses, show
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
 
 
@@ -25,8 +25,8 @@ class Lesson(NamedTuple):
     """What the teacher shows for one micro-batch (a tuple, since DeepSpeed looks for tensors in a module's output)."""
 
     heads: dict[int, Captured]
-    logits: Tensor | None
-    """[R, V] at the supervised rows, in the teacher's dtype."""
+    logits: Shown | None
+    """At the supervised rows, cut to the shared vocabulary, in the teacher's dtype."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Teacher(nn.Module):
             hidden = last_hidden_state(self.model, **batch.inputs)
         if not (self.shows_logits or every_logit):
             return Lesson(heads, None)
-        logits = self.model.get_output_embeddings()(hidden[batch.supervised])
-        return Lesson(heads, logits if every_logit else logits[:, : self.vocabulary])
+        head, rows = self.model.get_output_embeddings(), hidden[batch.supervised]
+        return Lesson(heads, Shown(head(rows)) if every_logit else show(head, rows, self.vocabulary))
 
 
 class Student(nn.Module):

@@ -67,7 +67,7 @@ def _student_nats(run: Run, student: Any, batch: Batch) -> float:
 def _teacher_nats(run: Run, teacher: Any, batch: Batch, vocabulary: int) -> tuple[float, float]:
     """Sums over rows of the cross-entropy on the shared vocabulary and of the probability beyond it."""
     try:
-        logits = teacher(batch, every_logit=True).logits.float()
+        logits = teacher(batch, every_logit=True).logits.rows.float()
     except ValueError as error:
         raise _misfit("teacher", run.teacher.path, batch, error) from None
     nats = F.cross_entropy(logits[:, :vocabulary], batch.labels[batch.supervised], reduction="sum").item()

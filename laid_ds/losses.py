@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +23,47 @@ from laid_ds.kernels.leaf import leaf_loss
 TERMS = ("align", "match", "kl", "sft")
 
 
+class Shown(NamedTuple):
+    """The teacher's logits at the supervised rows: as they are, or as what they are a product of."""
+
+    rows: Tensor
+    """[R, >= V] logits, or with a weight [R, C] hidden states."""
+    weight: Tensor | None = None
+    """[>= V, C]"""
+    bias: Tensor | None = None
+    """[>= V]"""
+
+
+def show(head: nn.Linear, hidden: Tensor, vocabulary: int) -> Shown:
+    """The logits of hidden [R, C] in whichever form holds less memory: more rows than C are kept as they are, with a copy of the head."""
+    return Shown(*inside(head, partial(_show, vocabulary), hidden))
+
+
+def _show(vocabulary: int, head: nn.Linear, hidden: Tensor) -> tuple[Tensor, ...]:
+    parameters = [p.detach()[:vocabulary] for p in (head.weight, head.bias) if p is not None]
+    if len(hidden) > hidden.shape[1]:
+        return hidden, *(p.clone() for p in parameters)
+    return (nn.functional.linear(hidden, *parameters),)
+
+
 def head_losses(
     hidden: Tensor,
     head: nn.Linear,
     labels: Tensor,
     vocabulary: int,
     factors: dict[str, float],
-    teacher_logits: Tensor | None = None,
+    teacher: Shown | None = None,
     options: Losses = Losses(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, sums): sums over rows of cross-entropy ("sft") and of temperature^2 x divergence ("kl"), and factors["sft"] x one +
     factors["kl"] x the other.
 
-    hidden [R, C], labels [R], teacher_logits [R, >= V] without gradient or None (then there is no "kl"). Columns from V on are dropped, so
-    both distributions are renormalised over the shared vocabulary. Only the loss has a gradient, to hidden and the head's parameters, and
+    hidden [R, C], labels [R]; without a teacher there is no "kl". Columns from V on are dropped, so both distributions are renormalised
+    over the shared vocabulary. Only the loss has a gradient, to hidden and the head's parameters, and
     it can be differentiated once. All are scalars in float32 (float64 for such a head). [R, V] never exists, and the head is called once,
     so that ZeRO-3 gathers its weight once; its gradients are held in its own dtype.
     """
-    walk = partial(_walk, hidden.detach(), labels, vocabulary, factors, teacher_logits, options)
+    walk = partial(_walk, hidden.detach(), labels, vocabulary, factors, teacher, options)
     loss, *sums = inside(head, partial(_leaf, walk), hidden)
     return loss, dict(zip(("sft", "kl"), sums, strict=False))
 
@@ -61,7 +85,7 @@ def _leaf(walk: Callable, head: nn.Linear, hidden: Tensor) -> tuple[Tensor, ...]
 
 
 def _walk(
-    hidden: Tensor, labels: Tensor, vocabulary: int, factors: dict, teacher: Tensor | None, options: Losses, *parameters_and_backward
+    hidden: Tensor, labels: Tensor, vocabulary: int, factors: dict, teacher: Shown | None, options: Losses, *parameters_and_backward
 ) -> tuple[Tensor | None, ...]:
     """loss, "sft", "kl" if there is a teacher, d hidden, d weight, d bias if there is one."""
     *parameters, backward = parameters_and_backward
@@ -75,8 +99,9 @@ def _walk(
         rows = slice(start, start + size)
         z, t, q, d = scratch[:, : len(hidden[rows])]
         _logits(hidden[rows], weight, bias, out=z)
-        t = None if teacher is None else t.copy_(teacher[rows, :vocabulary])
-        sums += _chunk(z, t, q, d, labels[rows], factors, options)
+        if teacher is not None:
+            _shown_logits(teacher, rows, out=t)
+        sums += _chunk(z, None if teacher is None else t, q, d, labels[rows], factors, options)
         if backward:
             d = d.to(weight.dtype)
             torch.mm(d, weight, out=held[0][rows])
@@ -95,6 +120,15 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
         out.copy_(rows @ weight.mT)
     if bias is not None:
         out += bias
+
+
+def _shown_logits(teacher: Shown, rows: slice, out: Tensor) -> None:
+    """Write the teacher's logits [r, V] to `out`."""
+    vocabulary, bias = out.shape[1], teacher.bias
+    if teacher.weight is None:
+        out.copy_(teacher.rows[rows, :vocabulary])
+    else:
+        _logits(teacher.rows[rows], teacher.weight[:vocabulary], None if bias is None else bias[:vocabulary], out)
 
 
 def _chunk(z: Tensor, t: Tensor | None, q: Tensor, d: Tensor, labels: Tensor, factors: dict, options: Losses) -> Tensor:

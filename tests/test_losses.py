@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from laid_ds.config import Losses
-from laid_ds.losses import head_losses, inside
+from laid_ds.losses import Shown, head_losses, inside, show
 
 ROWS, HIDDEN, VOCABULARY = 13, 8, 31
 FACTORS = {"sft": 0.7, "kl": 1.9}
@@ -42,7 +42,7 @@ def dense(hidden, head, labels, teacher, options):
 def test_equals_the_dense_definition(rows_per_chunk, temperature, divergence, beta, bias):
     hidden, head, labels, teacher = problem(bias=bias)
     options = Losses(temperature=temperature, rows_per_chunk=rows_per_chunk, divergence=divergence, beta=beta)
-    loss, sums = head_losses(hidden, head, labels, VOCABULARY, FACTORS, teacher, options)
+    loss, sums = head_losses(hidden, head, labels, VOCABULARY, FACTORS, Shown(teacher), options)
     expected = dense(hidden, head, labels, teacher, options)
     torch.testing.assert_close(sums, {term: total.detach() for term, total in expected.items()})
     wanted = sum(FACTORS[term] * total for term, total in expected.items())
@@ -54,14 +54,27 @@ def test_equals_the_dense_definition(rows_per_chunk, temperature, divergence, be
 @pytest.mark.parametrize("term", FACTORS)
 def test_a_term_without_a_factor_gets_no_gradient(term):
     hidden, head, labels, teacher = problem()
-    loss, _ = head_losses(hidden, head, labels, VOCABULARY, {term: 2.0}, teacher)
+    loss, _ = head_losses(hidden, head, labels, VOCABULARY, {term: 2.0}, Shown(teacher))
     wanted = 2 * dense(hidden, head, labels, teacher, Losses())[term]
     torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(wanted, hidden))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size, factored", [(5, True), (ROWS, False)])
+def test_a_teacher_may_be_shown_as_hidden_states_and_a_head(size, factored, bias):
+    """More rows than hidden states are wide: then the product is held as its factors, and nothing else changes."""
+    hidden, head, labels, _ = problem()
+    teacher, states = torch.nn.Linear(size, VOCABULARY + 2, bias=bias, dtype=torch.float64), torch.randn(ROWS, size, dtype=torch.float64)
+    shown = show(teacher, states, VOCABULARY)
+    assert (shown.weight is not None) == factored
+    whole = Shown(teacher(states).detach())
+    for found, expected in zip(*(head_losses(hidden, head, labels, VOCABULARY, FACTORS, x) for x in (shown, whole)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_columns_beyond_the_vocabulary_get_no_gradient():
     hidden, head, labels, teacher = problem()
-    head_losses(hidden, head, labels, VOCABULARY, FACTORS, teacher)[0].backward()
+    head_losses(hidden, head, labels, VOCABULARY, FACTORS, Shown(teacher))[0].backward()
     assert torch.equal(head.weight.grad[VOCABULARY:], torch.zeros(5, HIDDEN, dtype=torch.float64))
 
 
@@ -78,10 +91,10 @@ def test_no_rows_are_a_zero_with_a_gradient():
 def test_a_divergence_is_zero_only_for_the_teacher_itself(divergence):
     hidden, head, labels, teacher = problem(torch.float32)
     options = Losses(divergence=divergence)
-    loss, sums = head_losses(hidden, head, labels, VOCABULARY, {"kl": 1.0}, head(hidden).detach(), options)
+    loss, sums = head_losses(hidden, head, labels, VOCABULARY, {"kl": 1.0}, Shown(head(hidden).detach()), options)
     assert sums["kl"].abs() < 1e-5
     assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-5
-    assert head_losses(hidden, head, labels, VOCABULARY, {}, teacher, options)[1]["kl"] > 1
+    assert head_losses(hidden, head, labels, VOCABULARY, {}, Shown(teacher), options)[1]["kl"] > 1
 
 
 def test_halves_of_the_jsd_are_symmetric():
@@ -90,7 +103,7 @@ def test_halves_of_the_jsd_are_symmetric():
     logits, identity = head(hidden).detach()[:, :VOCABULARY], torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False, dtype=torch.float64)
     identity.weight.data = torch.eye(VOCABULARY, dtype=torch.float64)
     pair, options = (logits, teacher[:, :VOCABULARY]), Losses(divergence="jsd")
-    there, back = (head_losses(x, identity, labels, VOCABULARY, {}, y, options)[1]["kl"] for x, y in (pair, pair[::-1]))
+    there, back = (head_losses(x, identity, labels, VOCABULARY, {}, Shown(y), options)[1]["kl"] for x, y in (pair, pair[::-1]))
     torch.testing.assert_close(there, back)
 
 
@@ -99,7 +112,7 @@ def test_a_teacher_that_rules_tokens_out_stays_finite():
     hidden, head, labels, teacher = problem(torch.float32)
     teacher[:, ::2] = -1e4
     for divergence in ("kl", "jsd"):
-        loss, _ = head_losses(100 * hidden, head, labels, VOCABULARY, FACTORS, teacher, Losses(divergence=divergence))
+        loss, _ = head_losses(100 * hidden, head, labels, VOCABULARY, FACTORS, Shown(teacher), Losses(divergence=divergence))
         assert torch.isfinite(loss)
         assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 
@@ -113,7 +126,7 @@ def test_cross_entropy_is_torch_s():
 def test_bfloat16_rounds_like_autograd():
     """The products run in bf16, everything between in fp32; tolerance: a few units in the last of bf16's 8 bits."""
     hidden, head, labels, teacher = problem(torch.bfloat16)
-    loss, sums = head_losses(hidden, head, labels, VOCABULARY, FACTORS, teacher, Losses(rows_per_chunk=5))
+    loss, sums = head_losses(hidden, head, labels, VOCABULARY, FACTORS, Shown(teacher), Losses(rows_per_chunk=5))
     assert loss.dtype == sums["kl"].dtype == torch.float32
     logits = head(hidden)[:, :VOCABULARY].float()
     p, q = teacher[:, :VOCABULARY].float().log_softmax(-1), logits.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Head-level alignment of queries and keys (LAid, AAAI-26, Eq. 3 and 7) for one pair of layers; plain autograd, O(T) memory.
+"""Head-level alignment of queries and keys (LAid, AAAI-26, Eq. 3 and 7) for one pair of layers, in O(T) memory.
 
 Letters: B batch, T tokens, H query heads, K key heads, D head dim; ^s student, ^t teacher.
 
@@ -11,10 +11,13 @@ the same before and after RoPE; a projection between different head sizes ends t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from laid_ds.kernels import checks
+from laid_ds.kernels.leaf import at_once
 
 REDUCTIONS = ("relative", "mean", "sum")
 
@@ -43,26 +46,35 @@ def head_alignment(
     "mean": for each token, the mean squared error over heads and dims, Q part plus K part. Count: tokens.
     "sum": Eq. 7 as printed, the whole squared error. Count: segments, so that one unpacked sample gives the literal number.
 
-    Gradients reach the student, the mixing and the projection, never the teacher. Raises ValueError on shapes that do not fit.
+    Gradients reach the student, the mixing and the projection, never the teacher; they are computed at once, and a second backward is an
+    error. Raises ValueError on shapes that do not fit.
     """
     weights = _check(student_query, student_key, teacher_query, teacher_key, mixing, reduction, segments, projection)
     member = _membership(segments, student_query)  # [B, T, G]
     segments_total = int(member.any(1).sum())
-    parts = (student_query, teacher_query), (student_key, teacher_key)
     loss = 0.0
+    parts = (student_query, teacher_query), (student_key, teacher_key)
     for (student, teacher), weight, project in zip(parts, weights, projection or (None, None), strict=True):
-        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        mixed = torch.einsum("ij,bjtd->bitd", weight.to(dtype), teacher.detach().to(dtype))  # [B, H, T, D^t]
-        if project is not None:
-            mixed = mixed @ project.to(dtype)
-        student = student.to(dtype).repeat_interleave(mixed.shape[1] // student.shape[1], dim=1)
-        heads, size = mixed.shape[1], mixed.shape[3]
-        error = _per_segment((student - mixed).square().sum(-1), member)  # [B, H, G]
-        if reduction == "relative":
-            norm = _per_segment(mixed.detach().square().sum(-1), member)
-            error = error / norm.clamp_min(torch.finfo(dtype).tiny) * (student_query.shape[1] / heads)
-        loss = loss + error.sum() / (heads * size if reduction == "mean" else 1)
+        part = partial(_part, teacher=teacher, member=member, reduction=reduction, query_heads=student_query.shape[1])
+        loss = loss + at_once(part, student, weight, *(() if project is None else (project,)))
     return loss, {"relative": segments_total * student_query.shape[1], "mean": int(member.sum()), "sum": segments_total}[reduction]
+
+
+def _part(
+    student: Tensor, weight: Tensor, project: Tensor | None = None, *, teacher: Tensor, member: Tensor, reduction: str, query_heads: int
+) -> Tensor:
+    """The Q or the K part of the sum."""
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    mixed = torch.einsum("ij,bjtd->bitd", weight.to(dtype), teacher.detach().to(dtype))  # [B, H, T, D^t]
+    if project is not None:
+        mixed = mixed @ project.to(dtype)
+    student = student.to(dtype).repeat_interleave(mixed.shape[1] // student.shape[1], dim=1)
+    heads, size = mixed.shape[1], mixed.shape[3]
+    error = _per_segment((student - mixed).square().sum(-1), member)  # [B, H, G]
+    if reduction == "relative":
+        norm = _per_segment(mixed.detach().square().sum(-1), member)
+        error = error / norm.clamp_min(torch.finfo(dtype).tiny) * (query_heads / heads)
+    return error.sum() / (heads * size if reduction == "mean" else 1)
 
 
 def _membership(segments: Tensor | None, query: Tensor) -> Tensor:

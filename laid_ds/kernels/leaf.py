@@ -18,6 +18,21 @@ def leaf_loss(walk: Walk, *inputs: Tensor) -> tuple[Tensor, ...]:
     return _Leaf.apply(walk, backward, *inputs)
 
 
+def at_once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), a scalar, with its gradients computed beside it: they are all of it that is kept for the backward pass."""
+
+    def walk(backward: bool) -> tuple[Tensor | None, ...]:
+        own = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        if not backward:
+            return function(*own), *[None] * len(own)
+        with torch.enable_grad():
+            value = function(*own)
+        gradients = iter(torch.autograd.grad(value, [x for x in own if x.requires_grad]))
+        return value.detach(), *(next(gradients) if x.requires_grad else None for x in own)
+
+    return leaf_loss(walk, *inputs)[0]
+
+
 class _Leaf(torch.autograd.Function):
     @staticmethod
     def forward(ctx, walk, backward, *inputs):
