@@ -292,24 +292,27 @@ def _tapped(pair: Pair, tokens: int) -> int:
 
 
 def _compared(pair: Pair, tokens: int) -> int:
-    """Alignment keeps, in fp32 and for queries and keys, the teacher's heads, the error and the mixture; matching the gradients of the
-    student's queries and keys and two log-sum-exps per head."""
-    losses, pairs = pair.run.losses, len(_pairs(pair))
+    """Alignment and matching keep the gradients of the student's queries and keys of each pair. While the queries of one layer are aligned
+    there are in fp32 the teacher's, and per head of the student its own, the mixture, the error, its square and a gradient."""
+    losses, width = pair.run.losses, BYTES[pair.run.student.dtype]
     if pair.teacher is None:
         return 0
     heads, (teacher_heads, _, teacher_size) = pair.student.heads[0], pair.teacher.heads
-    alignment = 2 * teacher_size * (teacher_heads + 2 * heads) if losses.align > 0 else 0
-    matching = _rows(pair.student) + heads + teacher_heads if losses.match > 0 else 0
-    return FP32 * tokens * pairs * (alignment + matching)
+    kept = width * _rows(pair.student) * ((losses.align > 0) + (losses.match > 0)) * len(_pairs(pair))
+    passing = FP32 * teacher_size * (teacher_heads + 5 * heads) if losses.align > 0 else 0
+    return tokens * (kept + passing)
 
 
 def _logits(pair: Pair, tokens: int) -> int:
-    """Of one chunk of R rows (supposing so many are supervised): logits, their fp32 copy, log-softmax of both models and of the
-    cross-entropy, and the gradient; the teacher's logits of these rows beside them."""
-    rows, vocabulary = min(tokens, pair.run.losses.rows_per_chunk), pair.student.vocabulary
-    shown = BYTES[pair.run.teacher.dtype] if pair.teacher and pair.run.losses.kl > 0 else 0
-    fp32_copies = 5 if shown else 3
-    return rows * vocabulary * (BYTES[pair.run.student.dtype] + FP32 * fp32_copies + shown)
+    """Of one chunk of R rows (supposing so many are supervised): logits of both models, probabilities and the gradient in fp32, and a copy
+    in the student's dtype; the gradients of the head; what the teacher shows of all rows, as logits or as the factors of them."""
+    student, width, vocabulary = pair.student, BYTES[pair.run.student.dtype], pair.student.vocabulary
+    rows = min(tokens, pair.run.losses.rows_per_chunk)
+    own = rows * vocabulary * (4 * FP32 + (width if width != FP32 else 0)) + width * student.hidden * vocabulary
+    if pair.teacher is None or pair.run.losses.kl == 0:
+        return own
+    shown = min(tokens * vocabulary, (tokens + vocabulary) * pair.teacher.hidden)
+    return own + BYTES[pair.run.teacher.dtype] * shown
 
 
 def _forward_flops(model: Sizes, tokens: float) -> float:
