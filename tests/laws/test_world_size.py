@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from laid_ds import engine
+from laid_ds.build import build_teacher
 from tests.support.processes import run_ranks
 from tests.support.training import plain_steps, rank_steps
 from tests.support.world import ROOT
@@ -94,6 +97,24 @@ def test_bf16_with_fp32_masters_follows_fp32(world, tmp_path, plain):
             for name in ("loss", "sft", "kl", "align", "match"):
                 assert found[name] == pytest.approx(expected[name], rel=0.03), name
         assert 0 < result["weights"]["align.gain.1"].abs().max() < 0.01
+
+
+def rank_shows(run, batch):
+    """The logits that a sharded teacher shows of every token, put together from what it holds of them."""
+    engine.start_processes()
+    shown = build_teacher(run, ((1, 1),), 300)(batch).logits
+    assert shown.weight.shape == (300, 64)
+    return shown.rows @ shown.weight.mT
+
+
+def test_a_sharded_teacher_shows_factors_of_its_logits(world, tmp_path):
+    """With more rows than its hidden states are wide it hands out those and a copy of its head, which is whole inside its forward only."""
+    batch = world.batch()
+    batch = replace(batch, labels=batch.inputs["input_ids"])
+    run = world.run(tmp_path / "run", teacher={"deepspeed": _no_persistence(tmp_path)})
+    expected = world.load("teacher")(**batch.inputs).logits.flatten(0, 1)[:, :300]
+    for logits in run_ranks(2, rank_shows, run, batch):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
