@@ -158,35 +158,26 @@ def softmax_(x: Tensor, out: Tensor) -> Tensor:
 
 
 def forward_kl(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """sum p ln(p / q) over all rows and its gradient to the logits of q, for p, q [r, V] and ratio = ln(p / q). Overwrites q.
+    """sum p ln(p / q) over all rows and its gradient to the logits of q, for p, q [r, V] and ratio = ln(p / q). Overwrites q and ratio.
 
     Source: Paper, Eq. 8. The other divergences have the same arguments."""
-    return _dot(p, ratio), q.sub_(p)
+    return ratio.mul_(p).sum(), q.sub_(p)
 
 
 def reverse_kl(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """sum q ln(q / p). Overwrites q and ratio."""
-    rows = -_row_dot(q, ratio)
+    """sum q ln(q / p)."""
+    rows = -(q * ratio).sum(-1, keepdim=True)
     return rows.sum(), q.mul_(ratio.add_(rows).neg_())
 
 
 def jensen_shannon(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1. Overwrites q and ratio.
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1.
 
     Source: generalised JSD of Agarwal et al., On-Policy Distillation of Language Models, 2024."""
     log_m = torch.logaddexp(ratio + math.log(beta), ratio.new_tensor(math.log(1 - beta)))  # ln(m / q)
-    student = _row_dot(q, log_m)
-    total = beta * _dot(p, ratio.sub_(log_m)) - (1 - beta) * student.sum()
+    student = (q * log_m).sum(-1, keepdim=True)
+    total = beta * ratio.sub_(log_m).mul_(p).sum() - (1 - beta) * student.sum()
     return total, q.mul_(log_m.sub_(student).mul_(beta - 1))
 
 
 DIVERGENCES = {"kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jensen_shannon}
-
-
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """[r, 1], without an [r, V] between."""
-    return torch.bmm(x[:, None], y[:, :, None])[:, 0]
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return _row_dot(x, y).sum()

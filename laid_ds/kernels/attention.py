@@ -5,11 +5,14 @@ Letters: H query heads, K key heads, T query rows, S keys, D head dim; U the hea
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from laid_ds.kernels.visible import hide_
+from laid_ds.kernels.visible import Hidden, hidden, hide_
 
+LOG2E = math.log2(math.e)
 SCRATCH_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
 
 
@@ -43,17 +46,21 @@ class Attention:
         """The keys that some row of a sorted chunk sees."""
         return slice(int(self.first[rows].min()), int(rows[-1]) + self.offset + 1)
 
-    def forward(self, rows: Tensor, keys: slice, scores: Tensor, probabilities: Tensor) -> Tensor:
+    def hidden(self, rows: Tensor, keys: slice) -> Hidden:
+        """Which of the chunk's scores a row does not see."""
+        return hidden(self.first[rows], rows + self.offset, keys, self.key.device)
+
+    def forward(self, rows: Tensor, keys: slice, where: Hidden, scores: Tensor, probabilities: Tensor) -> Tensor:
         """Fill both [U, C, n] (one tensor may serve as both) and return the scaled query [U, C, D].
 
         Scores are -inf and probabilities 0 where a row does not see a key.
         """
         query = self.query[self.heads[:, None], rows].to(self.key.dtype) * self.scale
-        self.hide_(self.products(query, self.key, keys, scores), rows, keys, -torch.inf)
+        hide_(self.products(query, self.key, keys, scores), where, -torch.inf)
         if self.lse is None:
             torch.softmax(scores, -1, out=probabilities)
-        else:
-            torch.sub(scores, self.log_sum_exp(rows, scores, probabilities), out=probabilities).exp_()
+        else:  # on a CPU exp2 takes a third of the time of exp
+            torch.sub(scores, self.log_sum_exp(rows, scores, probabilities), out=probabilities).mul_(LOG2E).exp2_()
         return query
 
     def log_sum_exp(self, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
@@ -76,7 +83,3 @@ class Attention:
             torch.mm(flat, self.key[k, keys], out=d_query[start:stop].flatten(0, 1))
             d_key[k, keys].addmm_(flat.mT, query[start:stop].flatten(0, 1))
         return d_query.mul_(self.scale)
-
-    def hide_(self, x: Tensor, rows: Tensor, keys: slice, value: float) -> Tensor:
-        """Write `value` into x [..., C, n] where a row does not see a key."""
-        return hide_(x, self.first[rows], rows + self.offset, keys.start, value)

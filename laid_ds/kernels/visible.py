@@ -65,17 +65,26 @@ def row_chunks(weight: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
     return index.split(chunk_size) if len(index) else ()
 
 
-def hide_(scores: Tensor, first: Tensor, last: Tensor, start: int, value: float) -> Tensor:
-    """Write `value` in place where a row of scores [..., C, n] meets a key outside its [first, last] ([C], CPU); column 0 is key `start`.
+Hidden = list[tuple[slice, Tensor]]
+"""Columns of a chunk's scores that some row does not see, and which entries of them [C, n] those are."""
 
-    Only the columns that some row does not see are touched: for long causal rows that is the last C of them.
-    """
-    stop = start + scores.shape[-1]
-    seen_by_all = max(int(first.max()), start), int(last.min()) + 1
-    spans = [(start, stop)] if seen_by_all[0] >= seen_by_all[1] else [(start, seen_by_all[0]), (seen_by_all[1], stop)]
+
+def hidden(first: Tensor, last: Tensor, keys: slice, device: torch.device) -> Hidden:
+    """Where the keys lie outside the [first, last] of a row ([C], CPU). For long causal rows that is among the last C columns."""
+    seen_by_all = max(int(first.max()), keys.start), int(last.min()) + 1
+    whole = seen_by_all[0] >= seen_by_all[1]
+    spans = [(keys.start, keys.stop)] if whole else [(keys.start, seen_by_all[0]), (seen_by_all[1], keys.stop)]
+    found = []
     for left, right in spans:
         if left < right:
             key = torch.arange(left, right)
-            hidden = (key < first[:, None]) | (key > last[:, None])
-            scores[..., left - start : right - start].masked_fill_(hidden.to(scores.device), value)
+            mask = (key < first[:, None]) | (key > last[:, None])
+            found.append((slice(left - keys.start, right - keys.start), mask.to(device)))
+    return found
+
+
+def hide_(scores: Tensor, where: Hidden, value: float) -> Tensor:
+    """Write `value` in place where a row of scores [..., C, n] meets a hidden key."""
+    for columns, mask in where:
+        scores[..., columns].masked_fill_(mask, value)
     return scores

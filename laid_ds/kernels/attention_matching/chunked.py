@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from laid_ds.kernels.attention import Attention, rows_that_fit
+from laid_ds.kernels.attention import rows_that_fit
 from laid_ds.kernels.attention_matching.leaf import leaf_loss
 from laid_ds.kernels.attention_matching.problem import Problem, Side
-from laid_ds.kernels.visible import row_chunks
+from laid_ds.kernels.visible import Hidden, hide_, row_chunks
 
 
 def attention_matching(
@@ -40,20 +40,23 @@ def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> 
     d_pi, excess = torch.zeros_like(pi), pi.new_zeros(())
     d_query, d_key = _gradients_of(problem.student, dtype) if backward else (None, None)
     heads = (len(used), *[student_heads] * 4)
+    omegas = _Omegas(problem, chunk_size)
     scratch = [pi.new_empty(h * chunk_size * problem.student.key.shape[2]) for h in heads]
     for b in range(batch):
         student, teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, used)
+        see_the_same = torch.equal(student.first, teacher.first)
         d_key_b = torch.zeros_like(student.key)
         for rows in row_chunks(problem.weight[b], chunk_size):
             keys = student.keys_of(rows)
             shape = len(rows), keys.stop - keys.start
             a, z, q, p, g = (x[: h * shape[0] * shape[1]].view(h, *shape) for x, h in zip(scratch, heads, strict=True))
-            teacher.forward(rows, keys, a, a)
-            query = student.forward(rows, keys, z, q)
+            where = student.hidden(rows, keys)
+            teacher.forward(rows, keys, where if see_the_same else teacher.hidden(rows, keys), a, a)
+            query = student.forward(rows, keys, where, z, q)
             torch.mm(pi, a.flatten(1), out=p.flatten(1))
-            omega = _omega(problem, b, rows, keys, student)
+            omega = omegas(b, rows, keys, where)
             torch.clamp_min(p, tiny, out=g).log_().sub_(z).add_(student.log_sum_exp(rows, z, q)).mul_(omega)  # omega ln(p / q)
-            student.hide_(g, rows, keys, 0.0)
+            hide_(g, where, 0.0)
             d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
             d_z = torch.sub(q, p, out=p).mul_(omega)
             c = d_z.sum(-1, keepdim=True)
@@ -73,17 +76,37 @@ def _gradients_of(side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(side.query, dtype=held), torch.empty_like(side.key, dtype=held)
 
 
-def _omega(problem: Problem, b: int, rows: Tensor, keys: slice, student: Attention) -> Tensor:
-    """The rows' weight times omega, mean 1 over the keys each row sees: [C, n], or [C, 1] where it is the same for all keys."""
-    device = problem.student.query.device
-    row_weight = problem.weight[b, rows, None].to(device, problem.dtype)
-    if problem.omega.kind == "uniform":
-        return row_weight
-    last = (rows + problem.query_offset).to(device)
-    key = torch.arange(keys.start, keys.stop, device=device)
-    if problem.positions is not None:
-        last, key = problem.positions[b, last], problem.positions[b, keys]
-    omega = problem.omega((last[:, None].to(problem.dtype) - key.to(problem.dtype)).clamp_min_(0))  # float32 counts tokens exactly to 2^24
-    student.hide_(omega, rows, keys, 0.0)
-    seen = (rows + problem.query_offset + 1 - student.first[rows]).to(device, problem.dtype)
-    return omega.mul_(row_weight * seen[:, None] / omega.sum(-1, keepdim=True))
+class _Omegas:
+    """The rows' weight times omega, mean 1 over the keys each row sees, chunk by chunk.
+
+    Token distances of consecutive rows are the same along diagonals, so a table of omega over the longest chunk serves all of them.
+    """
+
+    def __init__(self, problem: Problem, chunk_size: int) -> None:
+        self.problem, self.device, self.keys = problem, problem.student.query.device, problem.student.key.shape[2]
+        self.uniform = problem.omega.kind == "uniform"
+        if not self.uniform and problem.positions is None:
+            row, column = torch.arange(chunk_size, device=self.device), torch.arange(self.keys + chunk_size, device=self.device)
+            self.table = self._of(row[:, None] + self.keys - column)  # [chunk_size, S + chunk_size]
+            ahead = problem.omega(torch.arange(self.keys, device=self.device, dtype=torch.float64)).cumsum(0)
+            self.sums = torch.cat([ahead.new_zeros(1), ahead]).to(problem.dtype)  # [n]: of the n nearest keys
+
+    def _of(self, distance: Tensor) -> Tensor:
+        return self.problem.omega(distance.clamp_min_(0).to(self.problem.dtype))  # float32 counts tokens exactly to 2^24
+
+    def __call__(self, b: int, rows: Tensor, keys: slice, where: Hidden) -> Tensor:
+        """[C, n], or [C, 1] where it is the same for all keys; anything at hidden keys."""
+        problem = self.problem
+        weight = problem.weight[b, rows, None].to(self.device, problem.dtype)
+        if self.uniform:
+            return weight
+        last = rows + problem.query_offset
+        seen = (last + 1 - problem.student.first[b, rows]).to(self.device)
+        if problem.positions is None and int(last[-1] - last[0]) == len(rows) - 1:
+            shift = self.keys - int(last[0])
+            return self.table[: len(rows), keys.start + shift : keys.stop + shift] * (weight * seen[:, None] / self.sums[seen, None])
+        last, key = last.to(self.device), torch.arange(keys.start, keys.stop, device=self.device)
+        if problem.positions is not None:
+            last, key = problem.positions[b, last], problem.positions[b, keys]
+        omega = hide_(self._of(last[:, None] - key), where, 0.0)
+        return omega.mul_(weight * seen[:, None] / omega.sum(-1, keepdim=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laid_ds.kernels.attention import Attention, rows_that_fit
 from laid_ds.kernels.attention_profile.problem import Problem, Profile
-from laid_ds.kernels.visible import row_chunks
+from laid_ds.kernels.visible import Hidden, hide_, row_chunks
 
 
 def attention_profile(problem: Problem, row_count: int, chunk_size: int | None = None) -> Profile:
@@ -33,12 +33,13 @@ def attention_profile(problem: Problem, row_count: int, chunk_size: int | None =
             keys = attention.keys_of(rows)
             shape = heads, len(rows), keys.stop - keys.start
             z, p = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in scratch)
-            query = attention.forward(rows, keys, z, p)
+            where = attention.hidden(rows, keys)
+            query = attention.forward(rows, keys, where, z, p)
             row_lse = attention.log_sum_exp(rows, z, p)  # [H, C, 1]
-            row_entropy = -attention.hide_(z.sub_(row_lse), rows, keys, 0.0).mul_(p).sum(-1)  # [H, C]
+            row_entropy = -hide_(z.sub_(row_lse), where, 0.0).mul_(p).sum(-1)  # [H, C]
             lse[b, :, rows], entropy[b, :, rows] = row_lse[..., 0], row_entropy
             entropy_sum += row_entropy.double() @ problem.weight[b, rows].to(**make)
-            for i, mask in enumerate(_masks(problem, b, rows, keys, attention)):
+            for i, mask in enumerate(_masks(problem, b, rows, keys, where)):
                 mass[:, i] += p.flatten(1) @ mask.flatten()
                 pairs[i] += mask.sum(dtype=torch.float64)
                 if response is not None and i == len(problem.bins):
@@ -61,7 +62,7 @@ def attention_profile(problem: Problem, row_count: int, chunk_size: int | None =
     )
 
 
-def _masks(problem: Problem, b: int, rows: Tensor, keys: slice, attention: Attention) -> Iterator[Tensor]:
+def _masks(problem: Problem, b: int, rows: Tensor, keys: slice, where: Hidden) -> Iterator[Tensor]:
     """Each pair's weight [C, n] where it lies in a bin, for each bin; then where it is far; then where its key is marked."""
     device = problem.query.device
     last = (rows + problem.query_offset).to(device)
@@ -70,7 +71,7 @@ def _masks(problem: Problem, b: int, rows: Tensor, keys: slice, attention: Atten
         last, key = problem.positions[b, last], problem.positions[b, keys]
     distance = (last[:, None] - key).clamp_min(0)
     weight = problem.weight[b, rows, None].to(device, problem.dtype).repeat(1, len(key))
-    attention.hide_(weight, rows, keys, 0.0)
+    hide_(weight, where, 0.0)
     bins = torch.bucketize(distance, problem.bins, right=True) - 1
     yield from (weight * (bins == e) for e in range(len(problem.bins)))
     yield weight * (distance >= problem.far)
