@@ -87,6 +87,8 @@ bench: install
 	$(BIN)/python -m benchmarks.attention_matching --slope
 	$(BIN)/python -m benchmarks.attention_matching --step
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for tokens in 1024 2048 4096; do $(BIN)/python -m benchmarks.train_step --tokens $$tokens || exit 1; done
 
 # Which part of LAid does it? The demo's run with parts left out or changed, on the demo's models and test haystacks (docs/log.md).
 STUDY := runs/study

@@ -10,7 +10,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -46,12 +47,12 @@ def _measure_peak(send, prepare: Callable, work: Callable, arguments: tuple) -> 
     torch.set_num_threads(1)
     prepared = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
-    before = _status_mb("VmRSS")
+    before = status_mb("VmRSS")
     work(prepared)
-    send.send(_status_mb("VmHWM") - before)
+    send.send(status_mb("VmHWM") - before)
 
 
-def _status_mb(field: str) -> float:
+def status_mb(field: str) -> float:
     """A size in megabytes from /proc/self/status; ru_maxrss would be inherited from the parent process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
@@ -75,10 +76,11 @@ def gpu(work: Callable[[], object], repeats: int) -> dict[str, float]:
     return {"ms_p20": low, "ms_p50": middle, "ms_p80": high, "added_peak_mb": added}
 
 
-def versions() -> dict[str, str]:
-    """What a figure depends on besides the code."""
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """What a figure depends on besides the code: Python, torch and the packages named."""
     gpu_name = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"python": platform.python_version(), "torch": torch.__version__} | gpu_name
+    named = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "torch": torch.__version__} | named | gpu_name
 
 
 def show(figures: dict, as_json: bool) -> None:
@@ -97,10 +99,10 @@ def commit() -> str:
     return head.stdout.strip() + "+" * bool(changed) if head.returncode == 0 else "none"
 
 
-def append(benchmark: str, device: str, case: str, figures: dict[str, float]) -> None:
+def append(benchmark: str, device: str, case: str, figures: dict[str, float], packages: Iterable[str] = ()) -> None:
     """One row of results.csv per figure."""
     fresh = not RESULTS.exists()
-    date, head, software = datetime.date.today().isoformat(), commit(), json.dumps(versions())
+    date, head, software = datetime.date.today().isoformat(), commit(), json.dumps(versions(packages))
     with RESULTS.open("a", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         if fresh:

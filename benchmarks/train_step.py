@@ -4,7 +4,9 @@ python -m benchmarks.train_step --tokens 4096 --json
 
 Arms: `laid` (every term of the loss, every layer compared) on a plain AdamW loop and in DeepSpeed's ZeRO-3 engines, TRL's GKDTrainer
 (KL alone) and transformers' Trainer with cross-entropy + KL. All train the same two random Qwen2 models in fp32 on the same tokens,
-7 of 8 supervised, with the same AdamW and clip; each run is a process of its own, and the arms take turns. Needs `pip install .[bench]`.
+7 of 8 supervised, with the same AdamW and clip; each run is a process of its own with one thread, and the arms take turns. CPU seconds
+are those of a step without the loading of data; added bytes are the peak of a whole run beyond what was resident just before training (for
+our engines: before they were built). Needs `pip install .[bench]`, which `make bench` does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +30,7 @@ from benchmarks import measure
 VOCABULARY, LAYERS, HEADS, KEY_HEADS, HIDDEN = 8192, 4, 4, 2, {"student": 128, "teacher": 256}
 ENGINE = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3_cpu.json"
 LR, CLIP = 1e-4, 1.0
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed")
+PACKAGES = ("transformers", "trl", "datasets", "accelerate", "deepspeed")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 
 Finish = Callable[[], None]
@@ -62,7 +63,7 @@ class Meter:
         self.seconds: list[float] = []
         self.losses: list[dict[str, float]] = []
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
-        self.before = measure._status_mb("VmRSS")
+        self.before = measure.status_mb("VmRSS")
 
     def begin(self) -> None:
         self.began = time.process_time()
@@ -71,7 +72,7 @@ class Meter:
         self.seconds.append(time.process_time() - self.began)
 
     def report(self) -> dict:
-        peak = measure._status_mb("VmHWM")
+        peak = measure.status_mb("VmHWM")
         return {
             "cpu_seconds": statistics.median(self.seconds[1:]),  # the first step warms up
             "added_bytes": round((peak - self.before) * 2**20),
@@ -325,9 +326,8 @@ def main() -> None:
         print(json.dumps(run_arm(arguments.arm, arguments.tokens, arguments.steps)))
         return
     figures = compare(arguments.tokens, arguments.steps, arguments.repeats)
-    measure.append("train_step.compare", "cpu", f"tokens={arguments.tokens}", figures)
-    versions = measure.versions() | {name: version(name) for name in PACKAGES}
-    measure.show(figures | {"tokens": arguments.tokens, "versions": versions}, arguments.json)
+    measure.append("train_step.compare", "cpu", f"tokens={arguments.tokens}", figures, PACKAGES)
+    measure.show(figures | {"tokens": arguments.tokens, "versions": measure.versions(PACKAGES)}, arguments.json)
 
 
 if __name__ == "__main__":
