@@ -91,10 +91,6 @@ def laid(tokens: int, steps: int, engines: bool) -> dict:
     from laid_ds.models.attention import Tap, attention_shape, listen
     from laid_ds.models.rope_gain import responder
 
-    class TextBatch(Batch):
-        def images(self) -> int:
-            return 0
-
     place = {"path": "random", "dtype": "float32", "deepspeed": ENGINE}
     optimizer = {"lr": LR, "mixing_lr": LR, "gain_lr": LR, "betas": (0.9, 0.999), "clip": CLIP}
     run = Run.model_validate(
@@ -112,7 +108,7 @@ def laid(tokens: int, steps: int, engines: bool) -> dict:
     student, teacher = Student(pupil, align, taps[0], run.losses, VOCABULARY), Teacher(master, taps[1], VOCABULARY, shows_logits=True)
     ids, labels = sample(tokens)
     labels = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], 1)
-    batch = TextBatch({"input_ids": ids}, labels, torch.zeros_like(ids), ("sample",))
+    batch = Batch({"input_ids": ids}, labels, torch.zeros_like(ids), ("sample",), num_images=0)
     counted_by = {"kl": "rows", "sft": "rows"} | align.counted_by()
     make = _zero3 if engines else _plain
     meter = Meter()

@@ -49,7 +49,9 @@ def pair_of(world, lse: bool):
     layout = family(models[0].config).layout
     listen(models[0], taps[0], {layer: responder(align.gain, layer, layout) for layer in attention_layers(models[0])})
     listen(models[1], taps[1])
-    return Student(models[0], align, taps[0], Losses(), world.vocabulary), Teacher(models[1], taps[1], world.vocabulary, True)
+    return Student(models[0], align, taps[0], Losses(rows_per_chunk=3), world.vocabulary), Teacher(
+        models[1], taps[1], world.vocabulary, True
+    )
 
 
 def step(world, batches, lse: bool = True):
@@ -58,8 +60,8 @@ def step(world, batches, lse: bool = True):
     omega = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
     totals, counts = dict.fromkeys(TERMS, 0.0), {}
     for batch in batches:
-        sums = student(batch, teacher(batch), Ask(TERMS, omega, head_chunks=2))
-        sum(sums.values()).backward()
+        loss, sums = student(batch, teacher(batch), Ask(dict.fromkeys(TERMS, 1.0), omega))
+        loss.backward()
         totals = {term: totals[term] + sums[term].item() for term in TERMS}
         counts = {name: counts.get(name, 0) + value for name, value in batch.counts().items()}
     return totals, counts, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}

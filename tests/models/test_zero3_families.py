@@ -93,15 +93,17 @@ def plain_step(run, name: str) -> dict[str, float]:
     listen(ours, taps[0], {int(i): responder(align.gain, int(i), family(ours.config).layout) for i in align.gain})
     listen(theirs, taps[1])
     student, teacher = Student(ours, align, taps[0], run.losses, 128), Teacher(theirs, taps[1], 128, True)
-    terms = [term for term in TERMS if getattr(run.losses, term) > 0]
-    batches = [batch_of(name, rank) for rank in range(2)]
-    sums = [student(batch, teacher(batch), Ask(tuple(terms), OMEGA, 1)) for batch in batches]
-    counted_by = {"kl": "rows", "sft": "rows"} | align.counted_by()
-    means = {term: sum(part[term] for part in sums) / sum(batch.counts()[counted_by[term]] for batch in batches) for term in terms}
-    loss = sum(getattr(run.losses, term) * mean for term, mean in means.items())
+    batches, counted_by = [batch_of(name, rank) for rank in range(2)], {"kl": "rows", "sft": "rows"} | align.counted_by()
+    weights = {term: getattr(run.losses, term) for term in TERMS if getattr(run.losses, term) > 0}
+    factors = {term: weight / sum(batch.counts()[counted_by[term]] for batch in batches) for term, weight in weights.items()}
+    loss, means = 0.0, dict.fromkeys(weights, 0.0)
+    for batch in batches:
+        part, sums = student(batch, teacher(batch), Ask(factors, OMEGA))
+        loss += part
+        means = {term: mean + factors[term] / weights[term] * sums[term].item() for term, mean in means.items()}
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
-    return {term: mean.item() for term, mean in means.items()} | {"loss": loss.item(), "gradient_norm": norm.item()}
+    return means | {"loss": loss.item(), "gradient_norm": norm.item()}
 
 
 def test_a_step_of_other_families_under_zero3_is_plain_torch(world, folders, tmp_path):
