@@ -143,7 +143,7 @@ def _chunk(z: Tensor, t: Tensor | None, q: Tensor, d: Tensor, labels: Tensor, fa
             lse = softmax_(z.div_(tau), q)
             t.div_(tau)
         ratio = torch.sub(t, z, out=z)
-        ratio -= softmax_(t, t) - lse
+        ratio -= (softmax_(t, t) - lse).to(ratio.dtype)
         total, gradient = DIVERGENCES[options.divergence](t, q, ratio, options.beta)
         d.add_(gradient, alpha=kl * tau)
         sums.append(tau**2 * total)
@@ -151,10 +151,13 @@ def _chunk(z: Tensor, t: Tensor | None, q: Tensor, d: Tensor, labels: Tensor, fa
 
 
 def softmax_(x: Tensor, out: Tensor) -> Tensor:
-    """Write the softmax of x [r, V] to out, which may be x, and return the log-sum-exp [r, 1]."""
-    highest = x.amax(-1, keepdim=True)
+    """Write the softmax of x [r, V] to out, which may be x, and return the log-sum-exp [r, 1] in float64.
+
+    Its rounding would be a whole row's, and a divergence of nearly equal distributions is smaller than that of float32.
+    """
+    highest = x.amax(-1, keepdim=True).double()
     torch.softmax(x, -1, out=out)
-    return highest - out.amax(-1, keepdim=True).log()
+    return highest - out.amax(-1, keepdim=True).double().log() + out.sum(-1, keepdim=True, dtype=torch.float64).log()
 
 
 def forward_kl(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
