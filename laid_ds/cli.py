@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +23,7 @@ def train(
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
     from laid_ds.build import check
+    from laid_ds.local import launch
     from laid_ds.run_folder import check_output
 
     run = config.load(recipe, overrides or [])
@@ -35,7 +32,7 @@ def train(
     if dry_run:
         print(json.dumps(config.as_tree(run), indent=1))
         return
-    raise typer.Exit(_launch([str(recipe), *(overrides or [])], ranks or _gpus() or 1, port or _free_port()))
+    raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port))
 
 
 @app.command(epilog="Example: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train")
@@ -237,52 +234,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _launch(words: list[str], ranks: int, port: int) -> int:
-    """DeepSpeed's launcher on this machine; its exit status. Ctrl-C reaches the ranks, which save and leave; we wait for them."""
-    from laid_ds.engine import choose_accelerator
-
-    choose_accelerator()
-    environment = dict(os.environ)
-    if not _gpus():
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
-    command = [*launcher, "--no_local_rank", "--module", "laid_ds.train", *words]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    received: list[int] = []
-
-    def pass_on(number: int, frame) -> None:
-        received.append(number)
-        _stop_ranks(process.pid)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    status = process.wait()
-    return 128 + received[0] if received else status
-
-
-def _stop_ranks(launcher: int) -> None:
-    """Ask the ranks themselves to save and leave: the launcher, if it were asked, would kill them after 30 seconds."""
-    import psutil
-
-    processes = psutil.Process(launcher).children(recursive=True)
-    spawners = [p.pid for p in processes if "deepspeed.launcher.launch" in p.cmdline()]
-    ranks = [p for p in processes if p.ppid() in spawners]
-    for process in ranks or [psutil.Process(launcher)]:
-        process.send_signal(signal.SIGINT)
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _named(models: list[str]) -> dict[str, Path]:

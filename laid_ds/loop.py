@@ -32,7 +32,7 @@ from laid_ds.stop import DONE, REQUEUE, StopRequest
 
 def train(run: Run, stop: StopRequest) -> None:
     """Run to the end, or until asked to stop, from the latest checkpoint if there is one. Every rank calls it."""
-    open_output(run)
+    open_output(run, stop.started)
     seed_everything(run.seed + distributed.rank())
     training = build(run)
     active = distributed.rank() == 0

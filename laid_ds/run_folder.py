@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from laid_ds import checkpoint, config, distributed
 from laid_ds.config import Run
-from laid_ds.stop import DONE, REQUEUE, STOP
+from laid_ds.stop import DONE, STOP, clear
 
 MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
+MAY_BE_THERE = ("run.json.partial", "launch", STOP)  # in a folder that no run has claimed yet: a job script lives in launch/
 SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
 
 
@@ -32,7 +33,7 @@ def check_output(run: Run) -> None:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
             )
-    elif run.output.is_dir() and any(path.name != "run.json.partial" for path in run.output.iterdir()):
+    elif run.output.is_dir() and any(path.name not in MAY_BE_THERE for path in run.output.iterdir()):
         raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
 
 
@@ -44,16 +45,15 @@ def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
 
 
-def open_output(run: Run) -> None:
-    """Claim the run folder by writing the resolved run into it, and clear what the last attempt said of its end."""
+def open_output(run: Run, started: float) -> None:
+    """Claim the run folder by writing the resolved run into it, and clear what attempts before `started` said of their end."""
     check_output(run)
     _check_global_batch(run)
     record = run.output / "run.json"
     distributed.barrier()
     if distributed.rank() == 0:
         run.output.mkdir(parents=True, exist_ok=True)
-        for name in (REQUEUE, STOP):
-            (run.output / name).unlink(missing_ok=True)
+        clear(run.output, started)
         if not record.is_file():
             resolved = {"run": config.as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
             checkpoint.write_durably(record, json.dumps(resolved, indent=1))

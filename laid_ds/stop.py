@@ -21,7 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
-        self.started = time.monotonic()
+        self.started = time.time()
 
     def listen(self) -> StopRequest:
         """From the start of the process on: a warning that comes while models load must not kill it."""
@@ -41,10 +41,18 @@ class StopRequest:
         from laid_ds import distributed
 
         if not self.reason and distributed.rank() == 0:
-            late = after_minutes is not None and time.monotonic() - self.started > 60 * after_minutes
+            late = after_minutes is not None and time.time() - self.started > 60 * after_minutes
             self.reason = FILE if (folder / STOP).exists() else CLOCK if late else ""
         (reason,) = distributed.largest([REASONS.index(self.reason)])
         return REASONS[int(reason)]
+
+
+def clear(folder: Path, started: float) -> None:
+    """Remove what earlier attempts said of their end. A stop file made since `started` (Unix time) asks this attempt, and stays."""
+    (folder / REQUEUE).unlink(missing_ok=True)
+    stop = folder / STOP
+    if stop.exists() and stop.stat().st_mtime < started:
+        stop.unlink()
 
 
 def ignore_signals() -> None:

@@ -5,14 +5,22 @@ deepspeed --num_gpus 2 --module laid_ds.train recipes/demo.toml losses.match=0
 
 from __future__ import annotations
 
+import os
 import sys
 
+from laid_ds import environment
 from laid_ds.stop import StopRequest, ignore_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
     """RECIPE [section.key=value ...]; DeepSpeed's launcher puts --local_rank before them. Returns the exit status."""
     stop = StopRequest().listen()  # before the imports below, which take seconds
+    try:
+        os.environ.update(environment.bridge(os.environ))
+    except ValueError as error:
+        sys.stderr.write(f"laid: {error}\n")
+        return 2
+    environment.open_rank_log(os.environ)
     from laid_ds import config, distributed, engine
     from laid_ds.data.record import DataError
     from laid_ds.distill import NonFiniteLoss
@@ -24,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("no recipe given; usage: deepspeed --num_gpus N --module laid_ds.train RECIPE [section.key=value ...]")
         run = config.load(words[0], words[1:])
         engine.start_processes()
+        assert distributed.add([1])[0] == distributed.world_size() == int(os.environ["WORLD_SIZE"])
         train(run, stop)
     except StoppedByOthers:
         return 2

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "laid_ds.config": 0,
+    "laid_ds.environment": 0,
     "laid_ds.schedule": 0,
     "laid_ds.losses": 0,
     "laid_ds.align": 0,
@@ -36,6 +37,7 @@ FLOORS = {
     "laid_ds.plan": 5,
     "laid_ds.export": 5,
     "laid_ds.evaluation.evaluate": 5,
+    "laid_ds.local": 5,
     "laid_ds.cli": 5,
 }
 PACKAGES = {"laid_ds", "laid_ds.evaluation"}  # their __init__ files import nothing

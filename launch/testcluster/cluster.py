@@ -77,7 +77,17 @@ def start_node(shape: Shape, node: int) -> None:
     if not shape.namespaces:
         _run("slurmd", "-f", shape.state / "slurm.conf", "-N", name)
         return
-    namespace = ["nsenter", f"--net=/var/run/netns/laid-{name}", "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    namespace = [
+        "nsenter",
+        f"--net=/var/run/netns/laid-{name}",
+        "unshare",
+        "--uts",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+    ]
     with (shape.state / "log" / f"node.{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [*namespace, "bash", NODE_INIT, name, shape.state],

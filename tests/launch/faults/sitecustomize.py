@@ -1,0 +1,33 @@
+"""Imported by every Python of a job whose PYTHONPATH begins here: ranks obey files in the folder LAID_TEST_FAULTS.
+
+exit-RANK: that rank leaves at once with status 3. slow: each flush to disk takes a second longer, so that a save can be hit.
+"""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+FOLDER = Path(os.environ.get("LAID_TEST_FAULTS", "/nonexistent"))
+fsync = os.fsync
+
+
+def slow_fsync(descriptor):
+    if (FOLDER / "slow").exists():
+        time.sleep(1)
+    fsync(descriptor)
+
+
+def obey():
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    order = FOLDER / f"exit-{rank}"
+    while True:
+        if order.exists():
+            order.unlink()
+            os._exit(3)
+        time.sleep(0.05)
+
+
+if FOLDER.is_dir():
+    os.fsync = slow_fsync
+    threading.Thread(target=obey, daemon=True).start()
