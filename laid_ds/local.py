@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 import psutil
 import torch
@@ -63,7 +64,7 @@ def _stop_ranks(launcher: int) -> None:
 
 def _is_rank(process: psutil.Process) -> bool:
     words = process.cmdline()
-    return RANK in zip(words, words[1:], strict=False)
+    return RANK in pairwise(words)
 
 
 def _free_port() -> int:

@@ -168,9 +168,7 @@ def _target(run, recipe: Path, overrides: list[str], job):
         raise ValueError(f"no recipe at {recipe}")
     found = names_of_secrets(recipe.read_text())
     if found:
-        raise ValueError(
-            f"{recipe} holds {found[0]}, which would be copied into the run folder; give it by an environment variable or a file"
-        )
+        raise ValueError(f"{recipe} holds {found[0]}, which would be copied into files; give it by an environment variable or a file")
     python = job.python or (sys.executable if job.container == "none" else "python3")
     return Target(run.name, run.output, Path.cwd(), tuple(overrides), python)
 

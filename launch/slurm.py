@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.record import read_state, write_state
 from laid_ds.stop import DONE, STOP
+from launch.record import read_state, write_state
 
 JOBS = "jobs.json"
 GOING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -127,11 +127,8 @@ def _sacct(job: str) -> list[dict[str, Any]]:
 def _own_word(run: Path, job: str) -> list[dict[str, Any]]:
     """The states that the job's scripts wrote into the run folder, or into each element's."""
     states = [state for folder in runs_of(run) if (state := read_state(folder / "launch"))]
-    mine = [state for state in states if state["job"].split("_")[0] == job]
-    return [
-        {"job": state["job"], "state": state["status"], "nodes": state.get("nodes", ""), "reason": "", "source": "state.json"}
-        for state in mine
-    ] or [{"job": job, "state": "unknown", "nodes": "", "reason": "neither SLURM nor the job says more", "source": "state.json"}]
+    mine = [state for state in states if state["job"].split("_")[0] == job] or [{"job": job, "status": "unknown"}]
+    return [{"job": s["job"], "state": s["status"], "nodes": s.get("nodes", ""), "reason": "", "source": "state.json"} for s in mine]
 
 
 def _ask(command: Sequence[str]) -> str:

@@ -116,6 +116,13 @@ def kill_slurmd(shape: Shape, node: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def start_slurmd(shape: Shape, node: int) -> None:
+    """Start the daemon again on a node that is on."""
+    name = shape.names[node]
+    inside = _children(int((shape.state / "pid" / f"node.{name}").read_text()))[0]
+    _run("nsenter", f"--target={inside}", "--all", "slurmd", "-f", shape.state / "slurm.conf", "-N", name)
+
+
 def cgroup_tracking() -> str | None:
     """Why slurmd cannot track processes by cgroup here, or None where it can."""
     if not FREEZER.is_dir():
@@ -216,6 +223,10 @@ def _is(pid: int, name: str) -> bool:
     except OSError:
         return False
     return f"({name})" in stat and ") Z" not in stat
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _processes() -> list[int]:

@@ -30,7 +30,7 @@ class Shape:
     """Pretended GPUs of each node: SLURM hands them out, nothing computes on them."""
     namespaces: bool = True
     proctrack: str = "cgroup"
-    """How slurmd tracks a job's processes. Signals reach only the tasks under `cgroup`, as on real clusters; all processes under `linuxproc`."""
+    """How slurmd tracks a job's processes. Signals reach only the tasks under `cgroup`, as on real clusters, and all under `linuxproc`."""
     preempt_signal: bool = True
     """Whether the administrator set `preempt_send_user_signal`."""
     state: Path = field(default_factory=default_state)

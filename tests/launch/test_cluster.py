@@ -1,0 +1,150 @@
+"""On a real SLURM: whatever happens to a job, the run ends as if nothing had, and each fault costs no more than it must.
+
+python -m pytest -m slurm tests/launch; LAID_SLURM_MATRIX=1 runs all of it under both ways of tracking processes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.testcluster import cluster as testcluster
+from launch.testcluster.configuration import Shape
+from tests.support.slurm import Submitted
+
+pytestmark = pytest.mark.slurm
+
+STEPS = {"steps": 60, "checkpoint": {"every_steps": 10}}
+TWO_NODES = ["--nodes=2"]
+
+
+def warn(run: Submitted) -> None:
+    """What SLURM does before a time limit, without waiting for it."""
+    run.cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
+def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
+    changes = {"steps": 16, "checkpoint": {"every_steps": 5}}
+    run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], **changes)
+    run.wait_for_step(7)
+    warn(run)
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    assert "saved and stopped" in run.log()
+    run.check(f"warning, 2 nodes x 2 ranks, {launcher}, {cluster.shape.proctrack}", 4, **changes)
+    logs = sorted(path.name for path in (run.output / "launch" / "logs").glob("rank-*"))
+    assert logs == [f"rank-{rank:04d}.log" for rank in range(4)]
+
+
+def test_time_limit(cluster):
+    changes = {"steps": 200, "checkpoint": {"every_steps": 1000}}
+    run = Submitted(cluster, "limit", ["--time=1", "--lead-seconds=20"], **changes)
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    assert "USR1: the ranks are asked to save and stop" in run.log()
+    run.check("time limit", 1, **changes)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
+def test_preemption(clusters, proctrack, told):
+    cluster = clusters(Shape(proctrack=proctrack, preempt_signal=told))
+    changes = {"steps": 100, "checkpoint": {"every_steps": 1000}}
+    run = Submitted(cluster, "preempted", ["--partition=low", "--nodes=2"], **changes)
+    run.wait_for_step(5)
+    cluster.slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    assert ("USR1: the ranks are asked" in run.log()) == told
+    run.check(f"preemption, {'with' if told else 'without'} the administrator's signal", 2, **changes)
+
+
+def test_one_rank_is_killed(cluster):
+    run = Submitted(cluster, "killed", TWO_NODES, **STEPS)
+    run.wait_for_step(15)
+    run.ranks()[1].kill()
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    run.check("kill -9 of one rank", 2, **STEPS)
+
+
+def test_one_rank_leaves_with_a_bad_status(cluster):
+    run = Submitted(cluster, "bad-status", TWO_NODES, **STEPS)
+    run.wait_for_step(15)
+    (run.faults / "exit-1").touch()
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    run.check("bad exit status of one rank", 2, **STEPS)
+
+
+def test_a_node_loses_its_power(cluster):
+    run = Submitted(cluster, "power", TWO_NODES, **STEPS)
+    run.wait_for_step(15)
+    testcluster.kill_node(cluster.shape, 1)
+    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    testcluster.start_node(cluster.shape, 1)
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    run.check("power loss of a node", 2, **STEPS)
+
+
+def test_the_network_is_cut(cluster):
+    run = Submitted(cluster, "cut", TWO_NODES, **STEPS)
+    run.wait_for_step(15)
+    testcluster.cut_node(cluster.shape, 1)
+    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    testcluster.cut_node(cluster.shape, 1, cut=False)
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    run.check("network cut", 2, **STEPS)
+
+
+def test_slurmd_dies(cluster):
+    changes = STEPS | {"steps": 200}
+    run = Submitted(cluster, "slurmd", TWO_NODES, **changes)
+    run.wait_for_step(15)
+    testcluster.kill_slurmd(cluster.shape, 1)
+    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    testcluster.start_slurmd(cluster.shape, 1)
+    run.wait_for_attempt(1)
+    run.wait_for_status("done")
+    run.check("death of a slurmd", 2, **changes)
+
+
+def test_signals_in_the_middle_of_a_save_and_after_the_end(cluster):
+    run = Submitted(cluster, "saving", TWO_NODES, **STEPS)
+    (run.faults / "slow").touch()
+    run.wait(lambda: (run.output / "checkpoints" / "step_000010").is_dir(), "the first save")
+    warn(run)
+    cluster.slurm("scancel", "--signal=USR1", run.job)  # to the ranks themselves, too
+    assert not (run.output / "checkpoints" / "latest").exists()
+    run.wait_for_attempt(1)
+    run.wait(lambda: (run.output / "done.json").is_file(), "the end")
+    warn(run)
+    cluster.slurm("scancel", "--signal=TERM", run.job)
+    run.wait_for_status("done")
+    run.wait_for_end()
+    assert "JobState=COMPLETED" in cluster.slurm("scontrol", "show", "job", run.job)
+    assert run.state()["attempt"] == 1
+    run.check("signals in a save and after the end", 2, **STEPS)
+
+
+def test_an_array_of_three(cluster):
+    changes = {"steps": 8}
+    run = Submitted(cluster, "sweep", ["--sweep=seed=1", "--sweep=seed=2 optimizer.lr=2e-3", "--sweep=seed=3", "--parallel=2"], **changes)
+    run.wait_for_end()
+    for element, different in enumerate([{"seed": 1}, {"seed": 2, "optimizer": {"lr": 2e-3}}, {"seed": 3}]):
+        one = run.element(element)
+        one.check(f"array element {element}", 1, **changes, **different)
+
+
+def test_a_chain_of_three(cluster):
+    changes = {"steps": 120, "checkpoint": {"every_steps": 1000}}
+    run = Submitted(cluster, "chain", ["--chain=3", "--max-restarts=0"], **changes)
+    for job in run.jobs[:2]:
+        run.wait(lambda job=job: run.state()["job"] == job and run.state()["status"] == "running", f"job {job}")
+        before = run.observe()
+        run.wait_for_step(before + 20)
+        cluster.slurm("scancel", "--batch", "--signal=USR1", job)
+    run.wait_for_status("done")
+    assert run.state()["job"] == run.jobs[2]
+    run.check("chain of three jobs", 1, **changes)
