@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def _slurm_quote(text: str) -> str:
 
 
 def _differences(job: Job, target: Target) -> list[str]:
-    arguments = " ".join(map(_quote, (str(target.launch / "recipe.toml"), *target.overrides)))
+    arguments = _words([str(target.launch / "recipe.toml"), *target.overrides])
     lines = [
         f"run={_quote(str(target.run))}" + ('"/$SLURM_ARRAY_TASK_ID"' if job.sweep else ""),
         f"arguments=({arguments})",
@@ -103,20 +103,24 @@ def _differences(job: Job, target: Target) -> list[str]:
 
 
 def _element(number: int, overrides: Sequence[str]) -> str:
-    return f"  {number}) arguments+=({' '.join(map(_quote, overrides))}) ;;"
+    return f"  {number}) arguments+=({_words(overrides)}) ;;"
 
 
 def _quote(text: str) -> str:
-    """For bash: as shlex.quote, but a single quote is held by double quotes, which is easier to read."""
-    if "'" not in text:
-        return shlex.quote(text)
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'
+    """A word of bash. What single quotes cannot hold, or would seem to have forgotten to expand, stands in double quotes."""
+    if re.search("['$`]", text):
+        return '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'
+    return f"'{text}'" if "," in text else shlex.quote(text)
+
+
+def _words(texts: Iterable[str]) -> str:
+    return " ".join(map(_quote, texts))
 
 
 def _on_nodes(job: Job, target: Target) -> str:
     """The part that starts the ranks."""
     srun, prefix = _container(job, target)
-    python = shlex.join([*prefix, target.python])
+    python = _words([*prefix, target.python])
     command = f"srun --kill-on-bad-exit=1 --wait=60{srun}"
     if job.launcher == "srun":
         return f'ranks=({command} {python} -u -m laid_ds.train "${{arguments[@]}}")\n'
@@ -129,10 +133,11 @@ def _on_nodes(job: Job, target: Target) -> str:
 
 def _container(job: Job, target: Target) -> tuple[str, list[str]]:
     """(options of srun, words before the interpreter)."""
-    mounts = [f"{path}:{path}" for path in dict.fromkeys((str(target.folder), str(target.run)))] + list(job.mounts)
+    folders = [target.folder] if target.run.is_relative_to(target.folder) else [target.folder, target.run]
+    mounts = [*(f"{path}:{path}" for path in folders), *job.mounts]
     if job.container == "pyxis":
         options = [f"--container-image={job.image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={target.folder}"]
-        return " " + shlex.join(options), []
+        return " " + _words(options), []
     if job.container == "apptainer":
         gpus = ["--nv"] if job.gpus_per_node else []
         binds = [word for mount in mounts for word in ("--bind", mount)]

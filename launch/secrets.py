@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-REMOVED = "(removed)"
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS(WORD|WD|PHRASE|$)|PWD$|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|(^|_)PAT$", re.IGNORECASE)
+REMOVED = "<removed>"
+SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|KEY|SECRET|PASS(WORD|WD|PHRASE|$)|PWD$|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|(^|_)PAT$", re.IGNORECASE
+)
 SECRET_VALUES = (
     re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"),  # user:password of an address
     re.compile(r"(?<=Bearer )[\w.~+/=-]{8,}|(?<=[?&](?:sig|key)=)[^&\s'\"]+|(?<=[?&]token=)[^&\s'\"]+", re.IGNORECASE),
@@ -43,7 +45,7 @@ def _is_literal_secret(found: re.Match[str]) -> bool:
     """`HF_TOKEN=abc` and `token = "abcd1234"` are; `KEY=$OTHER`, `pad_token = 3` and `keys = model.keys()` are not."""
     name, value = found["name"], found["value"]
     bare = value.strip("\"'")
-    if not _is_secret(name) or not bare or bare.startswith(("$", "/", "~", "<", REMOVED)):
+    if not _is_secret(name) or not bare or bare.startswith(("$", "/", "~", "<")):
         return False
     looks_random = bool(re.fullmatch(r"[\w+/=.-]{16,}", bare)) and bool(re.search(r"\d", bare))
     return name.isupper() or looks_random or (bare != value and len(bare) >= 8 and " " not in bare)

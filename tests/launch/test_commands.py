@@ -1,0 +1,151 @@
+"""status, cancel, requeue and logs find a job wherever the cluster still knows it. SLURM's commands are played by a script here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import cli, slurm
+
+PLAYED = """#!{python}
+import json, pathlib, sys
+folder, name = pathlib.Path({folder!r}), pathlib.Path(sys.argv[0]).name
+with (folder / "said").open("a") as said:
+    said.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
+answer = folder / (name + ".answer")
+sys.stdout.write(answer.read_text() if answer.exists() else "")
+sys.exit(0 if answer.exists() else 1)
+"""
+RUNNING = "12|RUNNING|n[0-1]|None|1:00|59:00\n"
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """A folder of commands; `NAME.answer` in it is what that command prints, without it the command fails."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("squeue", "scontrol", "sacct", "scancel", "sbatch"):
+        (folder / name).write_text(PLAYED.format(python=sys.executable, folder=str(folder)))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    run = tmp_path / "run"
+    (run / "launch" / "logs").mkdir(parents=True)
+    (run / "launch" / "jobs.json").write_text('["12"]')
+    (run / "launch" / "state.json").write_text('{"job": "12", "attempt": 2, "status": "stopped", "nodes": "n0"}')
+    (run / "metrics.jsonl").write_text('{"step": 7}\n')
+    return run
+
+
+def said(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "said").read_text().splitlines()]
+
+
+def ask(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as status:
+        cli.main([str(word) for word in words])
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return status.value.code, found.out, found.err
+
+
+def test_a_job_is_looked_for_from_squeue_down_to_its_own_word(played, run, capsys):
+    def row():
+        status, out, _ = ask(capsys, "status", run, "--json")
+        assert status == 0
+        answer = json.loads(out)
+        assert answer["runs"] == [{"run": str(run), "step": 7, "checkpoint": None, "done": False}]
+        return answer["jobs"][0]
+
+    assert row() == {"job": "12", "state": "stopped", "nodes": "n0", "reason": "", "source": "state.json"}
+    (played / "sacct.answer").write_text("12|TIMEOUT|n[0-1]|None|0:0\n")
+    assert row()["state"] == "TIMEOUT"
+    (played / "scontrol.answer").write_text("JobId=12 JobName=a b JobState=NODE_FAIL Reason=None Restarts=3 ExitCode=0:0 NodeList=n[0-1]\n")
+    assert (row()["state"], row()["restarts"]) == ("NODE_FAIL", 3)
+    (played / "squeue.answer").write_text(RUNNING)
+    assert (row()["state"], row()["left"], row()["source"]) == ("RUNNING", "59:00", "squeue")
+
+
+def test_elements_of_an_array_speak_for_themselves(played, run, capsys):
+    for element, status in ((0, "done"), (1, "running")):
+        (run / str(element) / "launch").mkdir(parents=True)
+        state = {"job": f"12_{element}", "attempt": 0, "status": status}
+        (run / str(element) / "launch" / "state.json").write_text(json.dumps(state))
+    _, out, _ = ask(capsys, "status", run)
+    assert "job 12_0  done" in out
+    assert f"{run / '1'}  step 0" in out
+
+
+def test_cancel_ends_what_is_going_and_says_when_nothing_is(played, run, capsys):
+    status, _, err = ask(capsys, "cancel", run)
+    assert (status, err) == (2, f"laid-launch: no job of {run} waits or runs\n")
+    (played / "squeue.answer").write_text(RUNNING)
+    (played / "scancel.answer").write_text("")
+    assert ask(capsys, "cancel", run)[0] == 0
+    assert said(played)[-1] == ["scancel", "12"]
+
+
+def test_requeue_asks_a_running_job_to_save_first(played, run, capsys):
+    (played / "squeue.answer").write_text(RUNNING)
+    _, out, _ = ask(capsys, "requeue", run)
+    assert out == "job 12 saves after this step and starts again\n"
+    assert (run / "stop").exists()
+    (played / "scontrol.answer").write_text("")
+    ask(capsys, "requeue", run, "--now")
+    assert said(played)[-1] == ["scontrol", "requeue", "12"]
+
+
+def test_requeue_leaves_a_waiting_job_alone(played, run, capsys):
+    (played / "squeue.answer").write_text("12|PENDING||Resources|0:00|1:00\n")
+    assert "starts by itself" in ask(capsys, "requeue", run)[2]
+
+
+def test_requeue_submits_again_what_has_ended(played, run, capsys):
+    (played / "sbatch.answer").write_text("13;cluster\n")
+    assert ask(capsys, "requeue", run)[1].startswith("submitted job 13")
+    assert said(played)[-1] == ["sbatch", "--parsable", str(run / "launch" / "job.sh")]
+    assert json.loads((run / "launch" / "jobs.json").read_text()) == ["13"]
+
+
+def test_two_jobs_never_share_a_folder(played, run):
+    (played / "squeue.answer").write_text(RUNNING)
+    with pytest.raises(ValueError, match="already has job 12"):
+        slurm.submit(run)
+
+
+def test_slurms_own_words_reach_the_user(played, run, capsys):
+    (played / "scontrol").unlink()
+    status, _, err = ask(capsys, "slurm", "recipes/demo.toml", "--test-only")
+    assert status == 2
+    assert err.startswith("laid-launch: sbatch: ")
+
+
+def test_logs_show_the_job_and_a_rank(run):
+    for name in ("job.log", "rank-0000.log", "rank-0001.log"):
+        (run / "launch" / "logs" / name).write_text(f"this is {name}\n")
+    words = [sys.executable, "-m", "launch.cli", "logs", str(run)]
+    found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "this is job.log" in found
+    assert "this is rank-0000.log" in found
+    assert "rank-0001" not in found
+    assert "this is rank-0001.log" in subprocess.run([*words, "--all"], capture_output=True, text=True, check=True).stdout
+    with subprocess.Popen([*words, "-f"], stdout=subprocess.PIPE, text=True) as following:
+        read = iter(following.stdout.readline, "")
+        assert any("rank-0000.log" in line for line in read)
+        with (run / "launch" / "logs" / "job.log").open("a") as log:
+            log.write("the end\n")
+        assert any(line == "the end\n" for line in read)
+        following.terminate()
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path, capsys):
+    for command in ("status", "cancel", "requeue", "logs"):
+        assert ask(capsys, command, tmp_path / "none") == (2, "", f"laid-launch: no run folder at {tmp_path / 'none'}\n")
