@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-energon check bench study clean
+.PHONY: install demo test test-slurm test-energon check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -68,6 +68,10 @@ $(DEMO)/report.html: $(MODELS:%=$(DEMO)/models/%/config.json) $(DEMO)/test/datas
 
 test: install
 	$(BIN)/python -m pytest
+
+# Jobs on a SLURM of this machine (launch/testcluster); skips with a reason where it cannot be. LAID_SLURM_MATRIX=1: the whole matrix.
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm -rs
 
 # The shards against megatron-energon itself, which is installed apart: its dependencies would replace ours.
 ENERGON := .energon

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from launch.testcluster import cluster as testcluster
-from launch.testcluster.configuration import Shape
+from launch.testcluster.configuration import Shape, default_state
 from tests.support.slurm import Cluster
-from tests.support.world import make_world
+from tests.support.world import World, make_world
 
 LOSSES = pytest.StashKey[list]()
 
@@ -21,26 +22,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def clusters(pytestconfig: pytest.Config) -> Iterator[Callable[[Shape], Cluster]]:
-    """A function that brings up a cluster of a shape. Its runs and references live as long as its shape."""
-    found: dict[Shape, Cluster] = {}
+def shared_world() -> Iterator[World]:
+    """Where all nodes see it: their /tmp is their own."""
+    folder = Path(f"/var/tmp/laid-test-shared-{os.getuid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield make_world(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def clusters(shared_world, pytestconfig: pytest.Config) -> Iterator[Callable[[Shape], Cluster]]:
+    """A function that brings up a cluster of a shape, in the place of the one before."""
+    references: dict[str, list] = {}
 
     def bring_up(shape: Shape) -> Cluster:
-        if shape not in found or not found[shape].world.folder.is_dir():
-            try:
-                environ = testcluster.up(shape)
-            except testcluster.Unavailable as reason:
-                pytest.skip(f"no test cluster here: {reason}")
-            folder = shape.state / "shared"
-            shutil.rmtree(folder)
-            folder.mkdir()
-            found[shape] = Cluster(shape, environ, make_world(folder), losses=pytestconfig.stash[LOSSES])
-        testcluster.up(shape)
-        return found[shape]
+        try:
+            environ = testcluster.up(shape)
+        except testcluster.Unavailable as reason:
+            pytest.skip(f"no test cluster here: {reason}")
+        return Cluster(shape, environ, shared_world, references, pytestconfig.stash[LOSSES])
 
     yield bring_up
-    for shape in found:
-        testcluster.down(shape.state)
+    testcluster.down(default_state())
 
 
 def proctracks() -> list[str]:

@@ -14,6 +14,7 @@ from tests.support.slurm import Submitted
 pytestmark = pytest.mark.slurm
 
 STEPS = {"steps": 60, "checkpoint": {"every_steps": 10}}
+ALONE = {"steps": 120, "checkpoint": {"every_steps": 10}}
 TWO_NODES = ["--nodes=2"]
 
 
@@ -24,9 +25,9 @@ def warn(run: Submitted) -> None:
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
-    changes = {"steps": 16, "checkpoint": {"every_steps": 5}}
+    changes = {"steps": 12, "checkpoint": {"every_steps": 5}}
     run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], **changes)
-    run.wait_for_step(7)
+    run.wait_for_step(3)
     warn(run)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
@@ -37,25 +38,24 @@ def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
 
 
 def test_time_limit(cluster):
-    changes = {"steps": 200, "checkpoint": {"every_steps": 1000}}
-    run = Submitted(cluster, "limit", ["--time=1", "--lead-seconds=20"], **changes)
+    run = Submitted(cluster, "limit", ["--time=1", "--lead-seconds=20"], slow=True, **ALONE)
     run.wait_for_attempt(1)
+    run.be_slow(False)
     run.wait_for_status("done")
     assert "USR1: the ranks are asked to save and stop" in run.log()
-    run.check("time limit", 1, **changes)
+    run.check("time limit", 1, **ALONE)
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
 def test_preemption(clusters, proctrack, told):
     cluster = clusters(Shape(proctrack=proctrack, preempt_signal=told))
-    changes = {"steps": 100, "checkpoint": {"every_steps": 1000}}
-    run = Submitted(cluster, "preempted", ["--partition=low", "--nodes=2"], **changes)
+    run = Submitted(cluster, "preempted", ["--partition=low", *TWO_NODES], **STEPS)
     run.wait_for_step(5)
     cluster.slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     run.wait_for_attempt(1)
     run.wait_for_status("done")
     assert ("USR1: the ranks are asked" in run.log()) == told
-    run.check(f"preemption, {'with' if told else 'without'} the administrator's signal", 2, **changes)
+    run.check(f"preemption, {'with' if told else 'without'} the administrator's signal", 2, **STEPS)
 
 
 def test_one_rank_is_killed(cluster):
@@ -80,7 +80,7 @@ def test_a_node_loses_its_power(cluster):
     run = Submitted(cluster, "power", TWO_NODES, **STEPS)
     run.wait_for_step(15)
     testcluster.kill_node(cluster.shape, 1)
-    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    run.wait(run.is_waiting, "the requeue")
     testcluster.start_node(cluster.shape, 1)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
@@ -91,7 +91,7 @@ def test_the_network_is_cut(cluster):
     run = Submitted(cluster, "cut", TWO_NODES, **STEPS)
     run.wait_for_step(15)
     testcluster.cut_node(cluster.shape, 1)
-    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    run.wait(run.is_waiting, "the requeue")
     testcluster.cut_node(cluster.shape, 1, cut=False)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
@@ -99,25 +99,25 @@ def test_the_network_is_cut(cluster):
 
 
 def test_slurmd_dies(cluster):
-    changes = STEPS | {"steps": 200}
-    run = Submitted(cluster, "slurmd", TWO_NODES, **changes)
+    run = Submitted(cluster, "slurmd", TWO_NODES, slow=True, **STEPS)
     run.wait_for_step(15)
     testcluster.kill_slurmd(cluster.shape, 1)
-    run.wait(lambda: "PENDING" in cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={run.job}"), "the requeue")
+    run.wait(run.is_waiting, "the requeue")
+    run.be_slow(False)
     testcluster.start_slurmd(cluster.shape, 1)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
-    run.check("death of a slurmd", 2, **changes)
+    run.check("death of a slurmd", 2, **STEPS)
 
 
 def test_signals_in_the_middle_of_a_save_and_after_the_end(cluster):
-    run = Submitted(cluster, "saving", TWO_NODES, **STEPS)
-    (run.faults / "slow").touch()
+    run = Submitted(cluster, "saving", TWO_NODES, slow=True, **STEPS)
     run.wait(lambda: (run.output / "checkpoints" / "step_000010").is_dir(), "the first save")
     warn(run)
     cluster.slurm("scancel", "--signal=USR1", run.job)  # to the ranks themselves, too
     assert not (run.output / "checkpoints" / "latest").exists()
     run.wait_for_attempt(1)
+    run.be_slow(False)
     run.wait(lambda: (run.output / "done.json").is_file(), "the end")
     warn(run)
     cluster.slurm("scancel", "--signal=TERM", run.job)
@@ -138,13 +138,11 @@ def test_an_array_of_three(cluster):
 
 
 def test_a_chain_of_three(cluster):
-    changes = {"steps": 120, "checkpoint": {"every_steps": 1000}}
-    run = Submitted(cluster, "chain", ["--chain=3", "--max-restarts=0"], **changes)
+    run = Submitted(cluster, "chain", ["--chain=3", "--max-restarts=0"], **ALONE)
     for job in run.jobs[:2]:
         run.wait(lambda job=job: run.state()["job"] == job and run.state()["status"] == "running", f"job {job}")
-        before = run.observe()
-        run.wait_for_step(before + 20)
+        run.wait_for_step(run.observe() + 20)
         cluster.slurm("scancel", "--batch", "--signal=USR1", job)
     run.wait_for_status("done")
     assert run.state()["job"] == run.jobs[2]
-    run.check("chain of three jobs", 1, **changes)
+    run.check("chain of three jobs", 1, **ALONE)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from tests.support.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("step", "loss", "sft", "kl", "align", "match", "gradient_norm", "lr", "keys")
+NUMBERS = itertools.count()
 SECONDS = 240
 """The longest that a test waits for one thing to happen, on a busy machine."""
 
@@ -33,8 +34,8 @@ class Cluster:
     shape: Shape
     environ: dict[str, str]
     world: World
-    references: dict[str, list] = field(default_factory=dict)
-    losses: list[dict] = field(default_factory=list)
+    references: dict[str, list]
+    losses: list[dict]
 
     def slurm(self, *words: str) -> str:
         found = subprocess.run([str(word) for word in words], env=self.environ, capture_output=True, text=True, timeout=60)
@@ -46,6 +47,7 @@ class Cluster:
 
     def reference(self, ranks: int, **changes) -> list:
         """The lines of an uninterrupted run, made once without SLURM."""
+        changes.pop("checkpoint", None)  # when a run is saved changes no number
         key = json.dumps([ranks, changes])
         if key not in self.references:
             run = self.world.run(self.world.folder / f"reference-{len(self.references)}", **changes)
@@ -68,13 +70,15 @@ def lines(output: Path) -> list:
 class Submitted:
     """One submitted run, and the steps that it was seen to do: those done twice are work that was lost."""
 
-    def __init__(self, cluster: Cluster, name: str, options: list[str], **changes) -> None:
+    def __init__(self, cluster: Cluster, name: str, options: list[str], slow: bool = False, **changes) -> None:
         self.cluster = cluster
+        name = f"{name}-{next(NUMBERS)}"
         self.run: Run = cluster.world.run(cluster.world.folder / name, **changes)
         self.output = self.run.output
         recipe = write_recipe(self.run, self.output.with_suffix(".toml"))
         self.faults = cluster.world.folder / f"faults-{name}"
         self.faults.mkdir()
+        self.be_slow(slow)
         setup = (
             f"export PYTHONPATH={ROOT / 'tests/launch/faults'}:{ROOT}",
             f"export LAID_TEST_FAULTS={self.faults}",
@@ -97,6 +101,13 @@ class Submitted:
         one = copy.copy(self)
         one.output, one.seen = self.output / str(number), {}
         return one
+
+    def be_slow(self, slow: bool) -> None:
+        """From now on saves take seconds, or no longer."""
+        (self.faults / "slow").touch() if slow else (self.faults / "slow").unlink(missing_ok=True)
+
+    def is_waiting(self) -> bool:
+        return "PENDING" in self.cluster.slurm("squeue", "--noheader", "--format=%T", f"--jobs={self.job}")
 
     def state(self) -> dict:
         return json.loads((self.output / "launch" / "state.json").read_text())
@@ -151,7 +162,7 @@ class Submitted:
         return {
             "steps": len(self.seen) - len(kept),
             "seconds": round(sum(seconds for _, seconds in self.seen) - sum(kept), 1),
-            "pause": round(max((b - a for a, b in pairwise(times)), default=0.0), 1),
+            "pause": round(max((b - a for a, b in itertools.pairwise(times)), default=0.0), 1),
         }
 
     def check(self, title: str, ranks: int, **changes) -> None:
