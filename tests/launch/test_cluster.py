@@ -5,10 +5,16 @@ python -m pytest -m slurm tests/launch; LAID_SLURM_MATRIX=1 runs all of it under
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
+
 import pytest
 
 from launch.testcluster import cluster as testcluster
 from launch.testcluster.configuration import Shape
+from tests.support.recipes import write_recipe
 from tests.support.slurm import Submitted
 
 pytestmark = pytest.mark.slurm
@@ -146,3 +152,50 @@ def test_a_chain_of_three(cluster):
     run.wait_for_status("done")
     assert run.state()["job"] == run.jobs[2]
     run.check("chain of three jobs", 1, **ALONE)
+
+
+def test_a_cancelled_job_stays_cancelled_until_it_is_asked_for_again(cluster):
+    run = Submitted(cluster, 'it\'s "odd" 50% $x', [], slow=True, **ALONE)
+    run.wait_for_step(12)
+    cluster.laid_launch("cancel", run.output)
+    run.wait_for_end()
+    run.be_slow(False)
+    assert "JobState=CANCELLED" in cluster.slurm("scontrol", "show", "job", run.job)
+    again = cluster.laid_launch("requeue", run.output)
+    assert again.startswith("submitted job")
+    run.wait_for_status("done")
+    assert json.loads(cluster.laid_launch("status", run.output, "--json"))["runs"][0]["done"]
+    run.check("scancel, and submitted again by hand", 1, **ALONE)
+
+
+ALONE_EACH = "{python} -m torch.distributed.run --nproc-per-node=1 --master-port=2950$SLURM_NODEID -m laid_ds.train x.toml"
+
+
+@pytest.mark.parametrize(
+    "start, sentence",
+    [
+        ("srun --ntasks-per-node=1 bash -c '" + ALONE_EACH + "'", "the SLURM step has 2 tasks, but for this process its launcher counts 1"),
+        ("RANK=0 WORLD_SIZE=1 srun {python} -m laid_ds.train x.toml", "for this process WORLD_SIZE is 1: they would train apart"),
+        ("WORLD_SIZE=1 srun {python} -m laid_ds.train x.toml", "WORLD_SIZE is 1, but the SLURM step has 2 tasks"),
+        ("{python} -m laid_ds.train x.toml", "this process alone would train, but the SLURM job has 2 nodes"),
+    ],
+)
+def test_trainings_apart_are_refused(cluster, start, sentence):
+    log = cluster.world.folder / "refused.log"
+    script = "#!/bin/bash\n" + start.format(python=sys.executable)
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", "--open-mode=truncate"]
+    job = subprocess.run(["sbatch", *options], input=script, env=cluster.environ, capture_output=True, text=True, check=True).stdout.strip()
+    while cluster.slurm("squeue", "--noheader", f"--jobs={job}").strip():
+        time.sleep(0.2)
+    assert "JobState=FAILED" in cluster.slurm("scontrol", "show", "job", job)
+    assert sentence in log.read_text()
+
+
+def test_slurm_judges_a_script_without_running_it(cluster):
+    recipe = write_recipe(cluster.world.run(cluster.world.folder / "judged"), cluster.world.folder / "judged.toml")
+    assert "to start at" in cluster.laid_launch("slurm", recipe, "--nodes=2", "--test-only")
+    words = [sys.executable, "-m", "launch.cli", "slurm", str(recipe), "--nodes=3", "--test-only"]
+    found = subprocess.run(words, env=cluster.environ, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("laid-launch: sbatch: ")
+    assert not (cluster.world.folder / "judged").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ class Submitted:
         self.be_slow(slow)
         setup = (
             f"export PYTHONPATH={ROOT / 'tests/launch/faults'}:{ROOT}",
-            f"export LAID_TEST_FAULTS={self.faults}",
+            f"export LAID_TEST_FAULTS={shlex.quote(str(self.faults))}",
             "export OMP_NUM_THREADS=1",
         )
         lines = [f"--setup={line}" for line in setup]
@@ -128,7 +129,7 @@ class Submitted:
         while not condition():
             self.observe()
             assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.everything()}"
-            time.sleep(0.03)
+            time.sleep(0.1)
         self.observe()
 
     def wait_for_step(self, step: int) -> None:

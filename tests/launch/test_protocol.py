@@ -1,0 +1,174 @@
+"""The job script and the files by which attempts speak to it. srun and scontrol are played; the script is the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch.job import Job
+from launch.script import Target, render
+
+SRUN = """#!/bin/bash
+touch "$RUN/started"
+{acts}
+"""
+SCONTROL = """#!/bin/bash
+case "$*" in
+  *hostnames*) echo n0 ;;
+  *requeue*) echo "$@" >> "$RUN/requeued"; false ;;
+  *show*job*) echo "JobId=5 JobState={state}" ;;
+esac
+"""
+
+
+@dataclass
+class Attempt:
+    """One start of the script."""
+
+    folder: Path
+    status: int | None = None
+    said: str = ""
+
+    def run(
+        self, acts: str, job: Job | None = None, restarts: int = 0, state: str = "RUNNING", requeue: str = "false", tell=None
+    ) -> Attempt:
+        """`acts`: what the ranks do; `requeue`: whether SLURM agrees; `tell`: a signal to the script once the ranks have started."""
+        run, commands = self.folder / "run", self.folder / "bin"
+        for path in (run, commands):
+            path.mkdir(exist_ok=True)
+        (run / "started").unlink(missing_ok=True)
+        for name, text in (("srun", SRUN.format(acts=acts)), ("scontrol", SCONTROL.format(state=state))):
+            (commands / name).write_text(text)
+            (commands / name).chmod(0o755)
+        environ = {"PATH": f"{commands}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
+        environ |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+        script = self.folder / "job.sh"
+        script.write_text(render(job or Job(), Target("x", Path("run"), self.folder, (), "python")))
+        process = subprocess.Popen(["bash", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if tell is not None:
+            while not (run / "started").exists():
+                time.sleep(0.02)
+            process.send_signal(tell)
+        said, _ = process.communicate(timeout=30)
+        return Attempt(self.folder, process.returncode, said)
+
+    @property
+    def recorded(self) -> str:
+        return json.loads((self.folder / "run" / "launch" / "state.json").read_text())["status"]
+
+    @property
+    def requeues(self) -> int:
+        path = self.folder / "run" / "requeued"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture
+def attempt(tmp_path) -> Attempt:
+    return Attempt(tmp_path)
+
+
+DONE, SAVED = 'echo {} > "$RUN/done.json"', 'echo {} > "$RUN/requeue.json"'
+CHECKPOINT = 'mkdir -p "$RUN/checkpoints"; echo step_$RANDOM$RANDOM > "$RUN/checkpoints/latest"'
+
+
+def test_done_is_done(attempt):
+    first = attempt.run(DONE + "; exit 143")
+    assert (first.status, first.recorded, first.requeues) == (0, "done", 0)
+    second = attempt.run("exit 1", restarts=1)
+    assert (second.status, second.requeues) == (0, 0)
+    assert "already done" in second.said
+    assert not (second.folder / "run" / "started").exists()
+
+
+def test_saved_is_started_again_whatever_the_status(attempt):
+    assert attempt.run(SAVED + "; exit 143").requeues == 1
+    assert attempt.run(SAVED, restarts=1).requeues == 2
+
+
+def test_a_marker_of_an_earlier_attempt_does_not_count(attempt):
+    attempt.run(SAVED)
+    found = attempt.run("exit 3", Job(max_crashes=0), restarts=1)
+    assert (found.status, found.recorded, found.requeues) == (1, "failed", 1)
+
+
+def test_restarts_are_capped_without_losing_what_was_saved(attempt):
+    found = attempt.run(SAVED, Job(max_restarts=2), restarts=2)
+    assert (found.status, found.recorded, found.requeues) == (0, "stopped", 0)
+    beyond = attempt.run(DONE, Job(max_restarts=2), restarts=3)
+    assert (beyond.status, beyond.recorded) == (1, "stopped")
+    assert not (beyond.folder / "run" / "done.json").exists()
+
+
+def test_crashes_in_a_row_are_capped_and_a_newer_checkpoint_counts_anew(attempt):
+    job = Job(max_crashes=2)
+    assert [attempt.run("exit 1", job, restarts=i).recorded for i in range(2)] == ["stopped", "stopped"]  # this SLURM does not requeue
+    assert attempt.requeues == 2
+    assert attempt.run(f"{CHECKPOINT}; exit 1", job, restarts=2).requeues == 3
+    assert attempt.run("exit 1", job, restarts=3).requeues == 4
+    last = attempt.run("exit 1", job, restarts=4)
+    assert (last.status, last.recorded, last.requeues) == (1, "failed", 4)
+
+
+@pytest.mark.parametrize("acts", [SAVED, "exit 1"])
+def test_a_cancelled_job_stays_cancelled(attempt, acts):
+    found = attempt.run(acts, state="CANCELLED")
+    assert (found.status, found.recorded, found.requeues) == (1, "cancelled", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_warning_reaches_the_ranks_by_file_and_by_signal(attempt, number, launcher):
+    acts = f'trap \'echo warned >> "$RUN/warned"\' USR1; until [ -f "$RUN/stop" ] && [ -f "$RUN/warned" ]; do sleep 0.05; done; {SAVED}'
+    found = attempt.run(acts, Job(launcher=launcher), tell=number)
+    assert found.requeues == 1
+    assert "the ranks are asked to save and stop" in found.said
+    assert not (found.folder / "run" / "stop").exists()
+
+
+def test_a_late_warning_does_not_change_the_end(attempt):
+    found = attempt.run(f"trap '' USR1; {DONE}; sleep 0.5", tell=signal.SIGUSR1)
+    assert (found.status, found.recorded, found.requeues) == (0, "done", 0)
+
+
+def test_another_warning_signal(attempt):
+    acts = f"trap '{SAVED}; exit 0' USR2; sleep 20 > /dev/null 2>&1 & wait"
+    assert attempt.run(acts, Job(signal="USR2"), tell=signal.SIGUSR2).requeues == 1
+
+
+NODE = """#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+"$@" &
+echo $! > "$RUN/task"
+touch "$RUN/started"
+wait $!
+while kill -0 "$(cat "$RUN/task")" 2> /dev/null; do wait "$(cat "$RUN/task")"; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_signal_to_the_task_of_a_node_becomes_the_stop_file(tmp_path, launcher, number):
+    run = tmp_path / "run"
+    (tmp_path / "bin").mkdir()
+    run.mkdir()
+    python = f'#!/bin/bash\ntouch "{run}/python"; until [ -f "{run}/stop" ]; do sleep 0.05; done; echo {{}} > "{run}/done.json"\n'
+    for name, text in (("srun", NODE), ("scontrol", SCONTROL.format(state="RUNNING")), ("python", python)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = render(Job(launcher=launcher), Target("x", Path("run"), tmp_path, (), str(tmp_path / "bin" / "python")))
+    environ = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
+    environ |= {"SLURM_NODEID": "0"}
+    with subprocess.Popen(["bash", "-c", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not (run / "python").exists():
+            time.sleep(0.02)
+        os.kill(int((run / "task").read_text()), number)  # the task only, as under proctrack/cgroup
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert json.loads((run / "launch" / "state.json").read_text())["status"] == "done"
