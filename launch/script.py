@@ -170,7 +170,10 @@ finish() { # STATUS EXIT WORDS
 }
 
 again() { # WORDS: start this job again, unless that was done often enough or somebody cancelled it
-  case $(scontrol --oneliner show job "$job") in *JobState=CANCELLED*) finish cancelled 1 "$*; cancelled" ;; esac
+  case $(scontrol --oneliner show job "$job") in
+    *JobState=CANCELLED*) finish cancelled 1 "$*; cancelled" ;;
+    *JobState=PENDING*) finish requeued 1 "$*; SLURM starts it again" ;; # after the failure of a node
+  esac
   [ "$attempt" -lt "$max_restarts" ] || finish stopped 0 "$*; not started again after $attempt restarts"
   trap '' TERM "$signal"
   record requeued

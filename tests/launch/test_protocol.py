@@ -122,6 +122,11 @@ def test_a_cancelled_job_stays_cancelled(attempt, acts):
     assert (found.status, found.recorded, found.requeues) == (1, "cancelled", 0)
 
 
+def test_a_job_that_slurm_has_requeued_is_not_requeued_again(attempt):
+    found = attempt.run("exit 1", state="PENDING")
+    assert (found.status, found.recorded, found.requeues) == (1, "requeued", 0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_warning_reaches_the_ranks_by_file_and_by_signal(attempt, number, launcher):
