@@ -188,7 +188,9 @@ def _wire(shape: Shape) -> None:
 
 
 def _unwire(shape: Shape) -> None:
-    for command in (*(("netns", "del", f"laid-{name}") for name in shape.names), ("link", "del", BRIDGE)):
+    cables = [("link", "del", f"laidv{node}") for node in range(shape.nodes)]  # would follow their namespaces, but later
+    spaces = [("netns", "del", f"laid-{name}") for name in shape.names]
+    for command in (*cables, *spaces, ("link", "del", BRIDGE)):
         subprocess.run(["ip", *command], capture_output=True, env=environment(shape.state))
 
 

@@ -125,7 +125,7 @@ MinJobAge=600
 ReturnToService=2
 TCPTimeout=2
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,batch_sched_delay=1,sched_interval=5
+SchedulerParameters=bf_interval=1,batch_sched_delay=1,sched_interval=2
 PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
