@@ -87,7 +87,7 @@ def slurm(
     from launch.record import write_record
     from launch.script import render
 
-    given |= {"sweep": [shlex.split(text) for text in sweep] if sweep else None, "mounts": mount}
+    given["sweep"] = [shlex.split(text) for text in sweep] if sweep else None
     job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
     run = config.load(recipe, overrides or [])
     target = _target(run, recipe, overrides or [], job)
@@ -98,10 +98,11 @@ def slurm(
     if test_only:
         print(commands.test_only(script))
         return
-    for element in job.sweep or ((),):
-        changed = config.load(recipe, [*(overrides or []), *element])
-        if check and not job.sweep:
-            _check(changed)
+    elements = [(*element, f"output={run.output}/{i}") for i, element in enumerate(job.sweep)] or [()]
+    runs = [config.load(recipe, [*(overrides or []), *element]) for element in elements]
+    commands.check_free(target.run)
+    for one in runs if check else ():
+        _check(one)
     write_record(target, recipe, config.as_tree(run), script, os.environ)
     jobs = commands.submit(target.run, job.chain)
     print(f"submitted job {', '.join(jobs)}; next: laid-launch status {shlex.quote(str(run.output))}")

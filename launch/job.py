@@ -45,7 +45,7 @@ class Job(BaseModel):
     """Submit as many times, one after the other: each job goes on from the last. For clusters that forbid requeueing."""
     container: Literal["none", "pyxis", "apptainer"] = "none"
     image: str | None = None
-    mounts: tuple[str, ...] = ()
+    mount: tuple[str, ...] = ()
     python: str | None = None
     """Interpreter of the ranks; default: the one that submits, or `python3` of the container."""
     setup: tuple[str, ...] = ()
@@ -82,8 +82,8 @@ class Job(BaseModel):
     def _fits(self) -> Job:
         if (self.container == "none") != (self.image is None):
             raise ValueError("`container` and `image` go together")
-        if self.mounts and self.container == "none":
-            raise ValueError("`mounts` needs a container")
+        if self.mount and self.container == "none":
+            raise ValueError("`mount` needs a container")
         if self.chain > 1 and (self.sweep or self.dependency):
             raise ValueError("`chain` orders its jobs itself: leave out `sweep` and `dependency`")
         found = names_of_secrets("\n".join([*self.setup, *self.extra]))

@@ -134,7 +134,7 @@ def _on_nodes(job: Job, target: Target) -> str:
 def _container(job: Job, target: Target) -> tuple[str, list[str]]:
     """(options of srun, words before the interpreter)."""
     folders = [target.folder] if target.run.is_relative_to(target.folder) else [target.folder, target.run]
-    mounts = [*(f"{path}:{path}" for path in folders), *job.mounts]
+    mounts = [*(f"{path}:{path}" for path in folders), *job.mount]
     if job.container == "pyxis":
         options = [f"--container-image={job.image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={target.folder}"]
         return " " + _words(options), []

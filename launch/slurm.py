@@ -26,14 +26,18 @@ def test_only(script: str) -> str:
     return _run(["sbatch", "--test-only"], script).stderr.strip().removeprefix("sbatch: ")
 
 
-def submit(run: Path, times: int = 1) -> list[str]:
-    """Submit RUN/launch/job.sh; returns the job ids. Raises ValueError when a job of this run waits or runs, or SLURM refuses."""
+def check_free(run: Path) -> None:
+    """Raises ValueError when a job of this run waits or runs: its folder may not be touched."""
     going = [row for row in find(run) if row["state"] in GOING]
     if going:
         raise ValueError(
             f"{run} already has job {going[0]['job']} ({going[0]['state']}), and two jobs may not share a folder; "
             f"`laid-launch cancel {run}` ends it"
         )
+
+
+def submit(run: Path, times: int = 1) -> list[str]:
+    """Submit RUN/launch/job.sh, in a run that is free; returns the job ids. Raises ValueError when SLURM refuses."""
     jobs = [_run(["sbatch", "--parsable", str(run / "launch" / "job.sh")]).stdout.strip().split(";")[0] for _ in range(times)]
     (run / "launch" / JOBS).write_text(json.dumps(jobs) + "\n")
     write_state(run / "launch", {"job": jobs[0], "attempt": 0, "status": "submitted"})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import pytest
 
 from laid_ds import checkpoint, engine
 from laid_ds.loop import train
 from laid_ds.metrics import Reporter
-from laid_ds.stop import StopRequest
+from laid_ds.stop import StopRequest, clear
 from laid_ds.train import main
 from tests.support.processes import run_ranks
 from tests.support.recipes import write_recipe
@@ -112,3 +113,15 @@ def test_a_late_signal_does_not_change_how_a_run_ended(world, tmp_path):
     recipe = write_recipe(world.run(tmp_path / "run", steps=1), tmp_path / "recipe.toml")
     assert run_ranks(1, status_with_late_signals, recipe) == [0]
     assert (tmp_path / "run" / "done.json").exists()
+
+
+def test_a_stop_file_made_while_the_ranks_start_is_not_lost(tmp_path):
+    stop, old = tmp_path / "stop", time.time() - 60
+    stop.touch()
+    os.utime(stop, (old, old))
+    started = StopRequest().started
+    clear(tmp_path, started)
+    assert not stop.exists()
+    stop.touch()
+    clear(tmp_path, started - 1)  # the clock of a file system is a few milliseconds late
+    assert stop.exists()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, slurm
+from launch import cli
+from tests.support.recipes import write_recipe
 
 PLAYED = """#!{python}
 import json, pathlib, sys
@@ -115,10 +116,21 @@ def test_requeue_submits_again_what_has_ended(played, run, capsys):
     assert json.loads((run / "launch" / "jobs.json").read_text()) == ["13"]
 
 
-def test_two_jobs_never_share_a_folder(played, run):
+def test_two_jobs_never_share_a_folder(played, world, tmp_path, capsys):
+    run = world.run(tmp_path / "run")
+    recipe = write_recipe(run, tmp_path / "recipe.toml")
+    (played / "sbatch.answer").write_text("12\n")
+    assert ask(capsys, "slurm", recipe)[:2] == (0, f"submitted job 12; next: laid-launch status {run.output}\n")
+    script = (run.output / "launch" / "job.sh").read_text()
     (played / "squeue.answer").write_text(RUNNING)
-    with pytest.raises(ValueError, match="already has job 12"):
-        slurm.submit(run)
+    assert "already has job 12 (RUNNING)" in ask(capsys, "slurm", recipe, "optimizer.lr=1", "--no-check")[2]
+    assert (run.output / "launch" / "job.sh").read_text() == script
+
+
+def test_what_cannot_be_trained_is_refused_before_it_waits_in_a_queue(played, world, tmp_path, capsys):
+    recipe = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml")
+    assert "no model at nowhere" in ask(capsys, "slurm", recipe, "--sweep=seed=1", "--sweep=student.path=nowhere")[2]
+    assert not (tmp_path / "run").exists()
 
 
 def test_slurms_own_words_reach_the_user(played, run, capsys):

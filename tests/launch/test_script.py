@@ -47,7 +47,7 @@ EVERYTHING = Job(
     parallel=1,
     container="apptainer",
     image="laid.sif",
-    mounts=("/data:/data",),
+    mount=("/data:/data",),
     setup=("module load cuda", "export NCCL_DEBUG=INFO"),
     extra=("--exclude=n3", "--comment=x y"),
 )
@@ -55,7 +55,7 @@ CASES = {
     "srun": (Job(nodes=2, gpus_per_node=8), PLAIN),
     "torchrun": (Job(launcher="torchrun", nodes=2, gpus_per_node=8), PLAIN),
     "deepspeed": (Job(launcher="deepspeed", nodes=2, gpus_per_node=8), PLAIN),
-    "pyxis": (Job(container="pyxis", image="me/laid:1", mounts=("/data:/data",), chain=3, max_restarts=0), PLAIN),
+    "pyxis": (Job(container="pyxis", image="me/laid:1", mount=("/data:/data",), chain=3, max_restarts=0), PLAIN),
     "everything": (EVERYTHING, PLAIN),
     "odd-names": (Job(sweep=(("x=it's",), ("y=$z",))), ODD),
 }
