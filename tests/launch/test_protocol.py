@@ -22,7 +22,7 @@ touch "$RUN/started"
 SCONTROL = """#!/bin/bash
 case "$*" in
   *hostnames*) echo n0 ;;
-  *requeue*) echo "$@" >> "$RUN/requeued"; false ;;
+  *requeue*) echo "$@" >> "$RUN/requeued"; echo "{answer}"; [ -z "{answer}" ] ;;
   *show*job*) echo "JobId=5 JobState={state}" ;;
 esac
 """
@@ -37,14 +37,14 @@ class Attempt:
     said: str = ""
 
     def run(
-        self, acts: str, job: Job | None = None, restarts: int = 0, state: str = "RUNNING", requeue: str = "false", tell=None
+        self, acts: str, job: Job | None = None, restarts: int = 0, state: str = "RUNNING", answer: str = "no", tell: int | None = None
     ) -> Attempt:
-        """`acts`: what the ranks do; `requeue`: whether SLURM agrees; `tell`: a signal to the script once the ranks have started."""
+        """`acts`: what the ranks do; `answer`: why SLURM will not requeue, empty if it will; `tell`: a signal to the script meanwhile."""
         run, commands = self.folder / "run", self.folder / "bin"
         for path in (run, commands):
             path.mkdir(exist_ok=True)
         (run / "started").unlink(missing_ok=True)
-        for name, text in (("srun", SRUN.format(acts=acts)), ("scontrol", SCONTROL.format(state=state))):
+        for name, text in (("srun", SRUN.format(acts=acts)), ("scontrol", SCONTROL.format(state=state, answer=answer))):
             (commands / name).write_text(text)
             (commands / name).chmod(0o755)
         environ = {"PATH": f"{commands}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
@@ -122,9 +122,15 @@ def test_a_cancelled_job_stays_cancelled(attempt, acts):
     assert (found.status, found.recorded, found.requeues) == (1, "cancelled", 0)
 
 
-def test_a_job_that_slurm_has_requeued_is_not_requeued_again(attempt):
-    found = attempt.run("exit 1", state="PENDING")
-    assert (found.status, found.recorded, found.requeues) == (1, "requeued", 0)
+@pytest.mark.parametrize("answer, recorded", [("Job is pending execution for job 5", "requeued"), ("Requeue is disabled", "stopped")])
+def test_what_slurm_answers_is_recorded(attempt, answer, recorded):
+    found = attempt.run(SAVED, answer=answer)
+    assert (found.status, found.recorded, found.requeues) == (0, recorded, 1)
+
+
+def test_an_accepted_requeue_ends_the_script_at_once(attempt):
+    found = attempt.run(SAVED, answer="")
+    assert (found.status, found.recorded, found.requeues) == (0, "requeued", 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -164,7 +170,7 @@ def test_a_signal_to_the_task_of_a_node_becomes_the_stop_file(tmp_path, launcher
     (tmp_path / "bin").mkdir()
     run.mkdir()
     python = f'#!/bin/bash\ntouch "{run}/python"; until [ -f "{run}/stop" ]; do sleep 0.05; done; echo {{}} > "{run}/done.json"\n'
-    for name, text in (("srun", NODE), ("scontrol", SCONTROL.format(state="RUNNING")), ("python", python)):
+    for name, text in (("srun", NODE), ("scontrol", SCONTROL.format(state="RUNNING", answer="no")), ("python", python)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     script = render(Job(launcher=launcher), Target("x", Path("run"), tmp_path, (), str(tmp_path / "bin" / "python")))

@@ -57,16 +57,15 @@ finish() { # STATUS EXIT WORDS
 }
 
 again() { # WORDS: start this job again, unless that was done often enough or somebody cancelled it
-  case $(scontrol --oneliner show job "$job") in
-    *JobState=CANCELLED*) finish cancelled 1 "$*; cancelled" ;;
-    *JobState=PENDING*) finish requeued 1 "$*; SLURM starts it again" ;; # after the failure of a node
-  esac
+  local answer
+  case $(scontrol --oneliner show job "$job") in *JobState=CANCELLED*) finish cancelled 1 "$*; cancelled" ;; esac
   [ "$attempt" -lt "$max_restarts" ] || finish stopped 0 "$*; not started again after $attempt restarts"
   trap '' TERM "$signal"
   record requeued
   say "$*; asking SLURM to start it again"
-  scontrol requeue "$job" && sleep 120 # SLURM ends this script
-  finish stopped 0 "$*; SLURM does not start it again"
+  answer=$(scontrol requeue "$job" 2>&1) && exit 0
+  case $answer in *pending*) finish requeued 0 "$*; SLURM has done so itself" ;; esac # after the failure of a node
+  finish stopped 0 "$*; SLURM does not: $answer"
 }
 
 newest() { cat "$run/checkpoints/latest" 2> /dev/null; }
