@@ -19,8 +19,8 @@ from tests.support.slurm import Submitted
 
 pytestmark = pytest.mark.slurm
 
-STEPS = {"steps": 60, "checkpoint": {"every_steps": 10}}
-ALONE = {"steps": 120, "checkpoint": {"every_steps": 10}}
+STEPS = {"steps": 40, "checkpoint": {"every_steps": 10}}
+ALONE = {"steps": 80, "checkpoint": {"every_steps": 10}}
 TWO_NODES = ["--nodes=2"]
 
 
@@ -31,7 +31,7 @@ def warn(run: Submitted) -> None:
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
-    changes = {"steps": 12, "checkpoint": {"every_steps": 5}}
+    changes = {"steps": 8, "checkpoint": {"every_steps": 5}}
     run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], **changes)
     run.wait_for_step(3)
     warn(run)
