@@ -228,21 +228,26 @@ ranks=({srun} bash -c "$on_node" on_node "${{arguments[@]}}")
 """
 
 TORCHRUN = r"""
-{python} -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
-  --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout={shutdown_seconds} \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@" &
+start() {{
+  exec {python} -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
+    --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout={shutdown_seconds} \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@"
+}}
 """
 
 DEEPSPEED = r"""
-{python} -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
-  --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@" &
+start() {{
+  exec {python} -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
+    --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@"
+}}
 """
 
-FORWARD = r"""launcher=$!
-request() {
+FORWARD = r"""request() {
   touch "$LAID_STOP"
 }
 trap request TERM USR1 USR2
+(trap "" TERM USR1 USR2; start "$@") & # where a signal reaches all processes of a task, it does not end the launcher; the ranks listen anew
+launcher=$!
 while :; do
   wait "$launcher"; status=$?
   kill -0 "$launcher" 2> /dev/null || exit "$status"

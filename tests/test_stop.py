@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from laid_ds import checkpoint, engine
+from laid_ds import checkpoint, distributed, engine
 from laid_ds.loop import train
 from laid_ds.metrics import Reporter
 from laid_ds.stop import StopRequest, clear
@@ -25,6 +25,7 @@ def asked_at_step(run, step, ask):
     def act():
         if os.environ["RANK"] == "1":
             ask(run)
+        distributed.barrier()  # rank 0 looks for the file only after it is there
 
     def report_and_ask(self, done, values):
         report(self, done, values)

@@ -6,6 +6,7 @@ python -m pytest -m slurm tests/launch; LAID_SLURM_MATRIX=1 runs all of it under
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slurm
 STEPS = {"steps": 40, "checkpoint": {"every_steps": 10}}
 ALONE = {"steps": 80, "checkpoint": {"every_steps": 10}}
 TWO_NODES = ["--nodes=2"]
+LAUNCHERS = ["srun", "torchrun", "deepspeed"]
 
 
 def warn(run: Submitted) -> None:
@@ -29,7 +31,7 @@ def warn(run: Submitted) -> None:
     run.cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
     changes = {"steps": 8, "checkpoint": {"every_steps": 5}}
     run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], **changes)
@@ -52,16 +54,18 @@ def test_time_limit(cluster):
     run.check("time limit", 1, **ALONE)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS if os.environ.get("LAID_SLURM_MATRIX") else LAUNCHERS[:1])
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
-def test_preemption(clusters, proctrack, told):
+def test_preemption(clusters, proctrack, told, launcher):
     cluster = clusters(Shape(proctrack=proctrack, preempt_signal=told))
-    run = Submitted(cluster, "preempted", ["--partition=low", *TWO_NODES], **STEPS)
+    run = Submitted(cluster, "preempted", ["--partition=low", *TWO_NODES, f"--launcher={launcher}"], **STEPS)
     run.wait_for_step(5)
     cluster.slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     run.wait_for_attempt(1)
     run.wait_for_status("done")
     assert ("USR1: the ranks are asked" in run.log()) == told
-    run.check(f"preemption, {'with' if told else 'without'} the administrator's signal", 2, **STEPS)
+    assert "saved and stopped" in run.log()
+    run.check(f"preemption, {'told' if told else 'not told'}, {launcher}, {proctrack}", 2, **STEPS)
 
 
 def test_one_rank_is_killed(cluster):

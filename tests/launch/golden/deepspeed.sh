@@ -87,13 +87,16 @@ export LAID_HOSTFILE=$launch/hostfile-$job
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=8/' > "$LAID_HOSTFILE"
 # shellcheck disable=SC2016 # the variables are those of each node
 on_node='
-/venv/bin/python -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
-  --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@" &
-launcher=$!
+start() {
+  exec /venv/bin/python -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
+    --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@"
+}
 request() {
   touch "$LAID_STOP"
 }
 trap request TERM USR1 USR2
+(trap "" TERM USR1 USR2; start "$@") & # where a signal reaches all processes of a task, it does not end the launcher; the ranks listen anew
+launcher=$!
 while :; do
   wait "$launcher"; status=$?
   kill -0 "$launcher" 2> /dev/null || exit "$status"

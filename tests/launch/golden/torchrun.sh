@@ -85,14 +85,17 @@ export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
 export LAID_STOP=$run/stop LAID_JOB=$job.$attempt
 # shellcheck disable=SC2016 # the variables are those of each node
 on_node='
-/venv/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
-  --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout=180 \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@" &
-launcher=$!
+start() {
+  exec /venv/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
+    --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout=180 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@"
+}
 request() {
   touch "$LAID_STOP"
 }
 trap request TERM USR1 USR2
+(trap "" TERM USR1 USR2; start "$@") & # where a signal reaches all processes of a task, it does not end the launcher; the ranks listen anew
+launcher=$!
 while :; do
   wait "$launcher"; status=$?
   kill -0 "$launcher" 2> /dev/null || exit "$status"
