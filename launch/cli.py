@@ -10,9 +10,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from laid_ds.config import Run
+    from launch.job import Job
+    from launch.script import Target
 
 app = typer.Typer(
     name="laid-launch", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -87,7 +92,7 @@ def slurm(
     from launch.record import write_record
     from launch.script import render
 
-    given["sweep"] = [shlex.split(text) for text in sweep] if sweep else None
+    given["sweep"] = [_words(text) for text in sweep] if sweep else None
     job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
     run = config.load(recipe, overrides or [])
     target = _target(run, recipe, overrides or [], job)
@@ -161,7 +166,14 @@ def logs(
     os.execvp("tail", ["tail", f"--lines={lines}", *(["-F"] if follow else []), "--", *map(str, files)])
 
 
-def _target(run, recipe: Path, overrides: list[str], job):
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--sweep {text!r}: {str(error).lower()}") from None
+
+
+def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
     from launch.script import Target
     from launch.secrets import names_of_secrets
 
@@ -174,7 +186,7 @@ def _target(run, recipe: Path, overrides: list[str], job):
     return Target(run.name, run.output, Path.cwd(), tuple(overrides), python)
 
 
-def _check(run) -> None:
+def _check(run: Run) -> None:
     """What `laid train` refuses, too, before any process starts."""
     from laid_ds.build import check
     from laid_ds.run_folder import check_output

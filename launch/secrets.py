@@ -32,13 +32,18 @@ def redact(text: str) -> str:
     """The text with every value removed that looks like a secret, by its form or by the name that it is given to."""
     for pattern in SECRET_VALUES:
         text = pattern.sub(REMOVED, text)
-    return ASSIGNMENT.sub(lambda found: f"{found['name']}{found['sign']}{REMOVED}" if _is_literal_secret(found) else found[0], text)
+    return ASSIGNMENT.sub(lambda found: _without_value(found) if _is_literal_secret(found) else found[0], text)
 
 
 def names_of_secrets(text: str) -> list[str]:
     """Names, or forms, of the secrets that a text spells out."""
     found = [match["name"] for match in ASSIGNMENT.finditer(text) if _is_literal_secret(match)]
     return found + ["a password or token" for pattern in SECRET_VALUES if pattern.search(text)]
+
+
+def _without_value(found: re.Match[str]) -> str:
+    quote = found["value"][0] if found["value"][0] in "\"'" else ""  # JSON stays JSON
+    return f"{found['name']}{found['sign']}{quote}{REMOVED}{quote}"
 
 
 def _is_literal_secret(found: re.Match[str]) -> bool:
