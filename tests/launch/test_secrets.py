@@ -51,6 +51,11 @@ def test_secrets_are_seen_and_removed(text, secret):
     assert redact(redact(text)) == redact(text)
 
 
+def test_json_stays_json():
+    tree = {"api_key": "0123456789abcdef", "url": "https://a:secret@b"}
+    assert json.loads(redact(json.dumps(tree))) == {"api_key": "<removed>", "url": "https://<removed>@b"}
+
+
 @pytest.mark.parametrize(
     "text",
     ["pad_token = 3", "num_tokens: int", "keys = model.state_dict().keys()", "TOKEN=$HF_TOKEN", "key=lambda x: x", "hf_hub", "a@b.example"],
