@@ -175,11 +175,11 @@ def _words(text: str) -> list[str]:
 
 def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
     from launch.script import Target
-    from launch.secrets import names_of_secrets
+    from launch.secrets import forms_of_secrets
 
     if not recipe.is_file():
         raise ValueError(f"no recipe at {recipe}")
-    found = names_of_secrets(recipe.read_text())
+    found = forms_of_secrets(recipe.read_text())
     if found:
         raise ValueError(f"{recipe} holds {found[0]}, which would be copied into files; give it by an environment variable or a file")
     python = job.python or (sys.executable if job.container == "none" else "python3")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.job import Job, is_one_line
-from launch.secrets import names_of_secrets
+from launch.secrets import forms_of_secrets
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _check(job: Job, target: Target) -> None:
     for text in (target.name, str(target.run), str(target.folder), target.python, *words):
         if not is_one_line(text) or text != text.strip():
             raise ValueError(f"{text!r} cannot stand in a job script: one line of printable text is needed, without spaces at its ends")
-    found = names_of_secrets("\n".join(words))
+    found = forms_of_secrets("\n".join(words))
     if found:
         raise ValueError(f"an override holds {found[0]}, which would be written into files; give it by an environment variable or a file")
     if job.container != "none" and any(mark in str(path) for path in (target.run, target.folder) for mark in ",:"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 REMOVED = "<removed>"
 SECRET_NAME = re.compile(
-    r"TOKEN(?!IZER)|KEY|SECRET|PASS(WORD|WD|PHRASE|$)|PWD$|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|(^|_)PAT$", re.IGNORECASE
+    r"TOKEN(?!IZER|S)|KEY(?!S)|SECRET|PASS(WORD|WD|PHRASE|$)|PWD$|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|(^|_)PAT$", re.IGNORECASE
 )
 SECRET_VALUES = (
     re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"),  # user:password of an address
@@ -36,9 +36,13 @@ def redact(text: str) -> str:
 
 
 def names_of_secrets(text: str) -> list[str]:
-    """Names, or forms, of the secrets that a text spells out."""
-    found = [match["name"] for match in ASSIGNMENT.finditer(text) if _is_literal_secret(match)]
-    return found + ["a password or token" for pattern in SECRET_VALUES if pattern.search(text)]
+    """Names, or forms, of the secrets that a script spells out."""
+    return [match["name"] for match in ASSIGNMENT.finditer(text) if _is_literal_secret(match)] + forms_of_secrets(text)
+
+
+def forms_of_secrets(text: str) -> list[str]:
+    """The same for recipes and overrides, none of whose keys asks for a secret: only the form of a value betrays one."""
+    return ["a password or token" for pattern in SECRET_VALUES if pattern.search(text)]
 
 
 def _without_value(found: re.Match[str]) -> str:

@@ -126,7 +126,7 @@ def test_odd_names_and_overrides_arrive_as_they_were_written(tmp_path, launcher)
         {"overrides": ("x=1\ny=2",)},
         {"output": Path("runs/a\tb")},
         {"overrides": (" x=1",)},
-        {"overrides": ("x.key='hunter22'",)},
+        {"overrides": ('data.shards=["https://me:hunter22@host/x"]',)},
     ],
 )
 def test_what_a_script_cannot_hold_is_refused(change):

@@ -58,7 +58,16 @@ def test_json_stays_json():
 
 @pytest.mark.parametrize(
     "text",
-    ["pad_token = 3", "num_tokens: int", "keys = model.state_dict().keys()", "TOKEN=$HF_TOKEN", "key=lambda x: x", "hf_hub", "a@b.example"],
+    [
+        "pad_token = 3",
+        'count_tokens = "declared"',
+        "num_tokens: int",
+        "keys = model.state_dict().keys()",
+        "TOKEN=$HF_TOKEN",
+        "key=lambda x: x",
+        "hf_hub",
+        "a@b.example",
+    ],
 )
 def test_code_is_left_as_it_is(text):
     assert redact(text) == text
