@@ -57,7 +57,7 @@ def _stop_ranks(launcher: int) -> None:
     """Ask the ranks themselves to save and leave: the launcher, if it were asked, would kill them after 30 seconds."""
     processes = {p.pid: p for p in psutil.Process(launcher).children(recursive=True)}
     alike = {pid for pid, p in processes.items() if _is_rank(p)}
-    ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own helpers look like it
+    ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
     for process in ranks or [psutil.Process(launcher)]:
         process.send_signal(signal.SIGINT)
 

@@ -18,7 +18,7 @@ PLANTED = {
     "NCCL_NET_PASSWORD": "correct horse",
     "HF_ENDPOINT": "https://me:sesame-open@hub.example.org/x",
     "UNKNOWN_TOOL": "nobody knows what this is",
-    "SSH_AUTH_SOCK": "/tmp/agent.77",
+    "SSH_AUTH_SOCK": "/tmp/ssh-77/sock",
     "LAID_PAT": "swordfish1",
 }
 HARMLESS = {"CUDA_VISIBLE_DEVICES": "0,1", "NCCL_DEBUG": "INFO", "PATH": "/usr/bin", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "false"}
