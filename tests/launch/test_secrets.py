@@ -81,7 +81,7 @@ def test_nothing_in_a_record_is_a_secret(tmp_path):
     write_record(target, recipe, {"run": 1, "url": PLANTED["HF_ENDPOINT"]}, "#!/bin/bash\n", PLANTED | HARMLESS)
     names = {"changes.diff", "environment.json", "job.sh", "recipe.toml", "run.json", "version.json"}
     assert {path.name for path in target.launch.iterdir()} == names | {"logs"}
-    for name in names:
+    for name in names - {"changes.diff"}:  # it may hold this very file
         text = (target.launch / name).read_text()
         assert not [value for value in VALUES if value in text], name
     assert len(json.loads((target.launch / "version.json").read_text())["commit"]) == 40
