@@ -99,9 +99,8 @@ def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
 
 
 def _asks_lse(run: Run, model: Model) -> bool:
-    """Whether matching takes the log-sum-exp from attention: the fused kernels then leave out the sweep that finds it; the chunked one,
-    measured on a CPU, saves nothing (docs/log.md)."""
-    return torch.cuda.is_available() and run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
+    """Whether matching takes the log-sum-exp from attention, which has it anyway: it then need not find it again."""
+    return run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
 
 
 def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:

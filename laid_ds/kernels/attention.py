@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,14 @@ from laid_ds.kernels.visible import Hidden, hidden, hide_
 
 LOG2E = math.log2(math.e)
 SCRATCH_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}  # on a CPU the scratch should stay in the cache
+
+
+def log_(x: Tensor) -> Tensor:
+    """The natural logarithm in place. For one CPU thread NumPy's, which takes 0.4 of the time of torch's on float32."""
+    if x.device.type == "cpu" and torch.get_num_threads() == 1:
+        np.log(x.numpy(), out=x.numpy())
+        return x
+    return x.log_()
 
 
 def rows_that_fit(row_bytes: int, query: Tensor) -> int:
@@ -53,14 +62,20 @@ class Attention:
     def forward(self, rows: Tensor, keys: slice, where: Hidden, scores: Tensor, probabilities: Tensor) -> Tensor:
         """Fill both [U, C, n] (one tensor may serve as both) and return the scaled query [U, C, D].
 
-        Scores are -inf and probabilities 0 where a row does not see a key.
+        Scores are -inf and probabilities 0 where a row does not see a key. With a given log-sum-exp the scores are log2 of the
+        probabilities: on a CPU exp2 takes a third of the time of exp, and half of softmax's.
         """
         query = self.query[self.heads[:, None], rows].to(self.key.dtype) * self.scale
-        hide_(self.products(query, self.key, keys, scores), where, -torch.inf)
-        if self.lse is None:
-            torch.softmax(scores, -1, out=probabilities)
-        else:  # on a CPU exp2 takes a third of the time of exp
-            torch.sub(scores, self.log_sum_exp(rows, scores, probabilities), out=probabilities).mul_(LOG2E).exp2_()
+        lse = None if self.lse is None else self.log_sum_exp(rows, scores, probabilities) * LOG2E
+        factors = query if lse is None else query * LOG2E
+        for k, start, stop in self.groups:  # one after the other: a group's scores are still in the cache
+            z, p = scores[start:stop], probabilities[start:stop]
+            torch.mm(factors[start:stop].flatten(0, 1), self.key[k, keys].mT, out=z.flatten(0, 1))
+            hide_(z, where, -torch.inf)
+            if lse is None:
+                torch.softmax(z, -1, out=p)
+            else:
+                torch.exp2(z.sub_(lse[start:stop]), out=p)
         return query
 
     def log_sum_exp(self, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
@@ -69,6 +84,12 @@ class Attention:
             return self.lse[self.heads[:, None], rows, None].to(scores.dtype)
         return scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
 
+    def subtract_log_(self, x: Tensor, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
+        """x -= ln p [U, C, n] of a finished forward, in place; +inf at hidden keys."""
+        if self.lse is not None:
+            return x.sub_(scores, alpha=math.log(2))
+        return x.sub_(scores).add_(self.log_sum_exp(rows, scores, probabilities))
+
     def products(self, query: Tensor, key: Tensor, keys: slice, out: Tensor) -> Tensor:
         """out [U, C, n] = query [U, C, d] . key [K, S, d] for the chunk's keys."""
         for k, start, stop in self.groups:
@@ -76,10 +97,13 @@ class Attention:
         return out
 
     def backward(self, d_scores: Tensor, query: Tensor, keys: slice, d_key: Tensor) -> Tensor:
-        """d query [U, C, D] for d_scores [U, C, n] and the scaled query of the forward; adds into d_key [K, S, D]."""
+        """d query [U, C, D] for d_scores [U, C, n] and the scaled query of the forward; adds into d_key [K, D, S].
+
+        Keys come last there, so that the product reads the scores along their rows: on a CPU that takes 0.6 of the time.
+        """
         d_query = torch.empty_like(query)
         for k, start, stop in self.groups:
             flat = d_scores[start:stop].flatten(0, 1)
             torch.mm(flat, self.key[k, keys], out=d_query[start:stop].flatten(0, 1))
-            d_key[k, keys].addmm_(flat.mT, query[start:stop].flatten(0, 1))
+            d_key[k, :, keys].addmm_(query[start:stop].flatten(0, 1).mT, flat)
         return d_query.mul_(self.scale)

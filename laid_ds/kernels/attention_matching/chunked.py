@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from laid_ds.kernels.attention import rows_that_fit
+from laid_ds.kernels.attention import log_, rows_that_fit
 from laid_ds.kernels.attention_matching.leaf import leaf_loss
 from laid_ds.kernels.attention_matching.problem import Problem, Side
 from laid_ds.kernels.visible import Hidden, hide_, row_chunks
@@ -45,7 +45,7 @@ def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> 
     for b in range(batch):
         student, teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, used)
         see_the_same = torch.equal(student.first, teacher.first)
-        d_key_b = torch.zeros_like(student.key)
+        d_key_b = torch.zeros_like(student.key.mT, memory_format=torch.contiguous_format)  # [K, D, S]
         for rows in row_chunks(problem.weight[b], chunk_size):
             keys = student.keys_of(rows)
             shape = len(rows), keys.stop - keys.start
@@ -55,7 +55,7 @@ def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> 
             query = student.forward(rows, keys, where, z, q)
             torch.mm(pi, a.flatten(1), out=p.flatten(1))
             omega = omegas(b, rows, keys, where)
-            torch.clamp_min(p, tiny, out=g).log_().sub_(z).add_(student.log_sum_exp(rows, z, q)).mul_(omega)  # omega ln(p / q)
+            student.subtract_log_(log_(torch.clamp_min(p, tiny, out=g)), rows, z, q).mul_(omega)  # omega ln(p / q)
             hide_(g, where, 0.0)
             d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
             d_z = torch.sub(q, p, out=p).mul_(omega)
@@ -64,7 +64,7 @@ def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> 
             if backward:
                 d_query[b, :, rows] = student.backward(d_z.addcmul_(q, c, value=-1), query, keys, d_key_b).to(d_query.dtype)
         if backward:
-            d_key[b] = d_key_b
+            d_key[b] = d_key_b.mT
     d_mixing = torch.zeros_like(mixing)
     d_mixing[:, used] = d_pi.to(mixing.dtype)
     return (pi * d_pi).sum() + excess, d_query, d_key, d_mixing  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
@@ -88,6 +88,7 @@ class _Omegas:
         if not self.uniform and problem.positions is None:
             row, column = torch.arange(chunk_size, device=self.device), torch.arange(self.keys + chunk_size, device=self.device)
             self.table = self._of(row[:, None] + self.keys - column)  # [chunk_size, S + chunk_size]
+            self.scratch = self.table.new_empty(chunk_size * self.keys)
             ahead = problem.omega(torch.arange(self.keys, device=self.device, dtype=torch.float64)).cumsum(0)
             self.sums = torch.cat([ahead.new_zeros(1), ahead]).to(problem.dtype)  # [n]: of the n nearest keys
 
@@ -104,7 +105,9 @@ class _Omegas:
         seen = (last + 1 - problem.student.first[b, rows]).to(self.device)
         if problem.positions is None and int(last[-1] - last[0]) == len(rows) - 1:
             shift = self.keys - int(last[0])
-            return self.table[: len(rows), keys.start + shift : keys.stop + shift] * (weight * seen[:, None] / self.sums[seen, None])
+            omega = self.scratch[: len(rows) * (keys.stop - keys.start)].view(len(rows), -1)
+            table = self.table[: len(rows), keys.start + shift : keys.stop + shift]
+            return torch.mul(table, weight * seen[:, None] / self.sums[seen, None], out=omega)
         last, key = last.to(self.device), torch.arange(keys.start, keys.stop, device=self.device)
         if problem.positions is not None:
             last, key = problem.positions[b, last], problem.positions[b, keys]

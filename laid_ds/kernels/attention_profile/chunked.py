@@ -36,7 +36,7 @@ def attention_profile(problem: Problem, row_count: int, chunk_size: int | None =
             where = attention.hidden(rows, keys)
             query = attention.forward(rows, keys, where, z, p)
             row_lse = attention.log_sum_exp(rows, z, p)  # [H, C, 1]
-            row_entropy = -hide_(z.sub_(row_lse), where, 0.0).mul_(p).sum(-1)  # [H, C]
+            row_entropy = hide_(attention.subtract_log_(torch.zeros_like(z), rows, z, p), where, 0.0).mul_(p).sum(-1)  # [H, C]
             lse[b, :, rows], entropy[b, :, rows] = row_lse[..., 0], row_entropy
             entropy_sum += row_entropy.double() @ problem.weight[b, rows].to(**make)
             for i, mask in enumerate(_masks(problem, b, rows, keys, where)):
