@@ -19,11 +19,11 @@ from launch.script import Target, render
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN = Target("demo laid", Path("runs/demo/laid"), Path("/work"), (), "/venv/bin/python")
+PLAIN = Target("demo laid", Path("runs/demo/laid"), Path("/project"), (), "/venv/bin/python")
 ODD = Target(
     name="a 'b' \"c\" #1",
     output=Path('runs/50% o\'clock $HOME `x` "q" \\'),
-    folder=Path("/work/a b"),
+    folder=Path("/project/a b"),
     overrides=('name=it\'s "so" $x `y` \\', "data.images=[1, 4]"),
     python="/ve nv/python",
 )

@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name="demo laid"
-#SBATCH --chdir=/work
-#SBATCH --output=/work/runs/demo/laid/launch/logs/job-%A_%a.log
+#SBATCH --chdir=/project
+#SBATCH --output=/project/runs/demo/laid/launch/logs/job-%A_%a.log
 #SBATCH --open-mode=append
 #SBATCH --account=vision
 #SBATCH --partition=gpu
@@ -20,8 +20,8 @@
 #SBATCH --exclude=n3
 #SBATCH --comment=x y
 
-run=/work/runs/demo/laid"/$SLURM_ARRAY_TASK_ID"
-arguments=(/work/runs/demo/laid/launch/recipe.toml)
+run=/project/runs/demo/laid"/$SLURM_ARRAY_TASK_ID"
+arguments=(/project/runs/demo/laid/launch/recipe.toml)
 signal=USR2 max_restarts=9 max_crashes=0
 case $SLURM_ARRAY_TASK_ID in
   0) arguments+=(optimizer.lr=1e-5) ;;
@@ -106,7 +106,7 @@ export LAID_STOP=$run/stop LAID_JOB=$job.$attempt
 # shellcheck disable=SC2016 # the variables are those of each node
 on_node='
 start() {
-  exec apptainer exec --nv --bind /work:/work --bind /data:/data --pwd /work laid.sif /venv/bin/python -m torch.distributed.run --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
+  exec apptainer exec --nv --bind /project:/project --bind /data:/data --pwd /project laid.sif /venv/bin/python -m torch.distributed.run --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
     --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout=600 \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@"
 }

@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name="a 'b' \"c\" #1"
-#SBATCH --chdir="/work/a b"
-#SBATCH --output="/work/a b/runs/50%% o'clock $HOME `x` \"q\" \\/launch/logs/job-%A_%a.log"
+#SBATCH --chdir="/project/a b"
+#SBATCH --output="/project/a b/runs/50%% o'clock $HOME `x` \"q\" \\/launch/logs/job-%A_%a.log"
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -9,8 +9,8 @@
 #SBATCH --array=0-1
 #SBATCH --requeue
 
-run="/work/a b/runs/50% o'clock \$HOME \`x\` \"q\" \\""/$SLURM_ARRAY_TASK_ID"
-arguments=("/work/a b/runs/50% o'clock \$HOME \`x\` \"q\" \\/launch/recipe.toml" "name=it's \"so\" \$x \`y\` \\" 'data.images=[1, 4]')
+run="/project/a b/runs/50% o'clock \$HOME \`x\` \"q\" \\""/$SLURM_ARRAY_TASK_ID"
+arguments=("/project/a b/runs/50% o'clock \$HOME \`x\` \"q\" \\/launch/recipe.toml" "name=it's \"so\" \$x \`y\` \\" 'data.images=[1, 4]')
 signal=USR1 max_restarts=50 max_crashes=2
 case $SLURM_ARRAY_TASK_ID in
   0) arguments+=("x=it's") ;;

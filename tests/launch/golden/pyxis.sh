@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name="demo laid"
-#SBATCH --chdir=/work
-#SBATCH --output=/work/runs/demo/laid/launch/logs/job.log
+#SBATCH --chdir=/project
+#SBATCH --output=/project/runs/demo/laid/launch/logs/job.log
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -9,8 +9,8 @@
 #SBATCH --dependency=singleton
 #SBATCH --requeue
 
-run=/work/runs/demo/laid
-arguments=(/work/runs/demo/laid/launch/recipe.toml)
+run=/project/runs/demo/laid
+arguments=(/project/runs/demo/laid/launch/recipe.toml)
 signal=USR1 max_restarts=0 max_crashes=2
 
 # What follows is the same for every job.
@@ -81,7 +81,7 @@ LAID_RANK_LOGS=$launch/logs
 export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-ranks=(srun --kill-on-bad-exit=1 --wait=60 --container-image=me/laid:1 '--container-mounts=/work:/work,/data:/data' --container-workdir=/work /venv/bin/python -u -m laid_ds.train "${arguments[@]}")
+ranks=(srun --kill-on-bad-exit=1 --wait=60 --container-image=me/laid:1 '--container-mounts=/project:/project,/data:/data' --container-workdir=/project /venv/bin/python -u -m laid_ds.train "${arguments[@]}")
 
 say "attempt $attempt on $SLURM_JOB_NODELIST, ${before:-from the beginning}"
 record running

@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name="demo laid"
-#SBATCH --chdir=/work
-#SBATCH --output=/work/runs/demo/laid/launch/logs/job.log
+#SBATCH --chdir=/project
+#SBATCH --output=/project/runs/demo/laid/launch/logs/job.log
 #SBATCH --open-mode=append
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -9,8 +9,8 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 
-run=/work/runs/demo/laid
-arguments=(/work/runs/demo/laid/launch/recipe.toml)
+run=/project/runs/demo/laid
+arguments=(/project/runs/demo/laid/launch/recipe.toml)
 signal=USR1 max_restarts=50 max_crashes=2
 
 # What follows is the same for every job.
