@@ -20,6 +20,11 @@ def world_size() -> int:
     return dist.get_world_size() if started() else 1
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an operation failed because another rank's process is gone or does not answer."""
+    return any(sign in str(error) for sign in ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "imed out"))
+
+
 def barrier() -> None:
     if started():
         dist.barrier()

@@ -42,6 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
         if distributed.rank() == 0 or isinstance(error, DataError | NonFiniteLoss):
             sys.stderr.write(f"laid: {error}\n")  # one write: ranks that speak together do not mix their words
         return 2
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        sys.stderr.write(
+            f"laid: rank {distributed.rank()} lost another rank; the same command goes on from the newest checkpoint ({error})\n"
+        )
+        return 1
     finally:
         ignore_signals()
     return 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import signal
+import sys
 from itertools import islice
 
 import pytest
@@ -17,10 +21,12 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.record import Sample, Turn
 from laid_ds.loop import look, train
+from laid_ds.metrics import Reporter
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.stop import StopRequest
 from laid_ds.train import main
-from tests.support.processes import run_ranks
+from tests.support.processes import run_ranks, start_ranks
+from tests.support.recipes import write_recipe
 from tests.support.training import rank_steps
 
 
@@ -151,6 +157,32 @@ def test_the_first_look_measures_what_a_step_would(world, tmp_path):
     assert seen.teacher_nats == pytest.approx(F.cross_entropy(rows[:, : world.vocabulary], labels).item(), rel=1e-5)
     assert seen.cut_mass == pytest.approx(rows.softmax(-1)[:, world.vocabulary :].sum(-1).mean().item(), rel=1e-5)
     assert seen.cut_mass > 1e-3
+
+
+def status_of_main(recipe):
+    """Rank 1 dies in the second step; the other tells its status and what it wrote."""
+    report = Reporter.step
+
+    def report_and_die(self, done, values):
+        report(self, done, values)
+        if done == 2 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reporter.step, sys.stderr = report_and_die, io.StringIO()
+    return main([str(recipe)]), sys.stderr.getvalue()
+
+
+def test_the_death_of_another_rank_is_one_sentence(world, tmp_path):
+    recipe = write_recipe(world.run(tmp_path / "run", checkpoint={"every_steps": 1}), tmp_path / "recipe.toml")
+    processes, queue = start_ranks(2, status_of_main, recipe)
+    rank, ok, result = queue.get()
+    for process in processes:
+        process.join()
+    assert (rank, ok) == (0, True)
+    status, said = torch.load(io.BytesIO(result), weights_only=False)
+    assert status == 1
+    assert said.startswith("laid: rank 0 lost another rank; the same command goes on from the newest checkpoint (")
+    assert "Traceback" not in said
 
 
 def test_help_without_a_recipe(capsys):
