@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ def start_node(shape: Shape, node: int) -> None:
     ]
     with (shape.state / "log" / f"node.{name}.log").open("ab") as log:
         process = subprocess.Popen(
-            [*namespace, "bash", NODE_INIT, name, shape.state],
+            [*namespace, "bash", NODE_INIT, name, shape.state, *_software_under_tmp()],
             env=environment(shape.state),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -98,6 +99,12 @@ def start_node(shape: Shape, node: int) -> None:
             start_new_session=True,
         )
     (shape.state / "pid" / f"node.{name}").write_text(str(process.pid))
+
+
+def _software_under_tmp() -> list[Path]:
+    """The checkout and the virtual environment, where a node's own /tmp would hide them."""
+    folders = {Path(__file__).resolve().parents[2], Path(sys.prefix).resolve()}
+    return sorted(folder for folder in folders if folder.is_relative_to("/tmp"))
 
 
 def kill_node(shape: Shape, node: int) -> None:

@@ -113,6 +113,9 @@ class Submitted:
     def state(self) -> dict:
         return json.loads((self.output / "launch" / "state.json").read_text())
 
+    def has_failed(self) -> bool:
+        return (self.output / "launch" / "state.json").is_file() and self.state()["status"] == "failed"
+
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted((self.output / "launch" / "logs").glob("job*.log")))
 
@@ -128,6 +131,7 @@ class Submitted:
         end = time.monotonic() + seconds
         while not condition():
             self.observe()
+            assert not self.has_failed() or condition(), f"the job failed instead of {what}\n{self.everything()}"
             assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.everything()}"
             time.sleep(0.1)
         self.observe()
