@@ -23,7 +23,7 @@ from laid_ds.data.record import Sample, Turn
 from laid_ds.loop import look, train
 from laid_ds.metrics import Reporter
 from laid_ds.models.processor import Renderer, load_processor
-from laid_ds.stop import StopRequest
+from laid_ds.stop import SIGNALS, StopRequest
 from laid_ds.train import main
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.recipes import write_recipe
@@ -185,6 +185,15 @@ def test_the_death_of_another_rank_is_one_sentence(world, tmp_path):
     assert "Traceback" not in said
 
 
-def test_help_without_a_recipe(capsys):
+@pytest.fixture
+def own_signals():
+    """main() is the end of a process: it leaves signals ignored, which the tests after this one must not inherit."""
+    kept = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_help_without_a_recipe(capsys, own_signals):
     assert main(["--local_rank=0"]) == 2
     assert "no recipe given; usage: deepspeed" in capsys.readouterr().err
