@@ -21,6 +21,7 @@ from laid_ds.config import Losses
 from laid_ds.kernels.leaf import leaf_loss
 
 TERMS = ("align", "match", "kl", "sft")
+DEFAULTS = Losses()
 
 
 class Shown(NamedTuple):
@@ -53,7 +54,7 @@ def head_losses(
     vocabulary: int,
     factors: dict[str, float],
     teacher: Shown | None = None,
-    options: Losses = Losses(),  # noqa: B008 - frozen
+    options: Losses = DEFAULTS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, sums): sums over rows of cross-entropy ("sft") and of temperature^2 x divergence ("kl"), and factors["sft"] x one +
     factors["kl"] x the other.
