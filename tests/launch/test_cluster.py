@@ -109,15 +109,16 @@ def test_the_network_is_cut(cluster):
 
 
 def test_slurmd_dies(cluster):
-    run = Submitted(cluster, "slurmd", TWO_NODES, slow=True, **STEPS)
-    run.wait_for_step(15)
+    changes = {"steps": 40, "checkpoint": {"every_steps": 4}}  # nine slow saves: the ranks, which are well, train on until SLURM notices
+    run = Submitted(cluster, "slurmd", TWO_NODES, slow=True, **changes)
+    run.wait_for_step(6)
     testcluster.kill_slurmd(cluster.shape, 1)
     run.wait(run.is_waiting, "the requeue")
     run.be_slow(False)
     testcluster.start_slurmd(cluster.shape, 1)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
-    run.check("death of a slurmd", 2, **STEPS)
+    run.check("death of a slurmd", 2, **changes)
 
 
 def test_signals_in_the_middle_of_a_save_and_after_the_end(cluster):
