@@ -6,14 +6,15 @@ are sharded and checkpointed with it, and never touch the stock model's paramete
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from laid_ds.config import Align as Options
-from laid_ds.kernels.attention_matching import Omega, attention_matching
+from laid_ds.kernels.attention_matching import Omega, attention_and_matching, attention_matching
 from laid_ds.kernels.head_alignment import head_alignment
 
 
@@ -25,6 +26,8 @@ class Heads(Protocol):
     scale: float
     window: int | None
     lse: Tensor | None
+    beside: Tensor | None
+    """Of the student: the sum of its matching, where attention computes it (`Align.inside_attention`)."""
 
 
 def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
@@ -110,6 +113,37 @@ class Align(nn.Module):
             sums[term] = torch.stack(parts).mean()
         return sums
 
+    def inside_attention(self, teacher: dict[int, Heads], segments: Tensor, omega: Omega, report: Callable[[Tensor], None]) -> dict:
+        """Student layer -> attention that matches it in its backward pass (models.attention.Companion); its log-sum-exp must be asked for.
+
+        In place of `forward`'s "match" for these layers, on a CPU, in float32. The sums' values are known after the backward pass: each
+        layer's share of "match" is given to `report` then. A layer that is compared with several is left out.
+        """
+        layers = [student for student, _ in self.pairs]
+        return {s: partial(self._attend_and_match, s, teacher[t], segments, omega, report) for s, t in self.pairs if layers.count(s) == 1}
+
+    def _attend_and_match(
+        self, layer: int, teacher: Heads, segments: Tensor, omega: Omega, report, attend, query, key, value, scale: float, first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        share = 1 / (query.shape[1] * len(self.pairs))
+        return attention_and_matching(
+            attend,
+            query,
+            key,
+            value,
+            teacher.query,
+            teacher.key,
+            self.mixing[str(layer)].float(),
+            scale=scale,
+            teacher_scale=teacher.scale,
+            first=first,
+            segments=segments,
+            omega=omega,
+            teacher_window=teacher.window,
+            teacher_lse=teacher.lse,
+            report=lambda total: report(total * share),
+        )
+
     def counted_by(self) -> dict[str, str]:
         """The count of a batch (data.batch.Batch.counts) that each term's sum is divided by."""
         return {"align": "tokens" if self.options.reduction == "mean" else "samples", "match": "tokens"}
@@ -128,6 +162,8 @@ class Align(nn.Module):
         return total / student.query.shape[1] if self.options.reduction == "relative" else total
 
     def _matching(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+        if student.beside is not None:
+            return student.beside / student.query.shape[1]
         student_sees_less = student.window is not None and (teacher.window is None or teacher.window > student.window)
         total, _ = attention_matching(
             student.query,

@@ -65,8 +65,13 @@ class Student(nn.Module):
         self.losses, self.vocabulary, self.match_rows = losses, vocabulary, match_rows
 
     def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once."""
-        with self.tap.open() as heads:
+        """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once.
+
+        Where attention itself matches (`matches_inside`), the sum "match" is whole only after the loss's backward pass, which adds to it.
+        """
+        matched = batch.labels.new_zeros((), dtype=torch.float32)
+        inside = self.align.inside_attention(lesson.heads, batch.segments, ask.omega, matched.add_) if self.matches_inside(ask) else {}
+        with self.tap.open(inside) as heads:
             hidden = last_hidden_state(self.model, **batch.inputs)
         assert_differentiable(heads)
         loss, sums = head_losses(
@@ -84,7 +89,20 @@ class Student(nn.Module):
             found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows)
             loss = loss + sum(ask.factors[term] * total for term, total in found.items())
             sums |= {term: total.detach() for term, total in found.items()}
+        if inside:
+            sums["match"] = matched.add_(sums["match"])
         return loss, {term: sums[term] for term in ask.factors}
+
+    def matches_inside(self, ask: Ask) -> bool:
+        """Whether attention's backward pass matches: on a CPU that saves a quarter of both, on a GPU attention has kernels of its own."""
+        head = self.model.get_output_embeddings().weight
+        return (
+            "match" in ask.factors
+            and self.match_rows is None
+            and self.tap.lse
+            and torch.is_grad_enabled()
+            and (head.device.type, head.dtype) == ("cpu", torch.float32)
+        )
 
 
 class TrainingEngine(Protocol):
@@ -112,8 +130,8 @@ def train_step(
     totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
         loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the lesson is gone before the backward
-        _refuse_non_finite(sums, batch)
         student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
+        _refuse_non_finite(sums, batch)  # before the optimizer moves
         student.step()
         totals = {term: totals[term] + sums[term].item() for term in totals}
     means = {term: total / counts[counted_by[term]] for term, total in zip(totals, distributed.add(totals.values()), strict=True)}

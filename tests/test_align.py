@@ -21,6 +21,7 @@ class Heads:
     scale: float = 0.25
     window: int | None = None
     lse: Tensor | None = None
+    beside: Tensor | None = None
 
 
 def heads(query_heads, key_heads, dim, seed, batch=2, tokens=7):

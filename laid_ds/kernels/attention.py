@@ -97,13 +97,17 @@ class Attention:
         return out
 
     def backward(self, d_scores: Tensor, query: Tensor, keys: slice, d_key: Tensor) -> Tensor:
-        """d query [U, C, D] for d_scores [U, C, n] and the scaled query of the forward; adds into d_key [K, D, S].
-
-        Keys come last there, so that the product reads the scores along their rows: on a CPU that takes 0.6 of the time.
-        """
+        """d query [U, C, D] for d_scores [U, C, n] and the scaled query of the forward; adds into d_key [K, D, S]."""
         d_query = torch.empty_like(query)
         for k, start, stop in self.groups:
-            flat = d_scores[start:stop].flatten(0, 1)
-            torch.mm(flat, self.key[k, keys], out=d_query[start:stop].flatten(0, 1))
-            d_key[k, :, keys].addmm_(query[start:stop].flatten(0, 1).mT, flat)
+            torch.mm(d_scores[start:stop].flatten(0, 1), self.key[k, keys], out=d_query[start:stop].flatten(0, 1))
+        self.add_to_keys_(d_key, query, d_scores, keys)
         return d_query.mul_(self.scale)
+
+    def add_to_keys_(self, d_key: Tensor, rows: Tensor, weights: Tensor, keys: slice) -> None:
+        """d_key [K, D, S] += rows [U, C, D] summed over rows and heads with weights [U, C, n].
+
+        Keys come last there, so that the product reads the weights along their rows: on a CPU that takes 0.6 of the time.
+        """
+        for k, start, stop in self.groups:
+            d_key[k, :, keys].addmm_(rows[start:stop].flatten(0, 1).mT, weights[start:stop].flatten(0, 1))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from laid_ds.models.backends import attend, has_lse, is_bounds
+from laid_ds.models.backends import Result, attend, first_seen, has_lse, is_bounds
 from laid_ds.models.family import DECODERS, ONE_AXIS_WITHOUT_MASK, check_packable, family
 
 NAME = "laid"  # a name with "flash" or "/" in it would make transformers look for a package or a hub kernel
@@ -41,6 +42,17 @@ class Captured:
     """None (causal), the bounds of packed samples, or a dense mask (see backends)."""
     lse: Tensor | None = None
     """[B, H, T] float32: log-sum-exp of each row's scaled scores over the keys it sees, without a gradient, if the tap asked for it."""
+    beside: Tensor | None = None
+    """What a companion of the tap computes beside attention: a scalar in the graph."""
+
+
+class Companion(Protocol):
+    """Attention that computes something beside its output, see `Tap.open`."""
+
+    def __call__(
+        self, attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, log-sum-exp, scalar), the first two as attend(query, key, value) gives them; row t sees the keys first[b, t] .. t."""
 
 
 @dataclass
@@ -51,12 +63,17 @@ class Tap:
     lse: bool = False
     """Whether the log-sum-exp is asked for; ask only where `gives_lse`."""
     captured: dict[int, Captured] = field(default_factory=dict)
+    companions: dict[int, Companion] = field(default_factory=dict)
     is_open: bool = False
 
     @contextmanager
-    def open(self) -> Iterator[dict[int, Captured]]:
-        """Collect inside the block. Recomputation in the backward pass happens outside it, so nothing is stored twice."""
-        self.captured, self.is_open = {}, True
+    def open(self, companions: dict[int, Companion] | None = None) -> Iterator[dict[int, Captured]]:
+        """Collect inside the block. Recomputation in the backward pass happens outside it, so nothing is stored twice.
+
+        companions: layer -> what attends there in place of `backends.attend`, where rows see one run of keys (until the tap opens again:
+        recomputing must call the same).
+        """
+        self.captured, self.companions, self.is_open = {}, companions or {}, True
         try:
             yield self.captured
         finally:
@@ -90,19 +107,24 @@ def laid_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, tap = kwargs.get("sliding_window"), listening.tap
     asks_lse = tap is not None and tap.lse and listening.layer in tap.layers  # also while closed: recomputing must call the same kernel
-    lse, mask = None, attention_mask
+    lse, mask, beside = None, attention_mask, None
     if asks_lse or is_bounds(mask):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         _check_backend(listening, query, mask, kwargs.get("dropout", 0.0), asks_lse, causal)
-        out, lse = attend(query, key, value, mask, scale, window, causal)
+        companion = tap.companions.get(listening.layer) if tap is not None else None
+        if companion is not None and causal and (mask is None or is_bounds(mask)):
+            how = partial(attend, mask=mask, scale=scale, window=window)
+            out, lse, beside = companion(how, query, key, value, scale, first_seen(mask, *query.shape[:3:2], window))
+        else:
+            out, lse = attend(query, key, value, mask, scale, window, causal)
         if mask is None and not causal:  # every row sees all
             mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device).expand(1, 1, query.shape[2], key.shape[2])
         out = out.transpose(1, 2).contiguous()
     else:
         out, _ = listening.attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if tap is not None:
-        tap.take(listening.layer, Captured(query, key, scale, window, mask, lse if asks_lse else None))
+        tap.take(listening.layer, Captured(query, key, scale, window, mask, lse if asks_lse else None, beside))
     return out, None
 
 

@@ -35,6 +35,16 @@ def is_bounds(mask: Tensor | None) -> bool:
     return mask is not None and mask.ndim == 1
 
 
+def first_seen(mask: Tensor | None, batch: int, tokens: int, window: int | None) -> Tensor:
+    """[B, T] int64 on the CPU: the first key that each row sees under causal attention, mask None (no window cuts it) or `bounds`."""
+    if mask is None:
+        return torch.zeros(batch, tokens, dtype=torch.long)
+    starts = torch.zeros(batch * tokens, dtype=torch.long)
+    starts[mask[:-1].long()] = mask[:-1].long()
+    starts = starts.cummax(0).values.view(batch, tokens) - torch.arange(batch)[:, None] * tokens
+    return starts if window is None else torch.maximum(starts, torch.arange(tokens) - window + 1)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None = None, causal: bool = True
 ) -> Result:

@@ -1,6 +1,7 @@
 """Progressive distance-weighted attention matching: how far each student head's attention is from its mixture of teacher heads.
 
-The definition is in README.md and, as code, in reference.py; chunked.py and fused.py compute the same without holding an attention map.
+The definition is in README.md and, as code, in reference.py; chunked.py and fused.py compute the same without holding an attention map,
+inside_attention.py together with the backward pass of the student's attention.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from laid_ds.kernels import checks
+from laid_ds.kernels.attention_matching.inside_attention import attention_and_matching
 from laid_ds.kernels.attention_matching.omega import Omega
-from laid_ds.kernels.attention_matching.problem import Problem, Side
+from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture
 from laid_ds.kernels.switch import choose
 from laid_ds.kernels.visible import first_visible, row_weights
 
-__all__ = ["Omega", "attention_matching"]
+__all__ = ["Omega", "attention_and_matching", "attention_matching"]
 
 
 def attention_matching(
@@ -97,18 +99,6 @@ def attention_matching(
         omega,
         teacher_heads,
     )
-    mixing = _mixture(mixing_logits.to(problem.dtype), teacher_heads)
+    mixing = mixture(mixing_logits.to(problem.dtype), teacher_heads)
     run = choose(__name__, "attention_matching", implementation, device)
     return run(problem, student_query, student_key, mixing, chunk_size), count * heads
-
-
-def _mixture(logits: Tensor, teacher_heads: Tensor | None) -> Tensor:
-    """Row softmax of logits [H^s, H^t], over `teacher_heads` [H^s, k] only where given."""
-    if teacher_heads is None:
-        return logits.softmax(-1)
-    heads, choices = logits.shape
-    checks.check_tensor("teacher_heads", teacher_heads, (heads, None), (torch.int64,), logits.device)
-    ordered = teacher_heads.sort(-1).values
-    if not (ordered.min() >= 0 and ordered.max() < choices and (ordered.diff(dim=-1) > 0).all()):
-        raise ValueError(f"teacher_heads is {teacher_heads.tolist()}: expected distinct heads from 0 to {choices - 1} in each row")
-    return torch.zeros_like(logits).scatter(-1, teacher_heads, logits.gather(-1, teacher_heads).softmax(-1))

@@ -8,11 +8,12 @@ Letters: C rows of a chunk, n keys that the chunk sees, U teacher heads that som
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from laid_ds.kernels.attention import log_, rows_that_fit
+from laid_ds.kernels.attention import Attention, log_, rows_that_fit
 from laid_ds.kernels.attention_matching.leaf import leaf_loss
 from laid_ds.kernels.attention_matching.problem import Problem, Side
 from laid_ds.kernels.visible import Hidden, hide_, row_chunks
@@ -22,52 +23,115 @@ def attention_matching(
     problem: Problem, student_query: Tensor, student_key: Tensor, mixing: Tensor, chunk_size: int | None = None
 ) -> Tensor:
     """As reference.attention_matching, `chunk_size` rows at a time (default: as many as a byte budget holds)."""
-    walk = partial(_walk, problem, chunk_size or _default_chunk_size(problem))
+    walk = partial(_walk, problem, chunk_size or default_chunk_size(problem))
     return leaf_loss(walk, student_query, student_key, mixing)
 
 
-def _default_chunk_size(problem: Problem) -> int:
+def default_chunk_size(problem: Problem) -> int:
+    """As many rows as a byte budget holds."""
     heads = 4 * problem.student.query.shape[1] + problem.teacher.query.shape[1]
     return rows_that_fit(heads * problem.student.key.shape[2] * problem.dtype.itemsize, problem.student.query)
 
 
 def _walk(problem: Problem, chunk_size: int, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing); the first two gradients only with `backward`."""
-    dtype, tiny = problem.dtype, torch.finfo(problem.dtype).tiny
-    batch, student_heads, _, _ = problem.student.query.shape
-    used = torch.arange(mixing.shape[1]) if problem.teacher_heads is None else problem.teacher_heads.unique().cpu()
-    pi = mixing[:, used].to(dtype)  # [H^s, U]
-    d_pi, excess = torch.zeros_like(pi), pi.new_zeros(())
-    d_query, d_key = _gradients_of(problem.student, dtype) if backward else (None, None)
-    heads = (len(used), *[student_heads] * 4)
-    omegas = _Omegas(problem, chunk_size)
-    scratch = [pi.new_empty(h * chunk_size * problem.student.key.shape[2]) for h in heads]
-    for b in range(batch):
-        student, teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, used)
-        see_the_same = torch.equal(student.first, teacher.first)
-        d_key_b = torch.zeros_like(student.key.mT, memory_format=torch.contiguous_format)  # [K, D, S]
+    comparison = Comparison(problem, chunk_size, mixing)
+    d_query, d_key = _gradients_of(problem.student, problem.dtype) if backward else (None, None)
+    for b in range(len(problem.weight)):
+        student = comparison.begin(b)
+        d_key_b = keys_last(student.key)
         for rows in row_chunks(problem.weight[b], chunk_size):
-            keys = student.keys_of(rows)
-            shape = len(rows), keys.stop - keys.start
-            a, z, q, p, g = (x[: h * shape[0] * shape[1]].view(h, *shape) for x, h in zip(scratch, heads, strict=True))
-            where = student.hidden(rows, keys)
-            teacher.forward(rows, keys, where if see_the_same else teacher.hidden(rows, keys), a, a)
-            query = student.forward(rows, keys, where, z, q)
-            torch.mm(pi, a.flatten(1), out=p.flatten(1))
-            omega = omegas(b, rows, keys, where)
-            student.subtract_log_(log_(torch.clamp_min(p, tiny, out=g)), rows, z, q).mul_(omega)  # omega ln(p / q)
-            hide_(g, where, 0.0)
-            d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
-            d_z = torch.sub(q, p, out=p).mul_(omega)
-            c = d_z.sum(-1, keepdim=True)
-            excess += c.sum()
+            found = comparison(rows)
             if backward:
-                d_query[b, :, rows] = student.backward(d_z.addcmul_(q, c, value=-1), query, keys, d_key_b).to(d_query.dtype)
+                d_z = found.d_scores.addcmul_(found.probabilities, found.shift, value=-1)
+                d_query[b, :, rows] = student.backward(d_z, found.query, found.keys, d_key_b).to(d_query.dtype)
         if backward:
             d_key[b] = d_key_b.mT
-    d_mixing = torch.zeros_like(mixing)
-    d_mixing[:, used] = d_pi.to(mixing.dtype)
-    return (pi * d_pi).sum() + excess, d_query, d_key, d_mixing  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
+    return comparison.loss(), d_query, d_key, comparison.d_mixing()
+
+
+class Compared(NamedTuple):
+    """What one chunk of rows gave; the tensors are overwritten by the next chunk."""
+
+    keys: slice
+    """The keys that it sees."""
+    query: Tensor
+    """[H, C, D]: the student's, scaled."""
+    probabilities: Tensor
+    """[H, C, n]: the student's, q."""
+    d_scores: Tensor
+    """[H, C, n]: omega (q - p); with q times `shift` taken off it is the gradient to the student's scores."""
+    shift: Tensor
+    """[H, C, 1]: the sum of d_scores over the keys."""
+    scratch: Tensor
+    """[H, C, n], free for the caller."""
+
+
+class Comparison:
+    """Student against teacher, a chunk of rows of one batch element at a time; it adds up the loss and its gradient to the mixture."""
+
+    def __init__(self, problem: Problem, chunk_size: int, mixing: Tensor) -> None:
+        heads = mixing.shape[1]
+        self.problem, self.mixing, self.chunk_size = problem, mixing, chunk_size
+        self.used = torch.arange(heads) if problem.teacher_heads is None else problem.teacher_heads.unique().cpu()
+        self.pi = mixing[:, self.used].to(problem.dtype)  # [H^s, U]
+        self.d_pi, self.excess = torch.zeros_like(self.pi), self.pi.new_zeros(())
+        self.omegas = _Omegas(problem, chunk_size)
+        self.heads = (len(self.used), *[len(mixing)] * 4)
+        self.scratch = [self.pi.new_empty(h * chunk_size * problem.student.key.shape[2]) for h in self.heads]
+
+    def begin(self, b: int) -> Attention:
+        """Go on with batch element b, whose student attention is returned."""
+        self.b, problem = b, self.problem
+        self.student, self.teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, self.used)
+        self.see_the_same = torch.equal(self.student.first, self.teacher.first)
+        return self.student
+
+    def __call__(self, rows: Tensor) -> Compared:
+        """Compare a chunk of rows."""
+        student, teacher = self.student, self.teacher
+        keys = student.keys_of(rows)
+        a, z, q, p, g = self._maps(rows, keys)
+        where = student.hidden(rows, keys)
+        teacher.forward(rows, keys, where if self.see_the_same else teacher.hidden(rows, keys), a, a)
+        query = student.forward(rows, keys, where, z, q)
+        torch.mm(self.pi, a.flatten(1), out=p.flatten(1))
+        omega = self.omegas(self.b, rows, keys, where)
+        tiny = torch.finfo(p.dtype).tiny
+        student.subtract_log_(log_(torch.clamp_min(p, tiny, out=g)), rows, z, q).mul_(omega)  # omega ln(p / q)
+        hide_(g, where, 0.0)
+        self.d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
+        d_z = torch.sub(q, p, out=p).mul_(omega)
+        shift = d_z.sum(-1, keepdim=True)
+        self.excess += shift.sum()
+        return Compared(keys, query, q, d_z, shift, g)
+
+    def student_alone(self, rows: Tensor) -> Compared:
+        """The same without the teacher: nothing is compared."""
+        keys = self.student.keys_of(rows)
+        _, z, q, p, g = self._maps(rows, keys)
+        query = self.student.forward(rows, keys, self.student.hidden(rows, keys), z, q)
+        return Compared(keys, query, q, p.zero_(), p.new_zeros(len(p), len(rows), 1), g)
+
+    def _maps(self, rows: Tensor, keys: slice) -> list[Tensor]:
+        """Room for a chunk's scores and what becomes of them, [heads, C, n] each."""
+        rows, keys = len(rows), keys.stop - keys.start
+        return [x[: h * rows * keys].view(h, rows, keys) for x, h in zip(self.scratch, self.heads, strict=True)]
+
+    def loss(self) -> Tensor:
+        """Of all chunks so far."""
+        return (self.pi * self.d_pi).sum() + self.excess  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
+
+    def d_mixing(self) -> Tensor:
+        """[H^s, H^t]"""
+        d_mixing = torch.zeros_like(self.mixing)
+        d_mixing[:, self.used] = self.d_pi.to(self.mixing.dtype)
+        return d_mixing
+
+
+def keys_last(key: Tensor) -> Tensor:
+    """Zeros [K, D, S] for a gradient to key [K, S, D], see Attention.backward."""
+    return torch.zeros_like(key.mT, memory_format=torch.contiguous_format)
 
 
 def _gradients_of(side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

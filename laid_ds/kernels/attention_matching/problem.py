@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laid_ds.kernels import checks
 from laid_ds.kernels.attention import Attention
 from laid_ds.kernels.attention_matching.omega import Omega
 
@@ -43,3 +44,15 @@ class Side:
     def attention(self, b: int, problem: Problem, heads: Tensor | None = None) -> Attention:
         lse = None if self.lse is None else self.lse[b]
         return Attention(self.query[b], self.key[b], self.scale, self.first[b], problem.query_offset, problem.dtype, lse, heads)
+
+
+def mixture(logits: Tensor, teacher_heads: Tensor | None) -> Tensor:
+    """Row softmax of logits [H^s, H^t], over `teacher_heads` [H^s, k] only where given."""
+    if teacher_heads is None:
+        return logits.softmax(-1)
+    heads, choices = logits.shape
+    checks.check_tensor("teacher_heads", teacher_heads, (heads, None), (torch.int64,), logits.device)
+    ordered = teacher_heads.sort(-1).values
+    if not (ordered.min() >= 0 and ordered.max() < choices and (ordered.diff(dim=-1) > 0).all()):
+        raise ValueError(f"teacher_heads is {teacher_heads.tolist()}: expected distinct heads from 0 to {choices - 1} in each row")
+    return torch.zeros_like(logits).scatter(-1, teacher_heads, logits.gather(-1, teacher_heads).softmax(-1))

@@ -1,0 +1,51 @@
+"""Where attention's backward pass matches: the same losses and gradients as matching by itself, and it does so wherever it can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from laid_ds.distill import Ask
+from laid_ds.kernels.attention_matching import Omega
+from laid_ds.models.attention import enable_checkpointing
+from tests.laws.test_packing import TERMS, pair_of
+
+OMEGA = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
+ASK = Ask({"align": 1.0, "match": 0.3, "kl": 1.0, "sft": 1.0}, OMEGA)
+
+
+def step(world, batch, inside: bool, checkpointing=False, match_rows=None):
+    """Sums, gradients, and the layers whose attention matched."""
+    student, teacher = pair_of(world, lse=inside)
+    student.match_rows = match_rows
+    if checkpointing:
+        enable_checkpointing(student.train().model, offload=checkpointing == "offload")
+    loss, sums = student(batch, teacher(batch), ASK)
+    layers = [layer for layer, heads in student.tap.captured.items() if heads.beside is not None]
+    loss.backward()
+    return {term: sums[term].item() for term in TERMS}, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}, layers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
+@pytest.mark.parametrize("packed, layers", [(False, [1]), (True, [0, 1])])  # a window over padded rows is a dense mask
+def test_it_is_matching_by_itself(world, packed, layers, checkpointing):
+    batch = world.batch(packed=packed)
+    sums, gradients, inside = step(world, batch, True, checkpointing)
+    wanted, wanted_gradients, apart = step(world, batch, False)
+    assert (inside, apart) == (layers, [])
+    assert sums == pytest.approx(wanted, rel=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+
+
+def test_a_sample_of_the_rows_is_matched_apart(world):
+    assert step(world, world.batch(), True, match_rows=5)[2] == []
+
+
+def test_without_gradients_the_sum_is_there_at_once(world):
+    student, teacher = pair_of(world, lse=True)
+    batch = world.batch()
+    with torch.no_grad():
+        _, sums = student(batch, teacher(batch), ASK)
+    assert sums["match"].item() == pytest.approx(step(world, batch, False)[0]["match"], rel=1e-5)
