@@ -70,8 +70,8 @@ class Tap:
     def open(self, companions: dict[int, Companion] | None = None) -> Iterator[dict[int, Captured]]:
         """Collect inside the block. Recomputation in the backward pass happens outside it, so nothing is stored twice.
 
-        companions: layer -> what attends there in place of `backends.attend`, where rows see one run of keys (until the tap opens again:
-        recomputing must call the same).
+        companions: layer -> what attends there in place of `backends.attend`, where gradients are on and rows see one run of keys; until
+        the tap opens again, since recomputing must call the same.
         """
         self.captured, self.companions, self.is_open = {}, companions or {}, True
         try:
@@ -112,7 +112,7 @@ def laid_attention(
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         _check_backend(listening, query, mask, kwargs.get("dropout", 0.0), asks_lse, causal)
-        companion = tap.companions.get(listening.layer) if tap is not None else None
+        companion = tap.companions.get(listening.layer) if tap is not None and torch.is_grad_enabled() else None
         if companion is not None and causal and (mask is None or is_bounds(mask)):
             how = partial(attend, mask=mask, scale=scale, window=window)
             out, lse, beside = companion(how, query, key, value, scale, first_seen(mask, *query.shape[:3:2], window))

@@ -142,10 +142,11 @@ def test_signals_in_the_middle_of_a_save_and_after_the_end(cluster):
 def test_an_array_of_three(cluster):
     changes = {"steps": 8}
     run = Submitted(cluster, "sweep", ["--sweep=seed=1", "--sweep=seed=2 optimizer.lr=2e-3", "--sweep=seed=3", "--parallel=2"], **changes)
+    elements = [run.element(number) for number in range(3)]
+    run.wait(lambda: min([one.observe() for one in elements]) == changes["steps"], "the end of all elements")
     run.wait_for_end()
-    for element, different in enumerate([{"seed": 1}, {"seed": 2, "optimizer": {"lr": 2e-3}}, {"seed": 3}]):
-        one = run.element(element)
-        one.check(f"array element {element}", 1, **changes, **different)
+    for one, different in zip(elements, [{"seed": 1}, {"seed": 2, "optimizer": {"lr": 2e-3}}, {"seed": 3}], strict=True):
+        one.check(f"array, element {one.output.name}", 1, **changes, **different)
 
 
 def test_a_chain_of_three(cluster):

@@ -7,7 +7,7 @@ import torch
 
 from laid_ds.distill import Ask
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.models.attention import enable_checkpointing
+from laid_ds.models.attention import enable_checkpointing, last_hidden_state
 from tests.laws.test_packing import TERMS, pair_of
 
 OMEGA = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
@@ -41,6 +41,18 @@ def test_it_is_matching_by_itself(world, packed, layers, checkpointing):
 
 def test_a_sample_of_the_rows_is_matched_apart(world):
     assert step(world, world.batch(), True, match_rows=5)[2] == []
+
+
+def test_between_two_steps_the_model_attends_as_ever(world):
+    """The window is measured in training, on other rows than those of the last step."""
+    student, teacher = pair_of(world, lse=True)
+    batch, other = world.batch(), world.batch(samples=1)
+    with torch.no_grad():
+        expected = last_hidden_state(student.model, **other.inputs)
+    loss, _ = student(batch, teacher(batch), ASK)
+    loss.backward()
+    with torch.no_grad():
+        assert torch.equal(last_hidden_state(student.model, **other.inputs), expected)
 
 
 def test_without_gradients_the_sum_is_there_at_once(world):
