@@ -54,7 +54,7 @@ STUDENTS := laid kl+sft sft
 $(STUDENTS:%=$(DEMO)/%/done.json): $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json $(DEMO)/test/dataset.json
 	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(DEMO)/$* name="demo $*" $(LEAVE_OUT_$*)
 
-EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,192,256 --haystacks 64 --questions 4
+EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,256 --haystacks 64 --questions 4
 LEAVE_OUT_kl+sft := losses.align=0 losses.match=0 gain.enabled=false
 LEAVE_OUT_sft := losses.align=0 losses.match=0 losses.kl=0 gain.enabled=false
 

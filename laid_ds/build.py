@@ -38,7 +38,7 @@ class Training:
     student: Any
     """DeepSpeed engine around distill.Student."""
     teacher: Any | None
-    """DeepSpeed engine around distill.Teacher."""
+    """DeepSpeed engine around distill.Teacher; None where no term of the loss asks it."""
     stream: Stream
     counted_by: dict[str, str]
     renderer: Renderer
@@ -55,7 +55,7 @@ def build(run: Run) -> Training:
         check_same_tokenizer(processor, load_processor(run.teacher.path))
     pairs = _pairs(run)
     student, align = build_student(run, pairs, vocabulary)
-    teacher = build_teacher(run, pairs, vocabulary) if run.teacher is not None else None
+    teacher = build_teacher(run, pairs, vocabulary) if run.taught else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
     renderer = build_renderer(run, processor)
     return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)

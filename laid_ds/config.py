@@ -234,12 +234,16 @@ class Run(Section):
     stop: Stop = Stop()
     logging: Logging = Logging()
 
+    @property
+    def taught(self) -> bool:
+        """Whether a term of the loss asks a teacher; where none does, a [teacher] is not loaded."""
+        return self.losses.listens or self.losses.kl > 0
+
     @model_validator(mode="after")
     def _terms_have_their_parts(self) -> Run:
-        needs_teacher = self.losses.listens or self.losses.kl > 0
-        if needs_teacher and self.teacher is None:
+        if self.taught and self.teacher is None:
             raise ValueError("losses.align, losses.match and losses.kl need a [teacher]; set them to 0 to train without one")
-        if not needs_teacher and self.losses.sft == 0:
+        if not self.taught and self.losses.sft == 0:
             raise ValueError("every loss weight is 0: nothing would be learned")
         if self.losses.match > 0 and self.align.weights == "free":
             raise ValueError("align.weights = 'free' gives no distribution to match; use 'softmax' or set losses.match = 0")

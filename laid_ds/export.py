@@ -78,8 +78,8 @@ def _curve(accuracy: Mapping[Any, float]) -> str:
 
 def model_card(run: Run, versions: dict[str, Any], step: str, measured: str) -> str:
     """The README.md of an exported model."""
-    made = "distilled" if run.teacher is not None else "trained"
-    source = f" from the teacher `{run.teacher.path}`" if run.teacher is not None else ""
+    made = "distilled" if run.taught else "trained"
+    source = f" from the teacher `{run.teacher.path}`" if run.taught else ""
     resolved = json.dumps(run.model_dump(mode="json"), indent=1)
     found = f"## Results\n\n{measured}\n\n" if measured else ""
     used = ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -95,7 +95,7 @@ def read_pair(run: Run, student_config: Path | None = None, teacher_config: Path
         return model_sizes(read_config(path or model.path / "config.json"), model.dtype)
 
     student = sizes(run.student, student_config)
-    if run.teacher is None:
+    if not run.taught:
         return Pair(run, student, None, _zero(run.student, run, True), {})
     return Pair(run, student, sizes(run.teacher, teacher_config), _zero(run.student, run, True), _zero(run.teacher, run, False))
 

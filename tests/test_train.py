@@ -126,6 +126,17 @@ def test_a_model_that_cannot_take_the_images_is_refused_before_step_1(world, tmp
         assert f"the teacher {copied} cannot take the batch of ['train-0-" in message
 
 
+def test_a_teacher_that_no_term_asks_is_not_loaded(world, tmp_path):
+    """The baseline without it, from the same recipe: its weights need not even be there, and the numbers are those of a run without it."""
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
+    (teacher / "model.safetensors").unlink()
+    changes = {"losses": {"align": 0.0, "match": 0.0, "kl": 0.0}, "gain": {"enabled": False}}
+    runs = [world.run(tmp_path / name, teacher=place, **changes) for name, place in (("with", {"path": teacher}), ("without", None))]
+    found = [run_ranks(2, rank_steps, run, 2)[0] for run in runs]
+    assert "teacher" not in found[0]["bytes"]
+    assert found[0]["records"] == found[1]["records"]
+
+
 def next_batches(run, number):
     renderer = Renderer(load_processor(run.student.path), Pixels())
     return list(islice(build_stream(run, Dataset.open(list(run.data.shards)), renderer), number))
