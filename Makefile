@@ -22,7 +22,8 @@ $(BIN)/laid: pyproject.toml constraints.txt
 
 # The main job in small: real images -> shards -> a teacher that sees far, a student that does not -> distillation -> stock models -> report.
 # Each step's product is a file, so an interrupted demo goes on where it stopped.
-demo: install $(DEMO)/report.html
+demo: install
+	@$(MAKE) --no-print-directory --jobs=2 $(DEMO)/report.html
 
 MODELS := teacher student sft kl+sft laid
 SETS := captions short long test
@@ -53,6 +54,11 @@ $(DEMO)/student/done.json: $(DEMO)/models/student-start/config.json
 STUDENTS := laid kl+sft sft
 $(STUDENTS:%=$(DEMO)/%/done.json): $(DEMO)/%/done.json: $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json $(DEMO)/test/dataset.json
 	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(DEMO)/$* name="demo $*" $(LEAVE_OUT_$*)
+
+# One training at a time has the cores; data and exports are made beside it.
+$(DEMO)/student/done.json: | $(DEMO)/teacher/done.json
+$(DEMO)/kl+sft/done.json: | $(DEMO)/sft/done.json
+$(DEMO)/laid/done.json: | $(DEMO)/kl+sft/done.json
 
 EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,256 --haystacks 64 --questions 4
 LEAVE_OUT_kl+sft := losses.align=0 losses.match=0 gain.enabled=false
