@@ -37,7 +37,7 @@ def attention_and_matching(
     first: Tensor,
     segments: Tensor,
     report: Callable[[Tensor], None],
-    omega: Omega = Omega(),  # noqa: B008 - frozen
+    omega: Omega,
     teacher_window: int | None = None,
     teacher_lse: Tensor | None = None,
     chunk_size: int | None = None,
