@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -318,6 +319,9 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help="run one arm in this process and print its report")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     arguments = parser.parse_args()
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     if arguments.arm:
         print(json.dumps(run_arm(arguments.arm, arguments.tokens, arguments.steps)))
         return

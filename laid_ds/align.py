@@ -113,7 +113,9 @@ class Align(nn.Module):
             sums[term] = torch.stack(parts).mean()
         return sums
 
-    def inside_attention(self, teacher: dict[int, Heads], segments: Tensor, omega: Omega, report: Callable[[Tensor], None]) -> dict:
+    def inside_attention(
+        self, teacher: dict[int, Heads], segments: Tensor, omega: Omega, report: Callable[[Tensor], None]
+    ) -> dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """Student layer -> attention that matches it in its backward pass (models.attention.Companion); its log-sum-exp must be asked for.
 
         In place of `forward`'s "match" for these layers, on a CPU, in float32. The sums' values are known after the backward pass: each
@@ -123,7 +125,18 @@ class Align(nn.Module):
         return {s: partial(self._attend_and_match, s, teacher[t], segments, omega, report) for s, t in self.pairs if layers.count(s) == 1}
 
     def _attend_and_match(
-        self, layer: int, teacher: Heads, segments: Tensor, omega: Omega, report, attend, query, key, value, scale: float, first: Tensor
+        self,
+        layer: int,
+        teacher: Heads,
+        segments: Tensor,
+        omega: Omega,
+        report: Callable[[Tensor], None],
+        attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        first: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         share = 1 / (query.shape[1] * len(self.pairs))
         return attention_and_matching(

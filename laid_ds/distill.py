@@ -67,10 +67,10 @@ class Student(nn.Module):
     def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once.
 
-        Where attention itself matches (`matches_inside`), the sum "match" is whole only after the loss's backward pass, which adds to it.
+        Where attention itself matches (`_matches_inside`), the sum "match" is whole only after the loss's backward pass, which adds to it.
         """
         matched = batch.labels.new_zeros((), dtype=torch.float32)
-        inside = self.align.inside_attention(lesson.heads, batch.segments, ask.omega, matched.add_) if self.matches_inside(ask) else {}
+        inside = self.align.inside_attention(lesson.heads, batch.segments, ask.omega, matched.add_) if self._matches_inside(ask) else {}
         with self.tap.open(inside) as heads:
             hidden = last_hidden_state(self.model, **batch.inputs)
         assert_differentiable(heads)
@@ -93,7 +93,7 @@ class Student(nn.Module):
             sums["match"] = matched.add_(sums["match"])
         return loss, {term: sums[term] for term in ask.factors}
 
-    def matches_inside(self, ask: Ask) -> bool:
+    def _matches_inside(self, ask: Ask) -> bool:
         """Whether attention's backward pass matches: on a CPU that saves a quarter of both, on a GPU attention has kernels of its own."""
         head = self.model.get_output_embeddings().weight
         return (
@@ -129,7 +129,7 @@ def train_step(
     ask = Ask({term: weight / counts[counted_by[term]] for term, weight in weights.items()}, omega)
     totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the lesson is gone before the backward
+        loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the shown logits are gone before the backward
         student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
         _refuse_non_finite(sums, batch)  # before the optimizer moves
         student.step()

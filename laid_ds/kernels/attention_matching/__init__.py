@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laid_ds.kernels import checks
 from laid_ds.kernels.attention_matching.inside_attention import attention_and_matching
-from laid_ds.kernels.attention_matching.omega import Omega
+from laid_ds.kernels.attention_matching.omega import UNIFORM, Omega
 from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture
 from laid_ds.kernels.switch import choose
 from laid_ds.kernels.visible import first_visible, row_weights
@@ -28,7 +28,7 @@ def attention_matching(
     *,
     student_scale: float,
     teacher_scale: float,
-    omega: Omega = Omega(),  # noqa: B008 - frozen
+    omega: Omega = UNIFORM,
     segments: Tensor | None = None,
     row_mask: Tensor | None = None,
     positions: Tensor | None = None,

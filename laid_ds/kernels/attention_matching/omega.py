@@ -44,3 +44,6 @@ class Omega:
         if self.kind == "power":
             return (distance / self.delta_0 + 1) ** self.alpha
         return torch.ones_like(distance)
+
+
+UNIFORM = Omega()
