@@ -25,11 +25,12 @@ import torch
 from PIL import Image
 
 from benchmarks import measure
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels, simplejpeg_equals_pil
-from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.order import Packing, global_order, plan_packs
 from laid_ds.data.record import Sample, Turn
 from laid_ds.data.stream import Stream, empty
+from laid_ds.data.writer import ShardWriter
 
 ROUNDS = 9
 PIXELS = Pixels()

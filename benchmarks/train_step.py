@@ -84,11 +84,11 @@ class Meter:
 
 def laid(tokens: int, steps: int, engines: bool) -> dict:
     """All of LAid: cross-entropy, KL, head alignment and attention matching of every layer, gains on."""
-    from laid_ds import schedule
-    from laid_ds.align import Align, layer_pairs
     from laid_ds.config import Run
     from laid_ds.data.batch import Batch
-    from laid_ds.distill import Student, Teacher, train_step
+    from laid_ds.method import schedule
+    from laid_ds.method.align import Align, layer_pairs
+    from laid_ds.method.distill import Student, Teacher, train_step
     from laid_ds.models.attention import Tap, attention_shape, listen
     from laid_ds.models.rope_gain import responder
 
@@ -128,7 +128,7 @@ def _plain(student, teacher, run):
 
 def _zero3(student, teacher, run):
     """Both DeepSpeed engines, one rank."""
-    from laid_ds import engine
+    from laid_ds.runtime import engine
 
     mechanics = [engine.read_deepspeed(ENGINE, "float32", run, trains) for trains in (True, False)]
     return engine.training_engine(student, run, mechanics[0]), engine.teacher_engine(teacher, mechanics[1])
@@ -264,7 +264,7 @@ ARMS = {
 def run_arm(name: str, tokens: int, steps: int) -> dict:
     """One arm in this process."""
     if name == "laid_engine":
-        from laid_ds import engine
+        from laid_ds.runtime import engine
 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         engine.start_processes()

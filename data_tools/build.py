@@ -15,8 +15,9 @@ from data_tools.console import track
 from data_tools.importers import Importer
 from data_tools.inputs import ImageRoot, entries
 from laid_ds.data.images import check_decodable
-from laid_ds.data.index import DATASET, ShardWriter, write_whole
+from laid_ds.data.index import DATASET
 from laid_ds.data.record import DataError, Sample, record_of
+from laid_ds.data.writer import ShardWriter, write_whole
 
 FORMATS: dict[str, Importer] = {
     "llava": importers.llava,

@@ -146,7 +146,7 @@ def export(
     """
     from data_tools import mm_niah, visual_haystacks
     from data_tools.console import track
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     dataset = Dataset.open(folder)
     refuse_full(out)
@@ -224,7 +224,7 @@ def info(folders: Sources, json: Json = False) -> None:
     Example: laid-data info shards/chat shards/vhs20
     """
     from data_tools.describe import info as run
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     show(run(Dataset.open(folders)), json)
 
@@ -236,7 +236,7 @@ def stats(folders: Sources, tokens: Tokens = "estimate", json: Json = False) -> 
     Example: laid-data stats shards/chat --json
     """
     from data_tools.describe import stats as run
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     show(run(Dataset.open(folders), tokens), json)
 
@@ -260,7 +260,7 @@ def plan(
     Example: laid-data plan shards/chat --world-size 8 --budget 131072
     """
     from data_tools.describe import plan as run
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     window = int(shuffle) if shuffle.isdecimal() else shuffle
     show(
@@ -292,7 +292,7 @@ def cat(
     Example: laid-data cat shards/chat sample-00000042 --images /tmp/look
     """
     from data_tools.preview import cat as run
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     show(run(Dataset.open(folder), key, images), json)
 
@@ -310,7 +310,7 @@ def preview(
     Example: laid-data preview shards/chat --count 8 --sheet chat.png
     """
     from data_tools.preview import preview as run
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     show(run(Dataset.open(folder), first, count, sheet), json)
 
@@ -331,7 +331,7 @@ def reshard(
     Example: laid-data reshard shards/chat shards/chat64 --samples-per-shard 64
     """
     from data_tools.rewrite import rewrite, within
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     dataset = Dataset.open(folder)
     kept = within(dataset, tokens, max_tokens)
@@ -353,7 +353,7 @@ def merge(
     Example: laid-data merge shards/chat shards/vhs20 --out shards/all
     """
     from data_tools.rewrite import rewrite
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     dataset = Dataset.open(folders)
     show(
@@ -385,7 +385,7 @@ def split(
     Example: laid-data split shards/chat shards/chat-split --shares train=0.9,val=0.1
     """
     from data_tools.rewrite import rewrite, split_parts
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     dataset = Dataset.open(folder)
     bounds = {"samples_per_shard": samples_per_shard, "bytes_per_shard": megabytes_per_shard << 20, "resume": resume}
@@ -408,7 +408,7 @@ def shuffle(
     Example: laid-data shuffle shards/chat shards/chat-shuffled --seed 1
     """
     from data_tools.rewrite import rewrite, shuffled
-    from laid_ds.data.index import Dataset
+    from laid_ds.data.dataset import Dataset
 
     dataset = Dataset.open(folder)
     order = shuffled(dataset, seed)

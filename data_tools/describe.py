@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.console import track
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.order import Packing, Shuffle
 from laid_ds.data.stream import Stream
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample, Turn, describe
 
 TILE, CAPTION, COLUMNS = 128, 14, 8

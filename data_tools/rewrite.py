@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from data_tools.console import track
-from laid_ds.data.index import DATASET, Dataset, ShardWriter
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.index import DATASET
 from laid_ds.data.order import permutation
 from laid_ds.data.record import DataError
+from laid_ds.data.writer import ShardWriter
 
 
 def rewrite(

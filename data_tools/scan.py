@@ -6,8 +6,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laid_ds.data.index import BLOCK, END_OF_ARCHIVE, padding, parse_tar_header, tar_header
 from laid_ds.data.record import KEY, MAX_JSON_BYTES, DataError, Record, parse
+from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE, padding, parse_tar_header, tar_header
 
 MAGIC = b"ustar\x0000crc32-"  # at byte 257 of each header
 MAGIC_PLACE = 257

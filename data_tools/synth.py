@@ -25,8 +25,9 @@ import typer
 from PIL import Image
 
 from data_tools.console import show, track
-from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import Sample, Turn
+from laid_ds.data.writer import ShardWriter
 
 COLOURS = ("black", "gray", "red", "green", "blue", "brown", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

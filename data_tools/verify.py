@@ -12,18 +12,10 @@ from typing import Any, TypeVar
 from data_tools.console import track
 from data_tools.scan import END_DAMAGED, Found, scan
 from laid_ds.data import images
-from laid_ds.data.index import (
-    DATASET,
-    END_OF_ARCHIVE,
-    INDEX,
-    ShardIndex,
-    dataset_json,
-    publish,
-    read_index,
-    split_sample,
-    write_whole,
-)
+from laid_ds.data.index import DATASET, INDEX, ShardIndex, dataset_json, read_index
 from laid_ds.data.record import DataError, Origin, decode
+from laid_ds.data.tar import END_OF_ARCHIVE, split_sample
+from laid_ds.data.writer import publish, write_whole
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 

@@ -22,9 +22,9 @@ def train(
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.build import check
-    from laid_ds.local import launch
-    from laid_ds.run_folder import check_output
+    from laid_ds.run.build import check
+    from laid_ds.run.folder import check_output
+    from laid_ds.runtime.local import launch
 
     run = config.load(recipe, overrides or [])
     check_output(run)
@@ -48,9 +48,9 @@ def init(
     seed: int = 0,
 ) -> None:
     """Make a small model with random weights and its processor, without any download, as an ordinary model folder."""
-    from laid_ds.data.index import Dataset
-    from laid_ds.engine import choose_accelerator
+    from laid_ds.data.dataset import Dataset
     from laid_ds.models.new_model import write_new_model
+    from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     samples = [dataset.read(i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
@@ -64,9 +64,9 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what is expected of each family of models, or measure a model (it is loaded in fp32) and compare."""
-    from laid_ds.engine import choose_accelerator
     from laid_ds.models.family import table
     from laid_ds.models.probe import probe_folder
+    from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
     if path is None:
@@ -85,8 +85,8 @@ def export(
     step: Annotated[int | None, typer.Option(min=1, help="Take the checkpoint of this step; default: the latest.")] = None,
 ) -> None:
     """Write the trained student as a stock model folder: gain folded in, processor and model card beside it."""
-    from laid_ds.engine import choose_accelerator
     from laid_ds.export import export_run
+    from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
     export_run(run, output, step)
@@ -122,8 +122,8 @@ def yarn(
     factor: Annotated[float, typer.Option(help="How many times as long the window of positions shall be.")],
 ) -> None:
     """Copy a model folder with YaRN in its config (a baseline: a longer window without training); the weights stay as they are."""
-    from laid_ds.engine import choose_accelerator
     from laid_ds.models.extension import write_yarn
+    from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
     write_yarn(model, output, factor)
@@ -158,8 +158,8 @@ def plan(
 ) -> None:
     """Say what a run takes of each GPU and how long a step lasts, from the models' configs alone."""
     from laid_ds import config
-    from laid_ds.engine import choose_accelerator
     from laid_ds.plan import Machine, plan, read_pair
+    from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
     pair = read_pair(config.load(recipe, overrides or []), student_config, teacher_config)
@@ -188,7 +188,7 @@ def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
 @checkpoint.command(epilog="Example: laid checkpoint verify runs/demo/laid")
 def verify(run: RunFolder, as_json: AsJson = False) -> None:
     """Read every file of every checkpoint and compare size and checksum; status 1 when one is damaged."""
-    from laid_ds.checkpoint import damage
+    from laid_ds.runtime.checkpoint import damage
 
     rows = [{"name": saved.path.name, "damage": damage(saved.path)} for saved in _checkpoints(run)]
     print(json.dumps(rows) if as_json else "\n".join(f"{row['name']}  {row['damage'] or 'whole'}" for row in rows))
@@ -204,7 +204,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove checkpoints. Never the one that the run goes on from, unless --damaged finds it so. Not while the run is running."""
-    from laid_ds import checkpoint
+    from laid_ds.runtime import checkpoint
 
     _checkpoints(run)
     if damaged:
@@ -216,8 +216,8 @@ def prune(
 
 
 def _checkpoints(run: Path) -> list:
-    """Complete checkpoints of a run folder (laid_ds.checkpoint.Saved). Raises ValueError when there is none."""
-    from laid_ds.checkpoint import all_saved
+    """Complete checkpoints of a run folder (laid_ds.runtime.checkpoint.Saved). Raises ValueError when there is none."""
+    from laid_ds.runtime.checkpoint import all_saved
 
     found = all_saved(run)
     if not found:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laid_ds import checkpoint, engine
 from laid_ds.config import Run
 from laid_ds.evaluation.window import curve
-from laid_ds.losses import TERMS
+from laid_ds.method.losses import TERMS
 from laid_ds.models.export import write_student
 from laid_ds.models.lora import merge_lora
+from laid_ds.runtime import checkpoint, engine
 
 
 def export_run(folder: Path, output: Path, step: int | None = None) -> None:

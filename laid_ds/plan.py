@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from laid_ds.align import layer_pairs
 from laid_ds.config import Model, Run
-from laid_ds.engine import read_deepspeed
+from laid_ds.method.align import layer_pairs
 from laid_ds.models.sizes import Sizes, model_sizes, read_config
+from laid_ds.runtime.engine import read_deepspeed
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FP32 = 4

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from laid_ds import environment
-from laid_ds.stop import StopRequest, ignore_signals
+from laid_ds.runtime import environment
+from laid_ds.runtime.stop import StopRequest, ignore_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,10 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"laid: {error}\n")
         return 2
     environment.open_rank_log(os.environ)
-    from laid_ds import config, distributed, engine
+    from laid_ds import config
     from laid_ds.data.record import DataError
-    from laid_ds.distill import NonFiniteLoss
-    from laid_ds.loop import StoppedByOthers, train
+    from laid_ds.method.distill import NonFiniteLoss
+    from laid_ds.run.loop import StoppedByOthers, train
+    from laid_ds.runtime import distributed, engine
 
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     try:

@@ -43,7 +43,7 @@ def local(
 ) -> None:
     """Run a recipe on this machine, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.local import launch
+    from laid_ds.runtime.local import launch
 
     run = config.load(recipe, overrides or [])
     _check(run)
@@ -188,8 +188,8 @@ def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
 
 def _check(run: Run) -> None:
     """What `laid train` refuses, too, before any process starts."""
-    from laid_ds.build import check
-    from laid_ds.run_folder import check_output
+    from laid_ds.run.build import check
+    from laid_ds.run.folder import check_output
 
     check_output(run)
     check(run)

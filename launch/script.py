@@ -1,6 +1,6 @@
 """The batch script of a job, as text: what SLURM is asked for, what differs between jobs, and a part that is always the same.
 
-How an attempt ended is read from files in the run folder (laid_ds/stop.py), never from an exit status: those do not survive launchers.
+How an attempt ended is read from files in the run folder (laid_ds/runtime/stop.py), never from an exit status: launchers lose those.
 """
 
 from __future__ import annotations

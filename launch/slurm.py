@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laid_ds.stop import DONE, STOP
+from laid_ds.runtime.stop import DONE, STOP
 from launch.record import read_state, write_state
 
 JOBS = "jobs.json"

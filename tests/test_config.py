@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from laid_ds import config, schedule
+from laid_ds import config
+from laid_ds.method import schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = """

@@ -12,15 +12,16 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from laid_ds import cli, config, engine
-from laid_ds.build import build, build_align
-from laid_ds.distill import Ask, Student, Teacher, train_step
+from laid_ds import cli, config
+from laid_ds.method.distill import Ask, Student, Teacher, train_step
+from laid_ds.method.schedule import omega
 from laid_ds.models.attention import Tap, enable_checkpointing, listen
 from laid_ds.models.load import model_class
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
 from laid_ds.plan import Machine, memory, model_flops, peak_bytes, plan, read_pair, step_flops
-from laid_ds.schedule import omega
+from laid_ds.run.build import build, build_align
+from laid_ds.runtime import engine
 from tests.support.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]

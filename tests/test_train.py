@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from data_tools.synth import haystacks
-from laid_ds import distributed, engine
-from laid_ds.build import build, build_stream
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset, ShardWriter
 from laid_ds.data.record import Sample, Turn
-from laid_ds.loop import look, train
-from laid_ds.metrics import Reporter
+from laid_ds.data.writer import ShardWriter
 from laid_ds.models.processor import Renderer, load_processor
-from laid_ds.stop import SIGNALS, StopRequest
+from laid_ds.run.build import build, build_stream
+from laid_ds.run.loop import look, train
+from laid_ds.run.metrics import Reporter
+from laid_ds.runtime import distributed, engine
+from laid_ds.runtime.stop import SIGNALS, StopRequest
 from laid_ds.train import main
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.recipes import write_recipe

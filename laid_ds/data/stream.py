@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import images_drawn
-from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
 from laid_ds.data.record import DataError, Sample
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
 from laid_ds.evaluation.spectra import needle_profile
 from laid_ds.models.extension import self_extend

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from laid_ds.data.batch import Batch, collate
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
-from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample
 from laid_ds.models.attention import last_hidden_state
 from laid_ds.models.load import PreTrainedModel

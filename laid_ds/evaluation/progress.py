@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laid_ds import distributed
 from laid_ds.config import Evaluation
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
 from laid_ds.evaluation.window import relative_threshold, window_of
 from laid_ds.models.processor import Renderer
+from laid_ds.runtime import distributed
 
 FILE = "evaluation.jsonl"
 

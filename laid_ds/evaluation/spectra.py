@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from laid_ds.data.batch import collate
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
-from laid_ds.data.index import Dataset
 from laid_ds.kernels.attention_profile import attention_profile
 from laid_ds.models.attention import Captured, Tap, attention_layers, last_hidden_state, listen
 from laid_ds.models.load import PreTrainedModel

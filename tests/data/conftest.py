@@ -3,7 +3,7 @@
 import pytest
 from data_samples import make_sample, write_dataset
 
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 
 
 @pytest.fixture

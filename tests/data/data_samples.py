@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import Sample, Turn
+from laid_ds.data.writer import ShardWriter
 
 
 def picture(seed: int, fmt: str = "JPEG", width: int = 24, height: int = 18) -> bytes:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from data_samples import make_sample, write_dataset
 
-from laid_ds.data.index import DATASET, INDEX, Dataset, ShardWriter, parse_tar_header, tar_header
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.index import DATASET, INDEX
 from laid_ds.data.record import DataError
+from laid_ds.data.tar import parse_tar_header, tar_header
+from laid_ds.data.writer import ShardWriter
 
 SAMPLES = [make_sample(i, i % 4) for i in range(25)]
 
@@ -42,7 +45,7 @@ def test_a_pickled_dataset_reads_the_same(dataset):
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("laid_ds.data.index.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("laid_ds.data.dataset.MAX_OPEN_SHARDS", 2)
     dataset = write_dataset(tmp_path / "many", SAMPLES, samples_per_shard=1)
     for i in (0, 5, 9, 0, 24):
         assert dataset.read(i).key == SAMPLES[i].key
@@ -132,7 +135,7 @@ def test_a_header_with_any_changed_byte_is_refused():
 WRITER = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 from data_samples import make_sample
-from laid_ds.data.index import ShardWriter
+from laid_ds.data.writer import ShardWriter
 samples = [make_sample(i, 1) for i in range(60)]
 with ShardWriter({folder!r}, samples_per_shard=3, resume=True) as writer:
     for number in range(writer.samples_done, 60):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from data_samples import make_sample, write_dataset
 
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from data_samples import make_sample, write_dataset
 
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import images_drawn
-from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream, _Slabs, empty

@@ -6,9 +6,9 @@ import pytest
 
 from data_tools.synth import haystacks
 from laid_ds.data.batch import IGNORED, Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.models.processor import Renderer, load_processor
 
 

@@ -18,7 +18,8 @@ from data_tools import build as building
 from data_tools import mm_niah, mmlongbench, visual_haystacks
 from data_tools.build import FORMATS, Build
 from data_tools.inputs import ImageRoot, entries, interleave
-from laid_ds.data.index import DATASET, Dataset
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.index import DATASET
 from laid_ds.data.record import DataError, Turn, encode
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.main import get_command
 
 from data_tools import cli
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 
 VERBS = [name for name in get_command(cli.app).commands if name != "synth"]
 SAMPLES = [make_sample(i, i % 4) for i in range(25)]

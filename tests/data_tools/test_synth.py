@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from data_tools.cli import app
 from data_tools.synth import COLOURS, KINDS, haystacks, pictures, scenes
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 
 
 @pytest.fixture(scope="module")

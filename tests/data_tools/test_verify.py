@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from data_tools.scan import scan
 from data_tools.verify import reindex, repair, verify
-from laid_ds.data.index import DATASET, END_OF_ARCHIVE, INDEX, Dataset
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.index import DATASET, INDEX
 from laid_ds.data.record import DataError
+from laid_ds.data.tar import END_OF_ARCHIVE
 
 SAMPLES = [make_sample(i, i % 3) for i in range(12)]
 FIRST, SECOND = "shard-000000.tar", "shard-000001.tar"

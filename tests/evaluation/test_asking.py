@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from laid_ds import cli
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.haystack import ask, read_haystacks
 from laid_ds.evaluation.report import write_report

@@ -7,18 +7,19 @@ import json
 import pytest
 
 from data_tools.synth import haystacks
-from laid_ds import engine
 from laid_ds.config import Evaluation
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation import progress
 from laid_ds.evaluation.haystack import ask, read_haystacks
 from laid_ds.evaluation.window import curve
 from laid_ds.export import export_run
-from laid_ds.loop import train
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import Renderer, load_processor
-from laid_ds.stop import StopRequest
+from laid_ds.run.loop import train
+from laid_ds.runtime import engine
+from laid_ds.runtime.stop import StopRequest
 from tests.support.processes import run_ranks
 
 

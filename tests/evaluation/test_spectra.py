@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from laid_ds import engine
 from laid_ds.data.batch import collate
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.spectra import needle_profile
-from laid_ds.loop import train
 from laid_ds.models.attention import Tap, listen
 from laid_ds.models.processor import Renderer, load_processor
-from laid_ds.stop import StopRequest
+from laid_ds.run.loop import train
+from laid_ds.runtime import engine
+from laid_ds.runtime.stop import StopRequest
 from tests.support.processes import run_ranks
 
 

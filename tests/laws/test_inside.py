@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laid_ds.distill import Ask
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.distill import Ask
 from laid_ds.models.attention import enable_checkpointing, last_hidden_state
 from tests.laws.test_packing import TERMS, pair_of
 

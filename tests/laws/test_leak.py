@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from laid_ds import engine, schedule
-from laid_ds.build import build
-from laid_ds.distill import train_step
-from laid_ds.loop import seed_everything
+from laid_ds.method import schedule
+from laid_ds.method.distill import train_step
+from laid_ds.run.build import build
+from laid_ds.run.loop import seed_everything
+from laid_ds.runtime import engine
 from tests.support.processes import run_ranks
 
 STEPS, EVERY = 300, 60

@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laid_ds.align import Align, layer_pairs
-from laid_ds.build import build_renderer, build_stream, check
 from laid_ds.config import Align as Options
 from laid_ds.config import Losses
 from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample, Turn
-from laid_ds.distill import Ask, Student, Teacher
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.align import Align, layer_pairs
+from laid_ds.method.distill import Ask, Student, Teacher
 from laid_ds.models.attention import Tap, attention_layers, attention_shape, listen
 from laid_ds.models.family import family
 from laid_ds.models.load import load_config
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
+from laid_ds.run.build import build_renderer, build_stream, check
 from tests.laws.test_resume import killed, lines, whole_run
 from tests.support.processes import run_ranks
 from tests.support.training import plain_steps, rank_steps

@@ -20,13 +20,14 @@ import psutil
 import pytest
 import torch
 
-from laid_ds import checkpoint, config, engine
-from laid_ds.build import build
+from laid_ds import config
 from laid_ds.export import export_run
-from laid_ds.loop import train
-from laid_ds.metrics import Reporter
 from laid_ds.models.load import load_model
-from laid_ds.stop import StopRequest
+from laid_ds.run.build import build
+from laid_ds.run.loop import train
+from laid_ds.run.metrics import Reporter
+from laid_ds.runtime import checkpoint, engine
+from laid_ds.runtime.stop import StopRequest
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.recipes import write_recipe
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from laid_ds.align import Align, layer_pairs
 from laid_ds.config import Align as Options
 from laid_ds.config import Losses
-from laid_ds.distill import Ask, Student, Teacher
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.align import Align, layer_pairs
+from laid_ds.method.distill import Ask, Student, Teacher
 from laid_ds.models.attention import Tap, listen
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from laid_ds import engine
-from laid_ds.build import build_teacher
+from laid_ds.run.build import build_teacher
+from laid_ds.runtime import engine
 from tests.support.processes import run_ranks
 from tests.support.training import plain_steps, rank_steps
 from tests.support.world import ROOT

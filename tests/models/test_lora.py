@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from laid_ds import checkpoint, distributed, engine
-from laid_ds.build import build, check
 from laid_ds.config import Lora
 from laid_ds.export import export_run
 from laid_ds.models.attention import decoder, listen
 from laid_ds.models.lora import add_lora, merge_lora
 from laid_ds.models.rope_gain import responder
 from laid_ds.plan import lora_parameters, read_pair
+from laid_ds.run.build import build, check
+from laid_ds.runtime import checkpoint, distributed, engine
 from tests.laws.test_resume import killed, lines, whole_run
 from tests.support.processes import run_ranks
 

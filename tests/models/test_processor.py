@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import LlavaProcessor
 
 from laid_ds.data.batch import collate
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.data.record import Sample, Turn, record_of
 from laid_ds.models.new_model import KINDS, train_processor
 from laid_ds.models.processor import ANSWER, END, Renderer, check_same_tokenizer, load_processor, offline

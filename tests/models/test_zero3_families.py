@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from laid_ds import distributed, engine
-from laid_ds.align import Align
-from laid_ds.build import build_student, build_teacher, check
 from laid_ds.data.batch import IGNORED, Batch
-from laid_ds.distill import Ask, Student, Teacher, train_step
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.export import export_run
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.align import Align
+from laid_ds.method.distill import Ask, Student, Teacher, train_step
 from laid_ds.models.attention import Tap, attention_shape, listen
 from laid_ds.models.family import family
 from laid_ds.models.load import load_model, model_class
 from laid_ds.models.rope_gain import gain_shapes, responder
+from laid_ds.run.build import build_student, build_teacher, check
+from laid_ds.runtime import distributed, engine
 from tests.laws.test_resume import whole_run
 from tests.models.family_models import inputs, tiny_model
 from tests.support.processes import run_ranks

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "accelerate", "deepspeed", "laid_ds.loop"])
+_context.set_forkserver_preload(["torch", "transformers", "accelerate", "deepspeed", "laid_ds.run.loop"])
 
 
 def free_port() -> int:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from laid_ds import engine, schedule
-from laid_ds.align import layer_pairs, start_mixing
-from laid_ds.build import build, build_renderer, build_stream
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch
-from laid_ds.data.index import Dataset
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.stream import Stream
-from laid_ds.distill import train_step
-from laid_ds.loop import seed_everything
+from laid_ds.method import schedule
+from laid_ds.method.align import layer_pairs, start_mixing
+from laid_ds.method.distill import train_step
 from laid_ds.models.attention import Tap, attention_layers, listen
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import gain
+from laid_ds.run.build import build, build_renderer, build_stream
+from laid_ds.run.loop import seed_everything
+from laid_ds.runtime import engine
 
 WATCHED = ("model.model.language_model.layers.1.self_attn.q_proj.weight", "model.lm_head.weight", "align.mixing.1", "align.gain.1")
 

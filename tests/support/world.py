@@ -9,8 +9,9 @@ from pathlib import Path
 from data_tools.synth import haystacks
 from laid_ds.config import Run
 from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset, ShardWriter
+from laid_ds.data.writer import ShardWriter
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.new_model import write_new_model
 from laid_ds.models.positions import position_rule

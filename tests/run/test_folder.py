@@ -7,7 +7,7 @@ import json
 import pytest
 
 from laid_ds import config
-from laid_ds.run_folder import check_output
+from laid_ds.run.folder import check_output
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from laid_ds import distributed
-from laid_ds.align import Align
 from laid_ds.config import Losses
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
-from laid_ds.losses import Shown, head_losses, show
+from laid_ds.method.align import Align
+from laid_ds.method.losses import Shown, head_losses, show
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
+from laid_ds.runtime import distributed
 
 
 class Lesson(NamedTuple):

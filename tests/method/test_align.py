@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from laid_ds.align import Align, layer_pairs, start_mixing
 from laid_ds.config import Align as Options
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.align import Align, layer_pairs, start_mixing
 
 
 @dataclass

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from laid_ds import distributed, engine, schedule
-from laid_ds.align import Align, layer_pairs
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.index import Dataset
 from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream, budgeted_lengths
-from laid_ds.distill import Student, Teacher
 from laid_ds.evaluation.progress import chance_of
+from laid_ds.method import schedule
+from laid_ds.method.align import Align, layer_pairs
+from laid_ds.method.distill import Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import check_packable, trainable
 from laid_ds.models.load import PreTrainedModel, load_config, load_model
@@ -25,6 +25,7 @@ from laid_ds.models.lora import add_lora, check_peft
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
+from laid_ds.runtime import distributed, engine
 
 COUNTED = 64  # samples whose tokens are counted before packs are planned
 

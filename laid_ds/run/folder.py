@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from laid_ds import checkpoint, config, distributed
+from laid_ds import config
 from laid_ds.config import Run
-from laid_ds.stop import DONE, STOP, clear
+from laid_ds.runtime import checkpoint, distributed
+from laid_ds.runtime.stop import DONE, STOP, clear
 
 MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
 MAY_BE_THERE = ("run.json.partial", "launch", STOP)  # in a folder that no run has claimed yet: a job script lives in launch/

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from laid_ds.environment import bridge
+from laid_ds.runtime.environment import bridge
 
 FIRST = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "5"} | FIRST

@@ -38,7 +38,7 @@ class StopRequest:
 
     def agreed(self, folder: Path, after_minutes: float | None) -> str:
         """Why all ranks stop now, or "". Collective: every rank calls it after every step."""
-        from laid_ds import distributed
+        from laid_ds.runtime import distributed
 
         if not self.reason and distributed.rank() == 0:
             late = after_minutes is not None and time.time() - self.started > 60 * after_minutes

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from laid_ds import distributed
 from laid_ds.config import Logging
+from laid_ds.runtime import distributed
 
 LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
 

@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from laid_ds import checkpoint, config, distributed, engine, schedule
-from laid_ds.build import Training, build
+from laid_ds import config
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch
 from laid_ds.data.record import DataError
-from laid_ds.distill import NonFiniteLoss, train_step
 from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
-from laid_ds.first_look import BATCHES, Seen, first_look
-from laid_ds.metrics import Reporter
+from laid_ds.method import schedule
+from laid_ds.method.distill import NonFiniteLoss, train_step
 from laid_ds.plan import model_flops, read_pair
-from laid_ds.run_folder import open_output, versions
-from laid_ds.stop import DONE, REQUEUE, StopRequest
+from laid_ds.run.build import Training, build
+from laid_ds.run.first_look import BATCHES, Seen, first_look
+from laid_ds.run.folder import open_output, versions
+from laid_ds.run.metrics import Reporter
+from laid_ds.runtime import checkpoint, distributed, engine
+from laid_ds.runtime.stop import DONE, REQUEUE, StopRequest
 
 
 def train(run: Run, stop: StopRequest) -> None:

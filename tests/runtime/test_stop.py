@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from laid_ds import checkpoint, distributed, engine
-from laid_ds.loop import train
-from laid_ds.metrics import Reporter
-from laid_ds.stop import StopRequest, clear
+from laid_ds.run.loop import train
+from laid_ds.run.metrics import Reporter
+from laid_ds.runtime import checkpoint, distributed, engine
+from laid_ds.runtime.stop import StopRequest, clear
 from laid_ds.train import main
 from tests.support.processes import run_ranks
 from tests.support.recipes import write_recipe

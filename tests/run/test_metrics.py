@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from laid_ds.config import Logging
-from laid_ds.metrics import Reporter, keep_until
+from laid_ds.run.metrics import Reporter, keep_until
 
 VALUES = {"loss": 1.5, "sft": 1.5, "tokens": 10.0, "samples": 2.0, "images": 4.0, "gradient_norm": 0.5, "keys": ["a"]}
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from isal import isal_zlib
 
-from laid_ds import distributed
 from laid_ds.config import Checkpoint
-from laid_ds.engine import load_universal, write_universal
+from laid_ds.runtime import distributed
+from laid_ds.runtime.engine import load_universal, write_universal
 
 NAME = re.compile(r"step_(\d+)$")
 BLOCK_BYTES = 1 << 24

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from laid_ds.config import Losses
-from laid_ds.losses import Shown, head_losses, inside, show
+from laid_ds.method.losses import Shown, head_losses, inside, show
 
 ROWS, HIDDEN, VOCABULARY = 13, 8, 31
 FACTORS = {"sft": 0.7, "kl": 1.9}

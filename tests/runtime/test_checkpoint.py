@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from laid_ds import checkpoint, cli
+from laid_ds import cli
 from laid_ds.config import Checkpoint
+from laid_ds.runtime import checkpoint
 
 
 class Engine:

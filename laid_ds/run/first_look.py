@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch
-from laid_ds.distill import Ask
 from laid_ds.kernels.attention_matching import Omega
+from laid_ds.method.distill import Ask
 
 BATCHES = 2
 SURE_SHARE = 0.5  # of the nats of a guess over the vocabulary: what a teacher may need at most per token of an answer

@@ -1,0 +1,135 @@
+"""Shards are written whole or not at all, and the same samples give the same bytes."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from laid_ds.data.index import DATASET, INDEX, ShardIndex, check_size, dataset_json
+from laid_ds.data.record import DataError, Sample, record_of
+from laid_ds.data.tar import END_OF_ARCHIVE, pack_sample
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put a file at its final name with all its bytes on disk, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename, and make the rename itself durable."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class ShardWriter:
+    """Writes samples into shards. A shard has its final name only when it is whole; the set has `dataset.json` only when it is.
+
+    The same samples give the same bytes. After a crash, `resume=True` goes on behind the last whole shard: `samples_done` says how many
+    samples that is, so that the caller skips them.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        prefix: str = "shard",
+        *,
+        samples_per_shard: int = 256,
+        bytes_per_shard: int = 512 << 20,
+        resume: bool = False,
+    ):
+        if samples_per_shard < 1 or bytes_per_shard < 1:
+            raise ValueError(f"a shard needs room: samples_per_shard {samples_per_shard}, bytes_per_shard {bytes_per_shard}")
+        self.folder, self.prefix = Path(folder), prefix
+        self.samples_per_shard, self.bytes_per_shard = samples_per_shard, bytes_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / DATASET).exists():
+            raise DataError(f"{self.folder} already holds a finished data set")
+        if (self.folder / INDEX).exists() and not resume:
+            raise DataError(f"{self.folder} holds an unfinished data set: resume it or remove it")
+        self.shards = self._whole_shards() if resume else []
+        self.keys = {key for shard in self.shards for key in shard.keys}
+        self._shard: ShardIndex | None = None
+
+    @property
+    def samples_done(self) -> int:
+        """Samples written so far, those found by `resume` included."""
+        return len(self.keys)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        elif self._shard is not None:
+            self._file.close()
+            self._temporary.unlink()
+            self._shard = None
+
+    def write(self, sample: Sample) -> None:
+        """Append a sample; its key must be new to the whole set."""
+        record = record_of(sample)
+        if sample.key in self.keys:
+            raise DataError("the key is already in this data set", key=sample.key)
+        packed = pack_sample(sample, record)
+        if self._shard is not None and self._is_full(len(packed)):
+            self._finish_shard()
+        if self._shard is None:
+            self._start_shard()
+        self._file.write(packed)
+        self._digest.update(packed)
+        self._shard.add(sample.key, packed, record)
+        self.keys.add(sample.key)
+
+    def close(self) -> None:
+        """Finish the last shard and the set."""
+        if self._shard is not None:
+            self._finish_shard()
+        index = b"".join(shard.line() for shard in self.shards)
+        write_whole(self.folder / INDEX, index)
+        write_whole(self.folder / DATASET, dataset_json(self.shards, index))
+
+    def _is_full(self, more_bytes: int) -> bool:
+        return len(self._shard.keys) >= self.samples_per_shard or self._shard.offsets[-1] + more_bytes > self.bytes_per_shard
+
+    def _start_shard(self) -> None:
+        self._shard = ShardIndex(f"{self.prefix}-{len(self.shards):06d}.tar")
+        self._temporary = self.folder / (self._shard.name + ".tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - open over many calls of `write`
+        self._digest = hashlib.sha256()
+
+    def _finish_shard(self) -> None:
+        shard, self._shard = self._shard, None
+        with self._file as file:
+            file.write(END_OF_ARCHIVE)
+            file.flush()
+            os.fsync(file.fileno())
+        self._digest.update(END_OF_ARCHIVE)
+        shard.sha256 = self._digest.hexdigest()
+        shard.num_bytes = shard.offsets[-1] + len(END_OF_ARCHIVE)
+        write_whole(self.folder / (shard.name + ".idx"), shard.energon_offsets())
+        publish(self._temporary, self.folder / shard.name)
+        self.shards.append(shard)
+        with open(self.folder / INDEX, "ab") as index:
+            index.write(shard.line())
+            index.flush()
+            os.fsync(index.fileno())
+
+    def _whole_shards(self) -> list[ShardIndex]:
+        """Shards of an interrupted run. A torn last line belongs to a shard that will be written again."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return []
+        whole, _, torn = path.read_bytes().rpartition(b"\n")
+        shards = [ShardIndex.from_line(line) for line in whole.splitlines()]
+        if torn:
+            write_whole(path, b"".join(shard.line() for shard in shards))
+        for shard in shards:
+            check_size(self.folder / shard.name, shard)
+        return shards

@@ -1,0 +1,1 @@
+"""What is learned: alignment, losses, schedules, and one distillation step."""

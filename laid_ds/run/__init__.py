@@ -1,0 +1,1 @@
+"""How a run lives: made, looked at, looped, recorded, in one folder."""

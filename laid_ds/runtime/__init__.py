@@ -1,0 +1,1 @@
+"""What a run stands on: processes, environment, DeepSpeed's engines, checkpoints, stopping."""
