@@ -1,4 +1,5 @@
-"""What reading costs, beside `cat`, webdataset and wids in the same run; how near the loader comes to its decoder; how full packs are.
+"""What reading costs, beside `cat`, webdataset and wids in the same run; how near the loader comes to its decoder; how full packs are;
+what it takes to open a set of a million samples.
 
     python -m benchmarks.stream --json
 
@@ -6,10 +7,12 @@ CPU seconds, not wall time: they hold on a busy machine. Files are in the page c
 """
 
 import argparse
+import hashlib
 import io
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -27,9 +30,12 @@ from PIL import Image
 from benchmarks import measure
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels, simplejpeg_equals_pil
+from laid_ds.data.index import DATASET, ESTIMATE, INDEX, Row, ShardIndex, dataset_json
 from laid_ds.data.order import Packing, global_order, plan_packs
 from laid_ds.data.record import Sample, Turn
-from laid_ds.data.stream import Stream, empty
+from laid_ds.data.slabs import empty
+from laid_ds.data.stream import Stream
+from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE
 from laid_ds.data.writer import ShardWriter
 
 ROUNDS = 9
@@ -165,6 +171,46 @@ def _load(dataset: Dataset, samples: int, workers: int) -> None:
     batches.close()
 
 
+def write_large_index(folder: Path, shards: int = 3906, samples: int = 256) -> Path:
+    """The index of a set of a million samples in shards of about half a GB. The shards' bytes are holes: opening reads none of them."""
+    rng, folder = np.random.default_rng(3), folder / "large"
+    folder.mkdir()
+    made = []
+    for number in range(shards):
+        numbers = [(int(n) for n in rng.integers(low, high, samples)) for low, high in ((20, 4000), (0, 1 << 32), (1, 150), (100, 100_000))]
+        rows = [
+            Row(f"sample-{number * samples + i:08d}", blocks * BLOCK, crc32, images, {ESTIMATE: tokens})
+            for i, (blocks, crc32, images, tokens) in enumerate(zip(*numbers, strict=True))
+        ]
+        num_bytes = sum(row.num_bytes for row in rows) + len(END_OF_ARCHIVE)
+        made.append(ShardIndex.of(f"shard-{number:06d}.tar", num_bytes, hashlib.sha256(str(number).encode()).hexdigest(), rows))
+        with open(folder / made[-1].name, "wb") as file:
+            file.truncate(num_bytes)
+    index = b"".join(shard.line() for shard in made)
+    (folder / INDEX).write_bytes(index)
+    (folder / DATASET).write_bytes(dataset_json(made, index))
+    return folder
+
+
+def opening(workplace: Path) -> dict[str, float]:
+    """What a process pays to open a set of a million samples: CPU seconds, memory that stays, and the most on the way."""
+    found = subprocess.run([sys.executable, "-c", OPEN, write_large_index(workplace)], capture_output=True, text=True, check=True)
+    return dict(zip(("open_cpu_seconds_1m", "open_mb_1m", "open_peak_mb_1m"), map(float, found.stdout.split()), strict=True))
+
+
+OPEN = """
+import sys, time
+from pathlib import Path
+from benchmarks.measure import status_mb
+from laid_ds.data.dataset import Dataset
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+before, began = status_mb("VmRSS"), time.process_time()
+dataset = Dataset.open(sys.argv[1])
+print(time.process_time() - began, status_mb("VmRSS") - before, status_mb("VmHWM") - before)
+"""
+
+
 def ordering() -> dict[str, float]:
     """Time and memory of the order of a million samples in a thousand shards."""
     sizes = [1000] * 1000
@@ -205,6 +251,7 @@ def run(megabytes: int, decoded_samples: int) -> dict[str, float]:
         dataset = write_set(workplace / "set", megabytes)
         seconds = reading(dataset, workplace / "set")
         speed = loading(dataset, min(decoded_samples, len(dataset)))
+        opened = opening(workplace)
     finally:
         shutil.rmtree(workplace)
     ratios = {f"cpu_ratio_{name}_vs_cat": spent / seconds["cat"] for name, spent in seconds.items() if name not in ("cat", "sequential")}
@@ -217,6 +264,7 @@ def run(megabytes: int, decoded_samples: int) -> dict[str, float]:
         "decode_limit_share_no_workers": speed["loader"] / speed["decoder"],
         "images_per_cpu_second_decoder": speed["decoder"],
         "images_per_cpu_second_loader": speed["loader_1_worker"],
+        **opened,
         **packing(),
         **ordering(),
         "images": int(dataset.num_images.sum()),

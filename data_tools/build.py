@@ -98,7 +98,7 @@ def _entries_done(writer: ShardWriter) -> int:
     """How far the source was read: a key holds the number of its entry."""
     if not writer.shards:
         return 0
-    return int(writer.shards[-1].keys[-1].rpartition("-")[2]) + 1
+    return int(writer.shards[-1].keys[-1].decode().rpartition("-")[2]) + 1
 
 
 def _make_reader(plan: Build, reader: Importer, root: ImageRoot) -> Callable[[tuple[int, Any]], tuple[int, Sample | DataError]]:

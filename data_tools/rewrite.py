@@ -21,7 +21,7 @@ def rewrite(
     """These samples, in this order, into new shards. Their records and images stay as they are, byte for byte."""
     if not (resume and (out / DATASET).exists()):
         with ShardWriter(out, samples_per_shard=samples_per_shard, bytes_per_shard=bytes_per_shard, resume=resume) as writer:
-            _refuse_other(dataset, indices, [key for shard in writer.shards for key in shard.keys], out)
+            _refuse_other(dataset, indices, [key.decode() for shard in writer.shards for key in shard.keys.tolist()], out)
             for i in track(indices[writer.samples_done :], f"write {out.name}"):
                 writer.write(dataset.read(int(i)))
     written = Dataset.open(out)

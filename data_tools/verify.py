@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from data_tools.console import track
 from data_tools.scan import END_DAMAGED, Found, scan
 from laid_ds.data import images
-from laid_ds.data.index import DATASET, INDEX, ShardIndex, dataset_json, read_index
+from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, dataset_json, read_index
 from laid_ds.data.record import DataError, Origin, decode
 from laid_ds.data.tar import END_OF_ARCHIVE, split_sample
 from laid_ds.data.writer import publish, write_whole
@@ -57,7 +57,7 @@ def reindex(folder: Path, jobs: int) -> dict[str, Any]:
     (folder / DATASET).unlink(missing_ok=True)
     write_whole(folder / INDEX, index)
     write_whole(folder / DATASET, dataset_json(shards, index))
-    return {"shards": len(shards), "samples": sum(len(shard.keys) for shard in shards)}
+    return {"shards": len(shards), "samples": sum(map(len, shards))}
 
 
 def repair(folder: Path, jobs: int) -> dict[str, Any]:
@@ -122,21 +122,23 @@ def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list
         return 0, [*_all_lost(shard, "the shard is empty"), *problems]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if hashlib.sha256(data).hexdigest() == shard.sha256 and not deep:
-            return len(shard.keys), problems
+            return len(shard), problems
         bad = list(_bad_samples(data, shard, deep))
-        if data[shard.offsets[-1] :] != END_OF_ARCHIVE:
-            problems.append(DataError(END_DAMAGED, shard=shard.name, key=shard.keys[-1], offset=shard.offsets[-1]))
-    return len(shard.keys) - len(bad), bad + problems
+        end = int(shard.offsets[-1])
+        if data[end:] != END_OF_ARCHIVE:
+            problems.append(DataError(END_DAMAGED, shard=shard.name, key=shard.origin(len(shard) - 1).key, offset=end))
+    return len(shard) - len(bad), bad + problems
 
 
 def _all_lost(shard: ShardIndex, reason: str) -> list[DataError]:
-    return [DataError(reason, shard=shard.name, key=key, offset=offset) for key, offset in zip(shard.keys, shard.offsets, strict=False)]
+    return [DataError(reason).at(shard.origin(i)) for i in range(len(shard))]
 
 
 def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool) -> Iterator[DataError]:
-    for key, start, end, crc32 in zip(shard.keys, shard.offsets[:-1], shard.offsets[1:], shard.crc32, strict=True):
-        origin, packed = Origin(shard.name, key, start), data[start:end]
-        if len(packed) < end - start:
+    for i, (end, crc32) in enumerate(zip(shard.offsets[1:].tolist(), shard.crc32.tolist(), strict=True)):
+        origin = shard.origin(i)
+        packed = data[origin.offset : end]
+        if len(packed) < end - origin.offset:
             yield DataError("the sample is cut off").at(origin)
         elif zlib.crc32(packed) != crc32:
             yield DataError("the sample's bytes do not match its crc32").at(origin)
@@ -168,21 +170,18 @@ def _check_unindexed(path: Path) -> tuple[int, list[DataError]]:
 
 
 def _index_shard(path: Path, whole: Sequence[Found]) -> ShardIndex:
-    shard = ShardIndex(path.name, num_bytes=path.stat().st_size)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        shard.sha256 = hashlib.sha256(data).hexdigest()
-        for found in whole:
-            shard.add(found.key, data[found.offset : found.offset + found.num_bytes], found.record)
-    return shard
+        rows = [Row.of(found.key, data[found.offset : found.offset + found.num_bytes], found.record) for found in whole]
+        return ShardIndex.of(path.name, len(data), hashlib.sha256(data).hexdigest(), rows)
 
 
 def _refuse_repeated_keys(shards: Iterable[ShardIndex]) -> None:
     home: dict[str, str] = {}
     for shard in shards:
-        for key, offset in zip(shard.keys, shard.offsets, strict=False):
-            if key in home:
-                raise DataError(f"the key is also in shard {home[key]}", shard=shard.name, key=key, offset=offset)
-            home[key] = shard.name
+        for origin in map(shard.origin, range(len(shard))):
+            if origin.key in home:
+                raise DataError(f"the key is also in shard {home[origin.key]}").at(origin)
+            home[origin.key] = shard.name
 
 
 def _repair_shard(folder: Path, name: str) -> tuple[set[str], list[DataError]]:

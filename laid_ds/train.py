@@ -1,6 +1,5 @@
 """The entry point of a rank. A launcher starts one process per rank:
-
-deepspeed --num_gpus 2 --module laid_ds.train recipes/demo.toml losses.match=0
+`deepspeed --num_gpus 2 --module laid_ds.train recipes/demo.toml losses.match=0`
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Folders of shards as one sequence of samples, read by offset; every byte that is read is checked."""
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,16 +54,14 @@ class Dataset:
         self.folders = list(folders)
         self.shards = [shard for group in shards for shard in group]
         self._folder_of = [folder for folder, group in zip(folders, shards, strict=True) for _ in group]
-        self.source_shard_sizes = [np.array([len(shard.keys) for shard in group], np.int64) for group in shards]
+        self.source_shard_sizes = [np.array([len(shard) for shard in group], np.int64) for group in shards]
         """Samples per shard, one array per folder."""
         self.shard_sizes = np.concatenate(self.source_shard_sizes)
         self.fingerprint = fingerprint_of(self.shards)
-        self._home = np.repeat(np.arange(len(self.shards), dtype=np.int32), self.shard_sizes)
-        self.keys = np.array([key for shard in self.shards for key in shard.keys], "S")
-        self.offsets = _column(shard.offsets[:-1] for shard in self.shards)
-        self.sizes = _column(np.diff(shard.offsets) for shard in self.shards)
-        self.crc32 = _column(shard.crc32 for shard in self.shards)
-        self.num_images = _column(shard.images for shard in self.shards)
+        self._ends = np.cumsum(self.shard_sizes).tolist()
+        self.keys = np.concatenate([shard.keys for shard in self.shards])
+        """[N] ASCII bytes."""
+        self.num_images = np.concatenate([shard.images for shard in self.shards], dtype=np.int64)
         self.lengths = self.token_counts(ESTIMATE)
         """Estimated tokens of each sample; `token_counts` has exact ones where they were recorded."""
         self._descriptors: OrderedDict[int, int] = OrderedDict()
@@ -86,19 +85,19 @@ class Dataset:
         return cls(places, groups)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return self._ends[-1]
 
     def token_counts(self, name: str) -> np.ndarray:
         """Length of each sample under `name`: "estimate", or a processor fingerprint that the samples record."""
         for shard in self.shards:
             if name not in shard.tokens:
                 raise DataError(f"no token counts named {name!r}; there are {', '.join(shard.tokens)}", shard=shard.name)
-        return _column(shard.tokens[name] for shard in self.shards)
+        return np.concatenate([shard.tokens[name] for shard in self.shards])
 
     def origin(self, i: int) -> Origin:
         """Where sample `i` lies."""
-        shard = self.shards[self._shard_of(i)]
-        return Origin(shard.name, self.keys[i].decode(), int(self.offsets[i]))
+        shard, place = self._locate(i)
+        return self.shards[shard].origin(place)
 
     def find(self, key: str) -> int:
         """The index of a key."""
@@ -109,11 +108,13 @@ class Dataset:
 
     def parts(self, i: int) -> list[memoryview]:
         """The checked member data of sample `i`, JSON first."""
-        num_bytes = int(self.sizes[i])
-        packed = os.pread(self._descriptor(self._shard_of(i)), num_bytes, int(self.offsets[i]))
+        shard, place = self._locate(i)
+        start, end = self.shards[shard].offsets[place : place + 2].tolist()
+        num_bytes = end - start
+        packed = os.pread(self._descriptor(shard), num_bytes, start)
         if len(packed) != num_bytes:
             raise DataError(f"the shard ends {num_bytes - len(packed)} bytes before the sample does").at(self.origin(i))
-        if crc32_of(packed) != self.crc32[i]:
+        if crc32_of(packed) != self.shards[shard].crc32[place]:
             raise DataError("the sample's bytes do not match its crc32").at(self.origin(i))
         return split_sample(packed)
 
@@ -125,8 +126,8 @@ class Dataset:
     def record(self, i: int) -> Record:
         """Sample `i` without its images, which are not read."""
         origin = self.origin(i)
-        descriptor = self._descriptor(self._shard_of(i))
-        head = os.pread(descriptor, min(1 << 15, int(self.sizes[i])), origin.offset)
+        descriptor = self._descriptor(self._locate(i)[0])
+        head = os.pread(descriptor, 1 << 15, origin.offset)
         try:
             _, num_bytes, crc32 = parse_tar_header(head[:BLOCK])
         except DataError as error:
@@ -143,10 +144,12 @@ class Dataset:
     def __getstate__(self) -> Mapping:
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
-    def _shard_of(self, i: int) -> int:
-        if not 0 <= i < len(self._home):
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The number of sample i's shard, and the sample's place in it."""
+        if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        return int(self._home[i])
+        shard = bisect_right(self._ends, i)
+        return shard, int(i) - self._ends[shard] + len(self.shards[shard])
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
@@ -169,7 +172,3 @@ def _folder(place: str | Path, **cache) -> LocalFolder:
     if "://" in str(place) or str(place).startswith("pipe:"):
         return RemoteFolder(str(place), **cache)
     return LocalFolder(place)
-
-
-def _column(parts) -> np.ndarray:
-    return np.concatenate([np.asarray(part, np.int64) for part in parts])

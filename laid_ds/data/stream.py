@@ -4,16 +4,11 @@ A slot is what one place of a micro-batch holds: a sample or, with packing, a pa
 over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [0, B)`, so no rank ever has fewer steps than another.
 """
 
-import io
 import json
 import logging
-import math
-import mmap
-import pickle
-import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,6 +19,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import images_drawn
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
 from laid_ds.data.record import DataError, Sample
+from laid_ds.data.slabs import Sender, Slabs
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +28,6 @@ Outcome = tuple[Any, list[str], DataError | None]  # (what prepare made, notes o
 REPLACEMENT = 5  # purpose number of the random bits
 MAX_REPLACEMENTS = 16
 PREFETCH = 2  # micro-batches that a worker prepares ahead
-SLAB_BYTES = 1 << 30  # address space for the tensors of one micro-batch; memory is taken only as far as it is used
 
 
 class Stream:
@@ -84,9 +79,9 @@ class Stream:
         if self.workers == 0:
             yield from map(self._reader.__getitem__, self._micro_batches())
             return
-        slabs = _Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
+        slabs = Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
         loader = DataLoader(
-            _Sender(self._reader, slabs.memory),
+            Sender(self._reader.__getitem__, slabs.memory),
             batch_size=None,
             sampler=((slots, slabs.take()) for slots in self._micro_batches()),
             num_workers=self.workers,
@@ -243,113 +238,6 @@ class _Reader:
             replaced.append(f"sample replaced by {sample.key} of {sample.origin.shard}: {error}")
             return chosen, sample
         raise DataError(f"{error}; {MAX_REPLACEMENTS} samples drawn to take its place are bad as well")
-
-
-# Tensors travel in slabs of shared memory that are used again and again: fresh shared memory, PyTorch's way, costs about 30 times as much
-# (each page must be made, cleared and mapped), as much as decoding the images, and it lives in /dev/shm, which containers keep small.
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """An outcome: pickled, with its tensors in a slab, or as it is where no slab was free."""
-
-    content: Any
-    slab: int | None
-
-
-class _Slabs:
-    """The trainer's side: hands slabs out with the tasks, and takes one back when the last tensor in it is gone."""
-
-    def __init__(self, count: int):
-        self.memory = [mmap.mmap(-1, SLAB_BYTES) for _ in range(count)]
-        self.free = list(range(count))
-
-    def take(self) -> int | None:
-        """A free slab, or None while the trainer holds on to many micro-batches."""
-        return self.free.pop() if self.free else None
-
-    def open(self, parcel: _Parcel) -> Outcome:
-        """The outcome of a parcel. Its tensors are views of the slab."""
-        if parcel.slab is None:
-            return parcel.content
-        room = memoryview(self.memory[parcel.slab])
-        weakref.finalize(room, self.free.append, parcel.slab)
-        return _Unpacker(io.BytesIO(parcel.content), room).load()
-
-
-class _Room:
-    """A slab while a worker fills it."""
-
-    def __init__(self, slab: mmap.mmap):
-        self.memory, self.used = torch.frombuffer(slab, dtype=torch.uint8), 0
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Memory for a tensor, or None if that much is not left."""
-        first, num_bytes = self.used, math.prod(shape) * dtype.itemsize
-        if not num_bytes or first + num_bytes > SLAB_BYTES:
-            return None
-        self.used = first + num_bytes + -num_bytes % 64
-        return self.memory[first : first + num_bytes].view(dtype).view(tuple(shape))
-
-    def place(self, tensor: torch.Tensor) -> int | None:
-        """Where in the slab the tensor lies, if it does."""
-        first = tensor.data_ptr() - self.memory.data_ptr()
-        return first if tensor.is_contiguous() and 0 <= first < SLAB_BYTES else None
-
-
-_room: _Room | None = None  # of the micro-batch that this worker is preparing
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` for what `prepare` returns: in a worker it is memory that goes to the trainer as it is, so that a large result is not
-    copied once more."""
-    shared = _room.take(shape, dtype) if _room is not None else None
-    return torch.empty(tuple(shape), dtype=dtype) if shared is None else shared
-
-
-class _Sender:
-    """The worker's side: a reader that puts the tensors it made into the slab that came with the task."""
-
-    def __init__(self, reader: _Reader, memory: list[mmap.mmap]):
-        self.reader, self.memory = reader, memory
-
-    def __getitem__(self, task: tuple[list[Slot], int | None]) -> _Parcel:
-        global _room
-        slots, slab = task
-        _room = None if slab is None else _Room(self.memory[slab])
-        outcome = self.reader[slots]
-        if _room is None:
-            return _Parcel(outcome, None)
-        text = io.BytesIO()
-        _Packer(text, _room).dump(outcome)
-        return _Parcel(text.getvalue(), slab)
-
-
-class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, room: _Room):
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.room = room
-
-    def persistent_id(self, obj: Any) -> tuple | None:
-        if type(obj) is not torch.Tensor or obj.layout != torch.strided or obj.device.type != "cpu" or not obj.numel():
-            return None
-        first = self.room.place(obj)
-        if first is None:
-            shared = self.room.take(obj.shape, obj.dtype)
-            if shared is None:
-                return None
-            first = self.room.place(shared.copy_(obj.detach()))
-        return first, obj.nbytes, obj.dtype, tuple(obj.shape)
-
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, room: memoryview):
-        super().__init__(file)
-        self.room = torch.frombuffer(room, dtype=torch.uint8)
-
-    def persistent_load(self, pid: tuple) -> torch.Tensor:
-        first, num_bytes, dtype, shape = pid
-        return self.room[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int, image_tokens: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from laid_ds.data.index import DATASET, INDEX, ShardIndex, check_size, dataset_json
+from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, check_size, dataset_json
 from laid_ds.data.record import DataError, Sample, record_of
 from laid_ds.data.tar import END_OF_ARCHIVE, pack_sample
 
@@ -53,8 +53,9 @@ class ShardWriter:
         if (self.folder / INDEX).exists() and not resume:
             raise DataError(f"{self.folder} holds an unfinished data set: resume it or remove it")
         self.shards = self._whole_shards() if resume else []
-        self.keys = {key for shard in self.shards for key in shard.keys}
-        self._shard: ShardIndex | None = None
+        self.keys = {key.decode() for shard in self.shards for key in shard.keys.tolist()}
+        self._rows: list[Row] = []  # of the shard that is being written
+        self._num_bytes = 0
 
     @property
     def samples_done(self) -> int:
@@ -67,10 +68,10 @@ class ShardWriter:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close()
-        elif self._shard is not None:
+        elif self._rows:
             self._file.close()
             self._temporary.unlink()
-            self._shard = None
+            self._rows = []
 
     def write(self, sample: Sample) -> None:
         """Append a sample; its key must be new to the whole set."""
@@ -78,41 +79,43 @@ class ShardWriter:
         if sample.key in self.keys:
             raise DataError("the key is already in this data set", key=sample.key)
         packed = pack_sample(sample, record)
-        if self._shard is not None and self._is_full(len(packed)):
+        if self._rows and self._is_full(len(packed)):
             self._finish_shard()
-        if self._shard is None:
+        if not self._rows:
             self._start_shard()
-        self._file.write(packed)
-        self._digest.update(packed)
-        self._shard.add(sample.key, packed, record)
+        self._append(packed)
+        self._rows.append(Row.of(sample.key, packed, record))
         self.keys.add(sample.key)
 
     def close(self) -> None:
         """Finish the last shard and the set."""
-        if self._shard is not None:
+        if self._rows:
             self._finish_shard()
         index = b"".join(shard.line() for shard in self.shards)
         write_whole(self.folder / INDEX, index)
         write_whole(self.folder / DATASET, dataset_json(self.shards, index))
 
     def _is_full(self, more_bytes: int) -> bool:
-        return len(self._shard.keys) >= self.samples_per_shard or self._shard.offsets[-1] + more_bytes > self.bytes_per_shard
+        return len(self._rows) >= self.samples_per_shard or self._num_bytes + more_bytes > self.bytes_per_shard
 
     def _start_shard(self) -> None:
-        self._shard = ShardIndex(f"{self.prefix}-{len(self.shards):06d}.tar")
-        self._temporary = self.folder / (self._shard.name + ".tmp")
+        self._name = f"{self.prefix}-{len(self.shards):06d}.tar"
+        self._temporary = self.folder / (self._name + ".tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - open over many calls of `write`
-        self._digest = hashlib.sha256()
+        self._digest, self._num_bytes = hashlib.sha256(), 0
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
 
     def _finish_shard(self) -> None:
-        shard, self._shard = self._shard, None
+        rows, self._rows = self._rows, []
         with self._file as file:
-            file.write(END_OF_ARCHIVE)
+            self._append(END_OF_ARCHIVE)
             file.flush()
             os.fsync(file.fileno())
-        self._digest.update(END_OF_ARCHIVE)
-        shard.sha256 = self._digest.hexdigest()
-        shard.num_bytes = shard.offsets[-1] + len(END_OF_ARCHIVE)
+        shard = ShardIndex.of(self._name, self._num_bytes, self._digest.hexdigest(), rows)
         write_whole(self.folder / (shard.name + ".idx"), shard.energon_offsets())
         publish(self._temporary, self.folder / shard.name)
         self.shards.append(shard)

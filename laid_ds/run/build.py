@@ -28,7 +28,6 @@ from laid_ds.models.rope_gain import gain_shapes, responder
 from laid_ds.runtime import distributed, engine
 
 COUNTED = 64  # samples whose tokens are counted before packs are planned
-
 Pairs = tuple[tuple[int, int], ...]
 
 

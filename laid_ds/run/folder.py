@@ -12,8 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from laid_ds import config
-from laid_ds.config import Run
+from laid_ds.config import Run, as_tree
 from laid_ds.runtime import checkpoint, distributed
 from laid_ds.runtime.stop import DONE, STOP, clear
 
@@ -28,7 +27,7 @@ def check_output(run: Run) -> None:
     if (run.output / DONE).is_file():
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
-        differing = _differences(_with_defaults(json.loads(record.read_text())["run"]), config.as_tree(run))
+        differing = _differences(_with_defaults(json.loads(record.read_text())["run"]), as_tree(run))
         differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
         if differing:
             raise ValueError(
@@ -41,7 +40,7 @@ def check_output(run: Run) -> None:
 def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A recorded run with the keys that later versions added; as it is where this version does not know it any more."""
     try:
-        return config.as_tree(Run.model_validate(tree))
+        return as_tree(Run.model_validate(tree))
     except ValidationError:
         return tree
 
@@ -56,7 +55,7 @@ def open_output(run: Run, started: float) -> None:
         run.output.mkdir(parents=True, exist_ok=True)
         clear(run.output, started)
         if not record.is_file():
-            resolved = {"run": config.as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
+            resolved = {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
             checkpoint.write_durably(record, json.dumps(resolved, indent=1))
     distributed.barrier()
 

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laid_ds import config
-from laid_ds.config import Run
+from laid_ds.config import Run, as_tree
 from laid_ds.data.batch import Batch
 from laid_ds.data.record import DataError
 from laid_ds.evaluation import progress
@@ -39,7 +38,7 @@ def train(run: Run, stop: StopRequest) -> None:
     training = build(run)
     active = distributed.rank() == 0
     flops = partial(model_flops, read_pair(run)) if active and run.logging.peak_tflops else None
-    reporter = Reporter(run.output, run.steps, run.logging, active, config.as_tree(run), flops)
+    reporter = Reporter(run.output, run.steps, run.logging, active, as_tree(run), flops)
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
@@ -76,7 +75,7 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
             _evaluate(run, training, reporter, step + 1)
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
         if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
-            state = {"step": step + 1, "stream": training.stream.state_dict(), "run": config.as_tree(run), "versions": versions()}
+            state = {"step": step + 1, "stream": training.stream.state_dict(), "run": as_tree(run), "versions": versions()}
             checkpoint.save(training.student, run.output, state, run.checkpoint)
         if reason:
             return step + 1, reason
@@ -94,7 +93,9 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
     except NonFiniteLoss as error:
         _keep_evidence(run, step, micro_batches, error)
         raise
-    return record | (_attention(training, micro_batches[-1]) if _due(step + 1, run.logging.attention_every_steps) else {})
+    every = run.logging.attention_every_steps
+    due = every is not None and (step + 1) % every == 0 and distributed.rank() == 0
+    return record | (_attention(training, micro_batches[-1]) if due else {})
 
 
 def _next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
@@ -159,10 +160,6 @@ def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLo
     path = run.output / f"nonfinite_rank{distributed.rank()}.json"
     torch.save(batches, path.with_suffix(".pt"))
     checkpoint.write_durably(path, json.dumps({"step": step + 1, "error": str(error), "keys": [list(batch.keys) for batch in batches]}))
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0 and distributed.rank() == 0
 
 
 def _attention(training: Training, batch: Batch) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 from data_samples import make_sample, write_dataset
 
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.index import DATASET, INDEX
-from laid_ds.data.record import DataError
+from laid_ds.data.index import DATASET, INDEX, ShardIndex
+from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.tar import parse_tar_header, tar_header
 from laid_ds.data.writer import ShardWriter
 
@@ -39,6 +39,42 @@ def test_the_same_samples_give_the_same_bytes(dataset, tmp_path):
     assert len(digests[0]) == 10
 
 
+FILES_OF_VERSION_1 = {  # sha256 of what the first release of the format wrote of `handmade`
+    "dataset.json": "1fe7643f295b1e6da83a2160f4fcec96ff18f5b924f97a3afc2b97d654e6275e",
+    "index.jsonl": "3784bf0a2a38a39e07155f34261308c7cdbb7d6ccd3b5293a1b6c3f170233c14",
+    "shard-000000.tar": "08d7a5bafb9a41172d1141ec252b94739a56874995e816a66015859db36ab245",
+    "shard-000000.tar.idx": "5979cb5335e329cf9a0c5eeb67637a6003b4203167b87a172f718541c8b4fd47",
+    "shard-000001.tar": "14abb4eb058d8fa6bc2956a4e71a751da3a9d84b84a9511d65fda47d4904de08",
+    "shard-000001.tar.idx": "057bee64b811d4ed9caed91d0d170fbf65384b6fb9f3e433bc624842d188333e",
+    "shard-000002.tar": "fb1e6e3d4e83ac1e68685db58633fad64e19c121c0e62d25e8733da8ea1ded61",
+    "shard-000002.tar.idx": "de2177fa4304729df4d339ba66a827e6374bc4fc14da63a9091045b8a9338b13",
+}
+
+
+def handmade(number: int) -> Sample:
+    """A sample whose every byte stands here: no encoder of images may change it."""
+    sizes = [10 * number + k for k in range(number % 4)]
+    images = tuple(
+        b"\x89PNG\r\n\x1a\n" + bytes(4) + b"IHDR" + (20 + n).to_bytes(4) + (300).to_bytes(4) + bytes(range(7 * n % 200)) + b"end"
+        for n in sizes
+    )
+    question = Turn("user", (*range(len(images)), f"Frage {number}: wo?"), needles=(0,) if images else ())
+    tokens = {"exact": 50 + number, "odd": number} if number % 3 else {"exact": 9}
+    return Sample(f"k-{number}", (question, Turn("assistant", ("dört",))), images, "hand", "CC0", tokens, {"n": number})
+
+
+def test_the_files_of_a_set_are_those_of_the_first_release(tmp_path):
+    write_dataset(tmp_path / "set", map(handmade, range(7)), samples_per_shard=3)
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "set").iterdir()} == FILES_OF_VERSION_1
+
+
+def test_columns_are_arrays_that_give_the_line_back(dataset):
+    for shard, line in zip(dataset.shards, (dataset.folders[0].path / INDEX).read_bytes().splitlines(keepends=True), strict=True):
+        columns = [shard.keys, shard.offsets, shard.crc32, shard.images, *shard.tokens.values()]
+        assert all(isinstance(column, np.ndarray) and column.dtype != object for column in columns)
+        assert ShardIndex.from_line(shard.line()).line() == shard.line() == line
+
+
 def test_a_pickled_dataset_reads_the_same(dataset):
     dataset.read(3)
     assert pickle.loads(pickle.dumps(dataset)).read(3) == dataset.read(3)
@@ -55,7 +91,7 @@ def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
 def test_shards_are_bounded_by_bytes_too(tmp_path):
     dataset = write_dataset(tmp_path / "small", SAMPLES, bytes_per_shard=8192)
     assert len(dataset.shards) > 4
-    assert all(shard.num_bytes <= 8192 + 1024 or len(shard.keys) == 1 for shard in dataset.shards)
+    assert all(shard.num_bytes <= 8192 + 1024 or len(shard) == 1 for shard in dataset.shards)
 
 
 def test_exact_token_counts_are_a_column_when_every_sample_has_them(tmp_path):
@@ -99,7 +135,7 @@ def test_any_changed_byte_of_the_index_files_is_refused(dataset, tmp_path, name)
 
 def test_a_missing_or_cut_shard_is_refused_with_the_first_lost_sample(dataset, tmp_path):
     shard = tmp_path / "set" / "shard-000001.tar"
-    os.truncate(shard, dataset.offsets[9] + 100)
+    os.truncate(shard, dataset.origin(9).offset + 100)
     with pytest.raises(DataError, match=r"shard-000001.tar, key sample-00009, offset"):
         Dataset.open(tmp_path / "set")
     shard.unlink()
@@ -108,7 +144,7 @@ def test_a_missing_or_cut_shard_is_refused_with_the_first_lost_sample(dataset, t
 
 
 def test_a_shard_cut_while_it_is_read_is_noticed(dataset, tmp_path):
-    os.truncate(tmp_path / "set" / "shard-000001.tar", dataset.offsets[9] + 100)
+    os.truncate(tmp_path / "set" / "shard-000001.tar", dataset.origin(9).offset + 100)
     assert dataset.read(8).key == "sample-00008"
     with pytest.raises(DataError, match="before the sample does") as caught:
         dataset.read(9)

@@ -14,7 +14,8 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import images_drawn
 from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
-from laid_ds.data.stream import Stream, _Slabs, empty
+from laid_ds.data.slabs import Slabs, empty
+from laid_ds.data.stream import Stream
 
 GLOBAL_BATCH = 24
 PACKING = Packing(budget=120, buffer=8, group=3)
@@ -117,7 +118,7 @@ def spoil(folder, dataset, i):
     """Flip a byte in the middle of sample `i`."""
     origin = dataset.origin(i)
     with open(folder / origin.shard, "r+b") as file:
-        file.seek(origin.offset + int(dataset.sizes[i]) // 2)
+        file.seek(origin.offset + sum(map(len, dataset.parts(i))) // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
@@ -193,7 +194,7 @@ def flat(item):
 
 @pytest.mark.parametrize("slab_bytes", [1 << 22, 1 << 12], ids=["in slabs", "slabs too small"])
 def test_tensors_arrive_from_workers_as_they_were_made(uneven, monkeypatch, slab_bytes):
-    monkeypatch.setattr("laid_ds.data.stream.SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr("laid_ds.data.slabs.SLAB_BYTES", slab_bytes)
 
     def batches(workers):
         stream = Stream(uneven, micro_batch=3, rank=0, world_size=1, seed=5, prepare=tensors_of, workers=workers)
@@ -209,8 +210,8 @@ def test_tensors_arrive_from_workers_as_they_were_made(uneven, monkeypatch, slab
 
 def test_slabs_are_used_again_and_again(uneven, monkeypatch):
     taken = []
-    take = _Slabs.take
-    monkeypatch.setattr(_Slabs, "take", lambda self: taken.append(take(self)) or taken[-1])
+    take = Slabs.take
+    monkeypatch.setattr(Slabs, "take", lambda self: taken.append(take(self)) or taken[-1])
     stream = Stream(uneven, micro_batch=3, rank=0, world_size=1, seed=5, prepare=tensors_of, workers=1)
     for _, batch in zip(range(40), stream, strict=False):
         assert batch["views"][0].shape == (40, 300)
