@@ -6,25 +6,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools import importers, mm_niah, mmlongbench, visual_haystacks
 from data_tools.console import track
-from data_tools.importers import Importer
-from data_tools.inputs import ImageRoot, entries
+from data_tools.formats import documents, folder, llava, mm_niah, mmlongbench, visual_haystacks
+from data_tools.formats.fields import Entry
+from data_tools.image_root import ImageRoot
+from data_tools.inputs import entries
 from laid_ds.data.images import check_decodable
 from laid_ds.data.index import DATASET
 from laid_ds.data.record import DataError, Sample, record_of
 from laid_ds.data.writer import ShardWriter, write_whole
 
-FORMATS: dict[str, Importer] = {
-    "llava": importers.llava,
-    "sharegpt": importers.llava,
-    "obelics": importers.obelics,
-    "mmc4": importers.mmc4,
-    "folder": importers.folder,
+Reader = Callable[[Entry, str, ImageRoot], Sample]
+
+FORMATS: dict[str, Reader] = {
+    "llava": llava.read_entry,
+    "sharegpt": llava.read_entry,
+    "obelics": documents.obelics,
+    "mmc4": documents.mmc4,
+    "folder": folder.read_entry,
     "vhs": visual_haystacks.read_entry,
     "mm-niah": mm_niah.read_entry,
     "mmlongbench": mmlongbench.read_entry,
@@ -60,8 +64,8 @@ class Build:
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
-def build(plan: Build, out: Path, *, resume: bool, jobs: int, reader: Importer | None = None) -> dict[str, Any]:
-    """Write the data set. `reader` replaces the format's own, for formats with options."""
+def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
+    """Write the data set."""
     root = ImageRoot(plan.images)
     facts = plan.facts()
     if resume and (out / DATASET).exists() and _same_build(out, facts):
@@ -71,7 +75,7 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int, reader: Importer |
         write_whole(out / PLAN, facts)
     first = _entries_done(writer)
     rejected = _rejected_before(out, first)
-    work = _make_reader(plan, reader or FORMATS[plan.format], root)
+    work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
     numbered = islice(enumerate(entries(plan.source)), first, None)
     with writer, ThreadPoolExecutor(jobs) as pool:
         for number, sample in track(_ordered(pool, work, numbered, jobs * READ_AHEAD), f"build {out.name}"):
@@ -101,7 +105,7 @@ def _entries_done(writer: ShardWriter) -> int:
     return int(writer.shards[-1].keys[-1].decode().rpartition("-")[2]) + 1
 
 
-def _make_reader(plan: Build, reader: Importer, root: ImageRoot) -> Callable[[tuple[int, Any]], tuple[int, Sample | DataError]]:
+def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tuple[int, Any]], tuple[int, Sample | DataError]]:
     def read(numbered: tuple[int, Any]) -> tuple[int, Sample | DataError]:
         number, entry = numbered
         key = f"{plan.prefix}-{number:08d}"

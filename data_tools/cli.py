@@ -6,10 +6,8 @@ Exit codes: 0 done and sound, 1 damage was found, 2 bad input or usage.
 import importlib.util
 import os
 import sys
-from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,71 +22,53 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a data set.", show_default=False)]
-Source = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
-Sources = Annotated[list[str], typer.Argument(help="Folders or URLs of data sets.", show_default=False)]
-Out = Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Threads.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
-Tokens = Annotated[str, typer.Option(help='Name of the lengths to use: "estimate" or a processor fingerprint.')]
-MaxTokens = Annotated[int | None, typer.Option(help="Leave out longer samples.", show_default=False)]
-SamplesPerShard = Annotated[int, typer.Option(min=1, help="Most samples in a shard.")]
-MegabytesPerShard = Annotated[int, typer.Option(min=1, help="Most MiB in a shard (one sample may be larger).")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
-Images = Annotated[Path, typer.Option(help="Folder under which the images lie.", show_default=False)]
-Prefix = Annotated[str, typer.Option(help="Start of the keys; the number of the entry follows.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on after bad entries; rejected.jsonl names each.")]
-Licence = Annotated[str, typer.Option(help="Licence to record with each sample.")]
+
+def argument(help: str):
+    """An argument that must be given."""
+    return typer.Argument(help=help, show_default=False)
+
+
+def option(help: str, *names: str, **more):
+    """An option, by its help first."""
+    return typer.Option(*names, help=help, **more)
+
+
+BuildFormat = Literal["llava", "sharegpt", "obelics", "mmc4", "folder"]
+ImportFormat = Literal["vhs", "mm-niah", "mmlongbench", "llava"]
+ExportFormat = Literal["vhs", "mm-niah"]
+Benchmark = Literal["vhs", "mm-niah", "mmlongbench"]
+
+Folder = Annotated[Path, argument("Folder of a data set.")]
+Source = Annotated[str, argument("Folder or URL of a data set.")]
+Sources = Annotated[list[str], argument("Folders or URLs of data sets.")]
+Out = Annotated[Path, argument("New folder for the result.")]
+Json = Annotated[bool, option("Print one JSON object.", "--json")]
+Jobs = Annotated[int, option("Threads.", min=1)]
+Seed = Annotated[int, option("Seed of the random choices.", min=0)]
+Tokens = Annotated[str, option('Name of the lengths to use: "estimate" or a processor fingerprint.')]
+MaxTokens = Annotated[int | None, option("Leave out longer samples.", show_default=False)]
+ShardSamples = Annotated[int, option("Most samples in a shard.", "--samples-per-shard", min=1)]
+ShardMegabytes = Annotated[int, option("Most MiB in a shard (one sample may be larger).", "--megabytes-per-shard", min=1)]
+Resume = Annotated[bool, option("Go on where an interrupted run stopped.", "--resume")]
+Images = Annotated[Path, option("Folder under which the images lie.", show_default=False)]
+Prefix = Annotated[str, option("Start of the keys; the number of the entry follows.")]
+SkipBad = Annotated[bool, option("Go on after bad entries; rejected.jsonl names each.", "--skip-bad")]
+Licence = Annotated[str, option("Licence to record with each sample.")]
 CORES = os.cpu_count() or 1
-
-
-class BuildFormat(StrEnum):
-    """Formats of `build`."""
-
-    llava = "llava"
-    sharegpt = "sharegpt"
-    obelics = "obelics"
-    mmc4 = "mmc4"
-    folder = "folder"
-
-
-class ImportFormat(StrEnum):
-    """Formats of `import`."""
-
-    vhs = "vhs"
-    mm_niah = "mm-niah"
-    mmlongbench = "mmlongbench"
-    llava = "llava"
-
-
-class ExportFormat(StrEnum):
-    """Formats of `export`."""
-
-    vhs = "vhs"
-    mm_niah = "mm-niah"
-
-
-class Benchmark(StrEnum):
-    """Benchmarks of `score`."""
-
-    vhs = "vhs"
-    mm_niah = "mm-niah"
-    mmlongbench = "mmlongbench"
 
 
 @app.command()
 def build(
-    format: Annotated[BuildFormat, typer.Argument(help="What the entries look like.", show_default=False)],
-    source: Annotated[Path, typer.Argument(help="A JSON list or JSON lines.", show_default=False)],
+    format: Annotated[BuildFormat, argument("What the entries look like.")],
+    source: Annotated[Path, argument("A JSON list or JSON lines.")],
     out: Out,
     images: Images,
     prefix: Prefix = "sample",
     licence: Licence = "",
-    source_name: Annotated[str, typer.Option(help="Source to record with each sample.")] = "",
-    samples_per_shard: SamplesPerShard = 256,
-    megabytes_per_shard: MegabytesPerShard = 512,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, not only its header.")] = False,
+    source_name: Annotated[str, option("Source to record with each sample.")] = "",
+    samples: ShardSamples = 256,
+    megabytes: ShardMegabytes = 512,
+    decode: Annotated[bool, option("Decode every image, not only its header.", "--decode")] = False,
     skip_bad: SkipBad = False,
     resume: Resume = False,
     jobs: Jobs = CORES,
@@ -98,23 +78,22 @@ def build(
 
     Example: laid-data build llava chat.json shards/chat --images pictures --licence CC-BY-4.0
     """
-    from data_tools.build import Build
-    from data_tools.build import build as run
+    from data_tools import build
 
-    plan = Build(format, source, images, prefix, licence, source_name, samples_per_shard, megabytes_per_shard << 20, decode, skip_bad)
-    show(run(plan, out, resume=resume, jobs=jobs), json)
+    plan = build.Build(format, source, images, prefix, licence, source_name, samples, megabytes << 20, decode, skip_bad)
+    show(build.build(plan, out, resume=resume, jobs=jobs), json)
 
 
 @app.command("import")
 def import_(
-    format: Annotated[ImportFormat, typer.Argument(help="The benchmark or format.", show_default=False)],
-    source: Annotated[Path, typer.Argument(help="Its file: visual_haystack_20.json, retrieval-image.jsonl, ...", show_default=False)],
+    format: Annotated[ImportFormat, argument("The benchmark or format.")],
+    source: Annotated[Path, argument("Its file: visual_haystack_20.json, retrieval-image.jsonl, ...")],
     out: Out,
     images: Images,
     prefix: Prefix = "sample",
     licence: Licence = "",
     seed: Seed = 0,
-    depth: Annotated[float | None, typer.Option(help="vhs: place of the needle in [0, 1]; without it images are shuffled.")] = None,
+    depth: Annotated[float | None, option("vhs: place of the needle in [0, 1]; without it images are shuffled.")] = None,
     skip_bad: SkipBad = False,
     resume: Resume = False,
     jobs: Jobs = CORES,
@@ -124,40 +103,28 @@ def import_(
 
     Example: laid-data import vhs visual_haystack_20.json shards/vhs20 --images coco --seed 1
     """
-    from data_tools.build import Build
-    from data_tools.build import build as run
-    from data_tools.visual_haystacks import read_entry
+    from data_tools import build
 
-    reader = partial(read_entry, seed=seed, depth=depth) if format == ImportFormat.vhs else None
-    plan = Build(format, source, images, prefix, licence, skip_bad=skip_bad, options={"seed": seed, "depth": depth} if reader else {})
-    show(run(plan, out, resume=resume, jobs=jobs, reader=reader), json)
+    options = {"seed": seed, "depth": depth} if format == "vhs" else {}
+    plan = build.Build(format, source, images, prefix, licence, skip_bad=skip_bad, options=options)
+    show(build.build(plan, out, resume=resume, jobs=jobs), json)
 
 
 @app.command()
-def export(
-    format: Annotated[ExportFormat, typer.Argument(help="The benchmark's format.", show_default=False)],
-    folder: Source,
-    out: Out,
-    json: Json = False,
-) -> None:
+def export(format: Annotated[ExportFormat, argument("The benchmark's format.")], folder: Source, out: Out, json: Json = False) -> None:
     """Write a data set as a benchmark's files with their images.
 
     Example: laid-data export vhs shards/vhs20 exported
     """
-    from data_tools import mm_niah, visual_haystacks
-    from data_tools.console import track
-    from laid_ds.data.dataset import Dataset
+    from data_tools import benchmark_files
 
-    dataset = Dataset.open(folder)
-    refuse_full(out)
-    write = visual_haystacks.write_files if format == ExportFormat.vhs else mm_niah.write_file
-    show(write(track(dataset, "export", len(dataset)), out), json)
+    show(benchmark_files.export(format, folder, out), json)
 
 
 @app.command()
 def score(
-    benchmark: Annotated[Benchmark, typer.Argument(help="Whose rules.", show_default=False)],
-    results: Annotated[Path, typer.Argument(help="Folder of results in the benchmark's own form.", show_default=False)],
+    benchmark: Annotated[Benchmark, argument("Whose rules.")],
+    results: Annotated[Path, argument("Folder of results in the benchmark's own form.")],
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -165,14 +132,9 @@ def score(
 
     Example: laid-data score vhs results/qwen --json
     """
-    from data_tools import mm_niah, mmlongbench, visual_haystacks
+    from data_tools import benchmark_files
 
-    if not results.exists():
-        raise ValueError(f"{results} does not exist")
-    if benchmark == Benchmark.vhs:
-        show(visual_haystacks.score(results, seed), json)
-    else:
-        show((mm_niah if benchmark == Benchmark.mm_niah else mmlongbench).score(results), json)
+    show(benchmark_files.score(benchmark, results, seed), json)
 
 
 @app.command()
@@ -181,15 +143,15 @@ def index(folder: Folder, jobs: Jobs = CORES, json: Json = False) -> None:
 
     Example: laid-data index shards/chat
     """
-    from data_tools.verify import reindex
+    from data_tools import verify
 
-    show(reindex(folder, jobs), json)
+    show(verify.reindex(folder, jobs), json)
 
 
 @app.command()
 def verify(
     folder: Folder,
-    deep: Annotated[bool, typer.Option("--deep", help="Also read every record and decode every image.")] = False,
+    deep: Annotated[bool, option("Also read every record and decode every image.", "--deep")] = False,
     jobs: Jobs = CORES,
     json: Json = False,
 ) -> None:
@@ -197,9 +159,9 @@ def verify(
 
     Example: laid-data verify shards/chat --deep
     """
-    from data_tools.verify import verify as run
+    from data_tools import verify
 
-    report = run(folder, deep, jobs)
+    report = verify.verify(folder, deep, jobs)
     show(report, json)
     raise typer.Exit(0 if report["sound"] else 1)
 
@@ -210,9 +172,9 @@ def repair(folder: Folder, jobs: Jobs = CORES, json: Json = False) -> None:
 
     Example: laid-data repair shards/chat
     """
-    from data_tools.verify import repair as run
+    from data_tools import verify
 
-    report = run(folder, jobs)
+    report = verify.repair(folder, jobs)
     show(report, json)
     raise typer.Exit(1 if report["lost"] else 0)
 
@@ -223,10 +185,9 @@ def info(folders: Sources, json: Json = False) -> None:
 
     Example: laid-data info shards/chat shards/vhs20
     """
-    from data_tools.describe import info as run
-    from laid_ds.data.dataset import Dataset
+    from data_tools import describe
 
-    show(run(Dataset.open(folders)), json)
+    show(describe.info(folders), json)
 
 
 @app.command()
@@ -235,23 +196,22 @@ def stats(folders: Sources, tokens: Tokens = "estimate", json: Json = False) -> 
 
     Example: laid-data stats shards/chat --json
     """
-    from data_tools.describe import stats as run
-    from laid_ds.data.dataset import Dataset
+    from data_tools import describe
 
-    show(run(Dataset.open(folders), tokens), json)
+    show(describe.stats(folders, tokens), json)
 
 
 @app.command()
 def plan(
     folders: Sources,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Samples, or packs, of a rank in a micro-step.")] = 1,
-    budget: Annotated[int | None, typer.Option(min=1, help="Tokens of a pack; without it nothing is packed.", show_default=False)] = None,
-    group: Annotated[int, typer.Option(min=1, help="Packs of similar work side by side.")] = 8,
+    world_size: Annotated[int, option("Ranks.", min=1)] = 1,
+    micro_batch: Annotated[int, option("Samples, or packs, of a rank in a micro-step.", min=1)] = 1,
+    budget: Annotated[int | None, option("Tokens of a pack; without it nothing is packed.", min=1, show_default=False)] = None,
+    group: Annotated[int, option("Packs of similar work side by side.", min=1)] = 8,
     seed: Seed = 0,
     epoch: Annotated[int, typer.Option(min=0)] = 0,
-    shuffle: Annotated[str, typer.Option(help="full, none, or a window in samples.")] = "full",
-    weights: Annotated[str | None, typer.Option(help="Blend the folders: one weight each, as 0.7,0.3.", show_default=False)] = None,
+    shuffle: Annotated[str, option("full, none, or a window in samples.")] = "full",
+    weights: Annotated[str | None, option("Blend the folders: one weight each, as 0.7,0.3.", show_default=False)] = None,
     tokens: Tokens = "estimate",
     json: Json = False,
 ) -> None:
@@ -259,68 +219,50 @@ def plan(
 
     Example: laid-data plan shards/chat --world-size 8 --budget 131072
     """
-    from data_tools.describe import plan as run
-    from laid_ds.data.dataset import Dataset
+    from data_tools import describe
 
-    window = int(shuffle) if shuffle.isdecimal() else shuffle
-    show(
-        run(
-            Dataset.open(folders),
-            world_size=world_size,
-            micro_batch=micro_batch,
-            budget=budget,
-            group=group,
-            seed=seed,
-            epoch=epoch,
-            shuffle=window,
-            tokens=tokens,
-            weights=[float(weight) for weight in weights.split(",")] if weights else None,
-        ),
-        json,
-    )
+    show(describe.plan(folders, describe.Layout(world_size, micro_batch, budget, group, seed, epoch, shuffle, weights, tokens)), json)
 
 
 @app.command()
 def cat(
     folder: Source,
-    key: Annotated[str, typer.Argument(help="Key of the sample.", show_default=False)],
-    images: Annotated[Path | None, typer.Option(help="Also write its image files into this folder.", show_default=False)] = None,
+    key: Annotated[str, argument("Key of the sample.")],
+    images: Annotated[Path | None, option("Also write its image files into this folder.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
     """Print one sample.
 
     Example: laid-data cat shards/chat sample-00000042 --images /tmp/look
     """
-    from data_tools.preview import cat as run
-    from laid_ds.data.dataset import Dataset
+    from data_tools import preview
 
-    show(run(Dataset.open(folder), key, images), json)
+    show(preview.cat(folder, key, images), json)
 
 
 @app.command()
 def preview(
     folder: Source,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first sample.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
-    sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write (PNG); needles are framed.", show_default=False)] = None,
+    first: Annotated[int, option("Number of the first sample.", min=0)] = 0,
+    count: Annotated[int, option("How many.", min=1)] = 4,
+    sheet: Annotated[Path | None, option("Contact sheet to write (PNG); needles are framed.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
     """Print a few samples, and lay out their images.
 
     Example: laid-data preview shards/chat --count 8 --sheet chat.png
     """
-    from data_tools.preview import preview as run
-    from laid_ds.data.dataset import Dataset
+    from data_tools import preview
 
-    show(run(Dataset.open(folder), first, count, sheet), json)
+    show(preview.preview(folder, first, count, sheet), json)
 
 
 @app.command()
 def reshard(
     folder: Source,
     out: Out,
-    samples_per_shard: SamplesPerShard = 256,
-    megabytes_per_shard: MegabytesPerShard = 512,
+    samples: ShardSamples = 256,
+    megabytes: ShardMegabytes = 512,
     max_tokens: MaxTokens = None,
     tokens: Tokens = "estimate",
     resume: Resume = False,
@@ -330,21 +272,17 @@ def reshard(
 
     Example: laid-data reshard shards/chat shards/chat64 --samples-per-shard 64
     """
-    from data_tools.rewrite import rewrite, within
-    from laid_ds.data.dataset import Dataset
+    from data_tools import rewrite
 
-    dataset = Dataset.open(folder)
-    kept = within(dataset, tokens, max_tokens)
-    result = rewrite(dataset, kept, out, samples_per_shard=samples_per_shard, bytes_per_shard=megabytes_per_shard << 20, resume=resume)
-    show({**result, "left_out": len(dataset) - len(kept)}, json)
+    show(rewrite.reshard(folder, out, rewrite.Bounds(samples, megabytes, resume), tokens, max_tokens), json)
 
 
 @app.command()
 def merge(
     folders: Sources,
-    out: Annotated[Path, typer.Option(help="New folder for the result.", show_default=False)],
-    samples_per_shard: SamplesPerShard = 256,
-    megabytes_per_shard: MegabytesPerShard = 512,
+    out: Annotated[Path, option("New folder for the result.", show_default=False)],
+    samples: ShardSamples = 256,
+    megabytes: ShardMegabytes = 512,
     resume: Resume = False,
     json: Json = False,
 ) -> None:
@@ -352,31 +290,19 @@ def merge(
 
     Example: laid-data merge shards/chat shards/vhs20 --out shards/all
     """
-    from data_tools.rewrite import rewrite
-    from laid_ds.data.dataset import Dataset
+    from data_tools import rewrite
 
-    dataset = Dataset.open(folders)
-    show(
-        rewrite(
-            dataset,
-            range(len(dataset)),
-            out,
-            samples_per_shard=samples_per_shard,
-            bytes_per_shard=megabytes_per_shard << 20,
-            resume=resume,
-        ),
-        json,
-    )
+    show(rewrite.merge(folders, out, rewrite.Bounds(samples, megabytes, resume)), json)
 
 
 @app.command()
 def split(
     folder: Source,
     out: Out,
-    shares: Annotated[str, typer.Option(help="Names and shares of the parts.", show_default=False)],
+    shares: Annotated[str, option("Names and shares of the parts.", show_default=False)],
     seed: Seed = 0,
-    samples_per_shard: SamplesPerShard = 256,
-    megabytes_per_shard: MegabytesPerShard = 512,
+    samples: ShardSamples = 256,
+    megabytes: ShardMegabytes = 512,
     resume: Resume = False,
     json: Json = False,
 ) -> None:
@@ -384,13 +310,9 @@ def split(
 
     Example: laid-data split shards/chat shards/chat-split --shares train=0.9,val=0.1
     """
-    from data_tools.rewrite import rewrite, split_parts
-    from laid_ds.data.dataset import Dataset
+    from data_tools import rewrite
 
-    dataset = Dataset.open(folder)
-    bounds = {"samples_per_shard": samples_per_shard, "bytes_per_shard": megabytes_per_shard << 20, "resume": resume}
-    parts = split_parts(dataset, shares, seed)
-    show({name: rewrite(dataset, indices, out / name, **bounds) for name, indices in parts.items()}, json)
+    show(rewrite.split(folder, out, rewrite.Bounds(samples, megabytes, resume), shares, seed), json)
 
 
 @app.command()
@@ -398,8 +320,8 @@ def shuffle(
     folder: Source,
     out: Out,
     seed: Seed = 0,
-    samples_per_shard: SamplesPerShard = 256,
-    megabytes_per_shard: MegabytesPerShard = 512,
+    samples: ShardSamples = 256,
+    megabytes: ShardMegabytes = 512,
     resume: Resume = False,
     json: Json = False,
 ) -> None:
@@ -407,19 +329,9 @@ def shuffle(
 
     Example: laid-data shuffle shards/chat shards/chat-shuffled --seed 1
     """
-    from data_tools.rewrite import rewrite, shuffled
-    from laid_ds.data.dataset import Dataset
+    from data_tools import rewrite
 
-    dataset = Dataset.open(folder)
-    order = shuffled(dataset, seed)
-    bounds = {"samples_per_shard": samples_per_shard, "bytes_per_shard": megabytes_per_shard << 20, "resume": resume}
-    show(rewrite(dataset, order, out, **bounds), json)
-
-
-def refuse_full(out: Path) -> None:
-    """An export never writes over what is there."""
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
+    show(rewrite.shuffle(folder, out, rewrite.Bounds(samples, megabytes, resume), seed), json)
 
 
 if importlib.util.find_spec("data_tools.synth"):

@@ -1,18 +1,20 @@
 """What is in a data set: info, stats, and the plan of an epoch."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from data_tools.console import track
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.order import Packing, Shuffle
+from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream
 
 
-def info(dataset: Dataset) -> dict[str, Any]:
+def info(folders: list[str]) -> dict[str, Any]:
     """What the index says."""
+    dataset = Dataset.open(folders)
     names = set.intersection(*(set(shard.tokens) for shard in dataset.shards))
     return {
         "samples": len(dataset),
@@ -26,8 +28,9 @@ def info(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def stats(dataset: Dataset, tokens: str) -> dict[str, Any]:
+def stats(folders: list[str], tokens: str) -> dict[str, Any]:
     """Histograms of lengths and image counts, and what the records say of themselves."""
+    dataset = Dataset.open(folders)
     lengths = dataset.token_counts(tokens)
     counts: dict[str, Counter] = {name: Counter() for name in ("source", "licence", "format", "questions", "needles", "pixels")}
     for i in track(range(len(dataset)), "read records"):
@@ -54,45 +57,54 @@ def stats(dataset: Dataset, tokens: str) -> dict[str, Any]:
     }
 
 
-def plan(
-    dataset: Dataset,
-    *,
-    world_size: int,
-    micro_batch: int,
-    budget: int | None,
-    group: int,
-    seed: int,
-    epoch: int,
-    shuffle: Shuffle,
-    tokens: str,
-    weights: list[float] | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Layout:
+    """How an epoch is laid out over ranks."""
+
+    world_size: int = 1
+    micro_batch: int = 1
+    budget: int | None = None
+    """Tokens of a pack; without it nothing is packed."""
+    group: int = 8
+    seed: int = 0
+    epoch: int = 0
+    shuffle: str = "full"
+    """full, none, or a window in samples."""
+    weights: str | None = None
+    """One for each folder, as "0.7,0.3"."""
+    tokens: str = "estimate"
+
+    def stream(self, dataset: Dataset) -> Stream:
+        """The first rank's stream, whose slots are those of all ranks."""
+        return Stream(
+            dataset,
+            micro_batch=self.micro_batch,
+            rank=0,
+            world_size=self.world_size,
+            seed=self.seed,
+            shuffle=int(self.shuffle) if self.shuffle.isdecimal() else self.shuffle,
+            packing=Packing(self.budget, group=self.group, tokens=self.tokens) if self.budget else None,
+            weights=[float(weight) for weight in self.weights.split(",")] if self.weights else None,
+            prepare=list,
+        )
+
+
+def plan(folders: list[str], layout: Layout) -> dict[str, Any]:
     """What one epoch will be: steps, fill, balance over ranks, and its first global positions."""
-    packing = Packing(budget, group=group, tokens=tokens) if budget else None
-    stream = Stream(
-        dataset,
-        micro_batch=micro_batch,
-        rank=0,
-        world_size=world_size,
-        seed=seed,
-        shuffle=shuffle,
-        packing=packing,
-        weights=weights,
-        prepare=list,
-    )
-    slots = stream.epoch_slots(epoch)
-    lengths = dataset.token_counts(tokens)
+    dataset = Dataset.open(folders)
+    slots = layout.stream(dataset).epoch_slots(layout.epoch)
+    lengths = dataset.token_counts(layout.tokens)
     slot_tokens = np.array([sum(int(lengths[index]) for _, index in slot) for slot in slots])
     slot_work = np.array([sum(int(lengths[index]) ** 2 for _, index in slot) for slot in slots], np.float64)
-    step = world_size * micro_batch
-    room = budget or int(lengths.max())
+    step = layout.world_size * layout.micro_batch
+    room = layout.budget or int(lengths.max())
     return {
         "samples": sum(len(slot) for slot in slots),
-        "packs" if budget else "slots": len(slots),
+        "packs" if layout.budget else "slots": len(slots),
         "micro_steps_per_epoch": len(slots) / step,
         "tokens": int(slot_tokens.sum()),
         "fill": float(slot_tokens.sum() / (room * len(slots))),
-        "rank_imbalance": _imbalance(slot_work, world_size, micro_batch),
+        "rank_imbalance": _imbalance(slot_work, layout.world_size, layout.micro_batch),
         "first": [{"position": position, "key": dataset.keys[index].decode()} for slot in slots[:4] for position, index in slot][:8],
     }
 

@@ -12,8 +12,9 @@ from laid_ds.data.record import Sample, Turn, describe
 TILE, CAPTION, COLUMNS = 128, 14, 8
 
 
-def cat(dataset: Dataset, key: str, images_folder: Path | None) -> dict[str, Any]:
+def cat(folder: str, key: str, images_folder: Path | None) -> dict[str, Any]:
     """A sample, as its record says it; its image files into a folder if one is given."""
+    dataset = Dataset.open(folder)
     sample = dataset.read(dataset.find(key))
     infos = [describe(image) for image in sample.images]
     if images_folder is not None:
@@ -33,8 +34,9 @@ def cat(dataset: Dataset, key: str, images_folder: Path | None) -> dict[str, Any
     }
 
 
-def preview(dataset: Dataset, first: int, count: int, sheet: Path | None) -> dict[str, Any]:
+def preview(folder: str, first: int, count: int, sheet: Path | None) -> dict[str, Any]:
     """The text of a few samples, and their images on one PNG; needles have a red frame."""
+    dataset = Dataset.open(folder)
     samples = [dataset.read(i) for i in range(first, min(first + count, len(dataset)))]
     if sheet is not None:
         contact_sheet(samples).save(sheet, "PNG")

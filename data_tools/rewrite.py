@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,45 @@ from laid_ds.data.record import DataError
 from laid_ds.data.writer import ShardWriter
 
 
-def rewrite(
-    dataset: Dataset, indices: Sequence[int], out: Path, *, samples_per_shard: int, bytes_per_shard: int, resume: bool = False
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bounds:
+    """How large shards become, and whether an interrupted run goes on."""
+
+    samples: int = 256
+    megabytes: int = 512
+    resume: bool = False
+
+
+def reshard(folder: str, out: Path, bounds: Bounds, tokens: str = "estimate", max_tokens: int | None = None) -> dict[str, Any]:
+    """The same samples in other shards, without those that are longer than `max_tokens`."""
+    dataset = Dataset.open(folder)
+    kept = np.arange(len(dataset)) if max_tokens is None else np.flatnonzero(dataset.token_counts(tokens) <= max_tokens)
+    return {**_rewrite(dataset, kept, out, bounds), "left_out": len(dataset) - len(kept)}
+
+
+def merge(folders: list[str], out: Path, bounds: Bounds) -> dict[str, Any]:
+    """Several data sets, one after the other, as one."""
+    dataset = Dataset.open(folders)
+    return _rewrite(dataset, range(len(dataset)), out, bounds)
+
+
+def split(folder: str, out: Path, bounds: Bounds, shares: str, seed: int) -> dict[str, Any]:
+    """One data set as several, one folder each under `out`."""
+    dataset = Dataset.open(folder)
+    return {name: _rewrite(dataset, part, out / name, bounds) for name, part in _parts(len(dataset), shares, seed).items()}
+
+
+def shuffle(folder: str, out: Path, bounds: Bounds, seed: int) -> dict[str, Any]:
+    """The samples in a random order."""
+    dataset = Dataset.open(folder)
+    return _rewrite(dataset, permutation(seed, 0, 0, len(dataset)), out, bounds)
+
+
+def _rewrite(dataset: Dataset, indices: Sequence[int], out: Path, bounds: Bounds) -> dict[str, Any]:
     """These samples, in this order, into new shards. Their records and images stay as they are, byte for byte."""
-    if not (resume and (out / DATASET).exists()):
-        with ShardWriter(out, samples_per_shard=samples_per_shard, bytes_per_shard=bytes_per_shard, resume=resume) as writer:
+    if not (bounds.resume and (out / DATASET).exists()):
+        sizes = {"samples_per_shard": bounds.samples, "bytes_per_shard": bounds.megabytes << 20}
+        with ShardWriter(out, **sizes, resume=bounds.resume) as writer:
             _refuse_other(dataset, indices, [key.decode() for shard in writer.shards for key in shard.keys.tolist()], out)
             for i in track(indices[writer.samples_done :], f"write {out.name}"):
                 writer.write(dataset.read(int(i)))
@@ -35,19 +69,7 @@ def _refuse_other(dataset: Dataset, indices: Sequence[int], keys: list[str], out
         raise DataError(f"{out} holds other samples than those asked for now")
 
 
-def within(dataset: Dataset, tokens: str, max_tokens: int | None) -> np.ndarray:
-    """Indices of the samples that are short enough."""
-    if max_tokens is None:
-        return np.arange(len(dataset))
-    return np.flatnonzero(dataset.token_counts(tokens) <= max_tokens)
-
-
-def shuffled(dataset: Dataset, seed: int) -> np.ndarray:
-    """A random order of all samples."""
-    return permutation(seed, 0, 0, len(dataset))
-
-
-def split_parts(dataset: Dataset, shares: str, seed: int) -> dict[str, np.ndarray]:
+def _parts(num_samples: int, shares: str, seed: int) -> dict[str, np.ndarray]:
     """ "train=0.9,val=0.1" as indices: a random split whose parts keep the order of the set. Shares are exact to one sample."""
     parts = dict(re.findall(r"([A-Za-z0-9_-]+)=([0-9.]+)(?:,|$)", shares))
     if ",".join(f"{name}={share}" for name, share in parts.items()) != shares or not parts:
@@ -55,6 +77,6 @@ def split_parts(dataset: Dataset, shares: str, seed: int) -> dict[str, np.ndarra
     weights = np.array([float(share) for share in parts.values()])
     if abs(weights.sum() - 1) > 1e-6:
         raise ValueError(f"shares {shares!r} sum to {weights.sum():g}, not 1")
-    bounds = np.rint(np.cumsum(weights) * len(dataset)).astype(int)
-    order = shuffled(dataset, seed)
+    bounds = np.rint(np.cumsum(weights) * num_samples).astype(int)
+    order = permutation(seed, 0, 0, num_samples)
     return {name: np.sort(part) for name, part in zip(parts, np.split(order, bounds[:-1]), strict=True)}

@@ -6,9 +6,11 @@ import string
 from pathlib import Path
 from typing import Any
 
-from data_tools.inputs import IMAGE_MARK, Entry, ImageRoot, entries, interleave, read_json, take, take_strings
-from data_tools.mm_niah import is_exact
-from data_tools.visual_haystacks import ANSWERS, plain
+from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
+from data_tools.formats.mm_niah import is_exact
+from data_tools.formats.visual_haystacks import ANSWERS, plain
+from data_tools.image_root import ImageRoot
+from data_tools.inputs import entries, read_json
 from laid_ds.data.record import DataError, Sample, Turn
 
 FORM = " Write your answer in the following format:\nAnswer: [answer]\n\n{context}\n\nQuestion: {question}"

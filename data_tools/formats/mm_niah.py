@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.inputs import IMAGE_MARK, Entry, ImageRoot, entries, interleave, take, take_strings
-from data_tools.visual_haystacks import plain, write_images
+from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
+from data_tools.formats.visual_haystacks import plain, write_images
+from data_tools.image_root import ImageRoot
+from data_tools.inputs import entries
 from laid_ds.data.record import DataError, Sample, Turn, record_of
 
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."

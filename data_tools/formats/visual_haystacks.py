@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.inputs import Entry, ImageRoot, read_json, take, take_strings
+from data_tools.formats.fields import Entry, take, take_strings
+from data_tools.image_root import ImageRoot
+from data_tools.inputs import read_json
 from laid_ds.data.record import DataError, Sample, Turn, describe
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "

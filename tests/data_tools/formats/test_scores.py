@@ -1,13 +1,16 @@
 """Laws of scoring: the official rules as their benchmarks apply them, quirks included, and a strict rule that no talk can please."""
 
+import contextlib
 import json
+from functools import partial
 
 import pytest
+from format_examples import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import mm_niah, mmlongbench, visual_haystacks
-from data_tools.visual_haystacks import plain, words
+from data_tools.formats import mm_niah, mmlongbench, visual_haystacks
+from data_tools.formats.visual_haystacks import plain, words
 from laid_ds.data.record import DataError
 
 
@@ -154,3 +157,20 @@ def test_any_response_is_scored(response, answer):
 def test_the_plain_form():
     assert plain(' "Yes." ') == "yes"
     assert plain("**No**") == "no"
+
+
+RESULTS = [
+    (visual_haystacks.score_entries, {"conversations": [{"value": "?"}, {"value": "yes"}], "result": {"response": "no"}}),
+    (visual_haystacks.score_entries, {"conversations": [{"value": "?"}, {"value": "yes"}], "response": ["no", "yes"]}),
+    (mm_niah.score_lines, {"context_length": 1500, "placed_depth": [0.5], "answer": [1], "response": "[1]"}),
+    (partial(mm_niah.score_lines, counting=True), {"context_length": 1500, "placed_depth": 1, "answer": "[1]", "response": "[1]"}),
+    *((partial(mmlongbench.score_entries, rule=rule), {"answer": 1, "output": "B"}) for rule in ("binary", "sum", "letter", "contains")),
+]
+
+
+@pytest.mark.parametrize("score, result", RESULTS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_result_is_scored_or_refused(score, result, data):
+    with contextlib.suppress(DataError):
+        score([changed(result, data.draw)])

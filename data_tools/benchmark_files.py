@@ -1,0 +1,27 @@
+"""Benchmarks as a whole: a data set becomes a benchmark's files, and answers in a benchmark's own form are scored."""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools.console import track
+from data_tools.formats import mm_niah, mmlongbench, visual_haystacks
+from laid_ds.data.dataset import Dataset
+
+WRITERS = {"vhs": visual_haystacks.write_files, "mm-niah": mm_niah.write_file}
+
+
+def export(format: str, folder: str, out: Path) -> dict[str, Any]:
+    """Write a data set as a benchmark's files; never over what is there."""
+    dataset = Dataset.open(folder)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty")
+    return WRITERS[format](track(dataset, "export", len(dataset)), out)
+
+
+def score(benchmark: str, results: Path, seed: int) -> dict[str, Any]:
+    """Scores by the benchmark's rules. The seed is that of Visual Haystacks' resampling."""
+    if not results.exists():
+        raise ValueError(f"{results} does not exist")
+    if benchmark == "vhs":
+        return visual_haystacks.score(results, seed)
+    return (mm_niah if benchmark == "mm-niah" else mmlongbench).score(results)

@@ -1,0 +1,151 @@
+"""Laws of the readers of formats: field by field in, and out again; any other entry is one documented error."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from data_samples import picture
+from format_examples import (
+    EXAMPLES,
+    FOLDER,
+    LLAVA,
+    LONGBENCH,
+    LONGBENCH_NIAH,
+    MIRAGE,
+    MMC4,
+    NIAH,
+    OBELICS,
+    SHAREGPT,
+    VHS,
+    build_set,
+    changed,
+    read,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.formats import mm_niah, visual_haystacks
+from data_tools.formats.fields import interleave
+from data_tools.image_root import ImageRoot
+from data_tools.inputs import entries
+from laid_ds.data.record import DataError, Turn, encode
+
+
+def test_llava_keeps_turns_and_places(pictures):
+    sample = read("llava", LLAVA, pictures)
+    assert sample.turns == (
+        Turn("user", (0, "\nand ", 1, " differ?")),
+        Turn("assistant", ("Yes.",)),
+        Turn("user", ("How?",)),
+        Turn("assistant", ("Colour.",)),
+    )
+    assert sample.images == (picture(0), picture(1))
+    assert sample.meta == {"id": "x1"}
+
+
+def test_one_mark_stands_for_all_images_and_relevant_ones_are_needles(pictures):
+    assert read("llava", MIRAGE, pictures).turns[0] == Turn("user", (0, 1, "\nWhich?"), needles=(1,))
+    assert [turn.role for turn in read("sharegpt", SHAREGPT, pictures).turns] == ["system", "user", "assistant"]
+
+
+def test_documents_are_interleaved_as_they_say(pictures):
+    assert read("obelics", OBELICS, pictures).turns[0].segments == ("before", 0, "after", 1)
+    mmc4 = read("mmc4", MMC4, pictures)
+    assert mmc4.turns[0].segments == (0, "one", 1, "two")
+    assert mmc4.images == (picture(1), picture(3))
+
+
+def test_folder_lines_carry_needles_choices_and_licence(pictures):
+    sample = read("folder", FOLDER, pictures)
+    assert sample.turns == (Turn("user", (0, 1, "Same?"), (1,), ("yes", "no")), Turn("assistant", ("no",)))
+    assert sample.licence == "CC0-1.0"
+
+
+def test_haystacks_know_their_needle_and_their_order_is_a_function_of_the_seed(pictures):
+    root = ImageRoot(pictures)
+    orders = [visual_haystacks.read_entry(VHS, "key", root, seed=seed).meta["image_paths"] for seed in (0, 0, 1, 2)]
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) > 1
+    for depth, place in ((0, 0), (0.5, 2), (1, 3)):
+        sample = visual_haystacks.read_entry(VHS, "key", root, depth=depth)
+        assert sample.turns[0].needles == (place,)
+        assert sample.images[place] == picture(0)
+
+
+def test_mm_niah_letters_its_choices(pictures):
+    sample = read("mm-niah", NIAH, pictures)
+    assert sample.turns[0].segments[:4] == ("text ", 0, " more ", 1)
+    assert sample.turns[0].segments[4].startswith(" end\nWhich one?\nA. ")
+    assert (sample.turns[0].needles, sample.turns[0].choices, sample.turns[1].text) == ((1,), ("A", "B"), "B")
+    assert len(sample.images) == 4
+
+
+def test_mmlongbench_reads_both_parts(pictures):
+    haystack = read("mmlongbench", LONGBENCH, pictures)
+    assert [segment for segment in haystack.turns[0].segments if isinstance(segment, int)] == [0, 1]
+    assert haystack.turns[0].text.endswith("Question: Is there a cat?")
+    lettered = read("mmlongbench", LONGBENCH_NIAH, pictures)
+    assert (lettered.turns[0].needles, lettered.turns[1].text, len(lettered.images)) == ((0,), "A", 3)
+
+
+def test_marks_and_images_must_agree():
+    assert interleave(["a", "b"], 2) == [(0, 1, "a"), ("b",)]
+    with pytest.raises(DataError, match="2 <image> marks for 3 images"):
+        interleave(["<image><image>"], 3)
+
+
+def test_haystacks_come_out_as_they_went_in(tmp_path, pictures):
+    oracle = {**VHS, "neg_image": []}
+    dataset = build_set(tmp_path / "set", "vhs", [VHS, oracle], pictures)
+    report = visual_haystacks.write_files(dataset, tmp_path / "out")
+    assert report["entries"] == {"4": 1, "oracle": 1}
+    assert json.loads((tmp_path / "out" / "visual_haystack_4.json").read_text()) == [VHS]
+    for name in VHS["pos_image"] + VHS["neg_image"]:
+        assert (tmp_path / "out" / "images" / name).read_bytes() == (pictures / name).read_bytes()
+    again = visual_haystacks.read_entry(VHS, "s-00000000", ImageRoot(tmp_path / "out" / "images"))
+    assert encode(again) == encode(visual_haystacks.read_entry(VHS, "s-00000000", ImageRoot(pictures)))
+
+
+def test_lines_come_out_as_they_went_in(tmp_path, pictures):
+    dataset = build_set(tmp_path / "set", "mm-niah", [NIAH], pictures)
+    mm_niah.write_file(dataset, tmp_path / "out")
+    assert [json.loads(line) for line in (tmp_path / "out" / "annotations.jsonl").read_text().splitlines()] == [NIAH]
+
+
+@pytest.mark.parametrize("format", ["vhs", "mm-niah"])
+def test_any_set_with_such_questions_becomes_a_benchmark(tmp_path, pictures, format):
+    """Export of our own samples, and import of what was exported, keep question, answer, needles and images."""
+    dataset = build_set(tmp_path / "set", "folder", [FOLDER], pictures)
+    write, name = {
+        "vhs": (visual_haystacks.write_files, "visual_haystack_2.json"),
+        "mm-niah": (mm_niah.write_file, "annotations.jsonl"),
+    }[format]
+    write(dataset, tmp_path / "out")
+    (entry,) = entries(tmp_path / "out" / name)
+    sample = read(format, entry, tmp_path / "out" / "images")
+    question, answer = sample.turns
+    (needle,) = question.needles
+    assert sample.images[needle] == picture(1)
+    assert "Same?" in question.text
+    assert answer.text == {"vhs": "no", "mm-niah": "B"}[format]
+
+
+def test_an_export_never_writes_outside_its_folder(tmp_path, pictures):
+    sample = visual_haystacks.read_entry(VHS, "key", ImageRoot(pictures))
+    hostile = replace(sample, meta={**sample.meta, "image_paths": ["../../p0.jpg", "/p1.jpg", "p2.jpg", "p3.jpg"]})
+    with pytest.raises(DataError, match="leads out"):
+        visual_haystacks.write_files([hostile], tmp_path / "out")
+    assert not (tmp_path / "p0.jpg").exists()
+
+
+@pytest.mark.parametrize("format, example", EXAMPLES)
+@given(data=st.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_entry_is_read_or_refused(pictures, format, example, data):
+    entry = changed(example, data.draw)
+    try:
+        sample = read(format, entry, pictures)
+        encode(sample)
+    except DataError:
+        return
+    assert picture(7) not in sample.images
