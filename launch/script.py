@@ -1,4 +1,4 @@
-"""The batch script of a job, as text: what SLURM is asked for, what differs between jobs, and a part that is always the same.
+"""The batch script of a job, as text: what SLURM is asked for, what differs between jobs, and the bash of `launch/bash/`.
 
 How an attempt ended is read from files in the run folder (laid_ds/runtime/stop.py), never from an exit status: launchers lose those.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from launch.job import Job, is_one_line
 from launch.secrets import forms_of_secrets
+
+BASH = Path(__file__).with_name("bash")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def render(job: Job, target: Target) -> str:
     """The script. Raises ValueError for what a script cannot hold: paths or overrides of several lines, secrets."""
     _check(job, target)
     lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in _requests(job, target)), "", *_differences(job, target)]
-    return "\n".join(lines) + "\n" + BEGIN + _on_nodes(job, target) + END
+    return "\n".join([*lines, "", _bash("begin"), _on_nodes(job, target), _bash("end")])
 
 
 def _check(job: Job, target: Target) -> None:
@@ -119,16 +121,17 @@ def _words(texts: Iterable[str]) -> str:
 
 def _on_nodes(job: Job, target: Target) -> str:
     """The part that starts the ranks."""
-    srun, prefix = _container(job, target)
-    python = _words([*prefix, target.python])
-    command = f"srun --kill-on-bad-exit=1 --wait=60{srun}"
+    options, prefix = _container(job, target)
+    srun, python = f"srun --kill-on-bad-exit=1 --wait=60{options}", _words([*prefix, target.python])
     if job.launcher == "srun":
-        return f'ranks=({command} {python} -u -m laid_ds.train "${{arguments[@]}}")\n'
-    starts = {"torchrun": TORCHRUN, "deepspeed": DEEPSPEED}[job.launcher].format(
-        python=python, nodes=job.nodes, ranks=job.ranks, shutdown_seconds=job.lead_seconds
-    )
-    hostfile = HOSTFILE.format(ranks=job.ranks) if job.launcher == "deepspeed" else ""
-    return NODE.format(start=shlex.quote(starts + FORWARD), hostfile=hostfile, srun=command)
+        return _bash("srun", srun=srun, python=python)
+    starts = {
+        "torchrun": _bash("torchrun", python=python, nodes=job.nodes, ranks_per_node=job.ranks, shutdown_seconds=job.lead_seconds),
+        "deepspeed": _bash("deepspeed", python=python),
+    }
+    start = shlex.quote("\n" + starts[job.launcher] + _bash("forward"))
+    hostfile = _bash("hostfile", ranks_per_node=job.ranks) if job.launcher == "deepspeed" else ""
+    return _bash("node") + hostfile + _bash("on_node", start=start, srun=srun)
 
 
 def _container(job: Job, target: Target) -> tuple[str, list[str]]:
@@ -145,129 +148,7 @@ def _container(job: Job, target: Target) -> tuple[str, list[str]]:
     return "", []
 
 
-BEGIN = r"""
-# What follows is the same for every job.
-launch=$run/launch
-attempt=${SLURM_RESTART_COUNT:-0}
-job=$SLURM_JOB_ID
-[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-mkdir -p "$launch/logs"
-
-say() { printf '[%(%F %T)T] laid-launch: %s\n' -1 "$*"; }
-
-record() { # STATUS: what `laid-launch status` tells when SLURM has forgotten the job
-  printf '{"job": "%s", "attempt": %d, "status": "%s", "nodes": "%s", "time": "%(%FT%T%z)T"}\n' \
-    "$job" "$attempt" "$1" "$SLURM_JOB_NODELIST" -1 > "$launch/state.json.partial"
-  mv "$launch/state.json.partial" "$launch/state.json"
-}
-
-finish() { # STATUS EXIT WORDS
-  trap '' TERM "$signal"
-  rm -f "$run/stop"
-  record "$1"
-  say "${*:3}"
-  exit "$2"
-}
-
-again() { # WORDS: start this job again, unless that was done often enough or somebody cancelled it
-  local answer
-  case $(scontrol --oneliner show job "$job") in *JobState=CANCELLED*) finish cancelled 1 "$*; cancelled" ;; esac
-  [ "$attempt" -lt "$max_restarts" ] || finish stopped 0 "$*; not started again after $attempt restarts"
-  trap '' TERM "$signal"
-  record requeued
-  say "$*; asking SLURM to start it again"
-  answer=$(scontrol requeue "$job" 2>&1) && exit 0
-  case $answer in *pending*) finish requeued 0 "$*; SLURM has done so itself" ;; esac # after the failure of a node
-  finish stopped 0 "$*; SLURM does not: $answer"
-}
-
-newest() { cat "$run/checkpoints/latest" 2> /dev/null; }
-
-crashed() { # EXIT: without a marker
-  local crashes=0
-  [ "$(newest)" != "$before" ] || crashes=$(cat "$launch/crashes" 2> /dev/null || echo 0)
-  crashes=$((crashes + 1))
-  echo "$crashes" > "$launch/crashes"
-  [ "$crashes" -le "$max_crashes" ] || finish failed 1 "failed (exit $1), $crashes times without a newer checkpoint; see $launch/logs"
-  again "failed (exit $1), without a newer checkpoint $crashes of $max_crashes times"
-}
-
-# shellcheck disable=SC2317 # called by traps
-ask() { # WHY: the ranks finish their step, save and leave
-  say "$1: the ranks are asked to save and stop"
-  touch "$run/stop"
-  [ -z "$step" ] || kill -s "$signal" "$step" 2> /dev/null
-}
-
-[ ! -f "$run/done.json" ] || finish "done" 0 "already done"
-[ "$attempt" -le "$max_restarts" ] || finish stopped 1 "restarted $attempt times, $max_restarts are allowed"
-rm -f "$run/requeue.json" "$run/stop"
-before=$(newest)
-step=
-trap 'ask $signal' "$signal"
-trap 'ask TERM' TERM
-
-# Names that do not resolve, or another network: export MASTER_ADDR in the setup lines.
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-MASTER_PORT=$((10000 + (31 * SLURM_JOB_ID + attempt) % 20000))
-LAID_RANK_LOGS=$launch/logs
-export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-
-"""
-
-HOSTFILE = r"""export LAID_HOSTFILE=$launch/hostfile-$job
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > "$LAID_HOSTFILE"
-"""
-
-NODE = r"""# On each node: the launcher starts the ranks. A signal to the task becomes a file, since launchers would not pass it on.
-export LAID_STOP=$run/stop LAID_JOB=$job.$attempt
-{hostfile}# shellcheck disable=SC2016 # the variables are those of each node
-on_node={start}
-ranks=({srun} bash -c "$on_node" on_node "${{arguments[@]}}")
-"""
-
-TORCHRUN = r"""
-start() {{
-  exec {python} -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
-    --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout={shutdown_seconds} \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@"
-}}
-"""
-
-DEEPSPEED = r"""
-start() {{
-  exec {python} -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
-    --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@"
-}}
-"""
-
-FORWARD = r"""request() {
-  touch "$LAID_STOP"
-}
-trap request TERM USR1 USR2
-(trap "" TERM USR1 USR2; start "$@") & # where a signal reaches all processes of a task, it does not end the launcher; the ranks listen anew
-launcher=$!
-while :; do
-  wait "$launcher"; status=$?
-  kill -0 "$launcher" 2> /dev/null || exit "$status"
-done
-"""
-
-END = r"""
-say "attempt $attempt on $SLURM_JOB_NODELIST, ${before:-from the beginning}"
-record running
-"${ranks[@]}" &
-step=$!
-while :; do # `wait` returns at each signal, too
-  wait "$step"
-  status=$?
-  kill -0 "$step" 2> /dev/null || break
-done
-[ ! -f "$run/done.json" ] || finish "done" 0 "done"
-if [ -f "$run/requeue.json" ]; then
-  rm -f "$launch/crashes"
-  again "saved and stopped $(cat "$run/requeue.json")"
-fi
-crashed "$status"
-"""
+def _bash(name: str, **values: str | int) -> str:
+    """A file of launch/bash below its head (the lines up to the first empty one); each @name@ in it is replaced by that value."""
+    text = (BASH / f"{name}.sh").read_text(encoding="utf-8").split("\n\n", 1)[1]
+    return re.sub(r"@(\w+)@", lambda mark: str(values[mark[1]]), text)
