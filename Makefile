@@ -77,7 +77,7 @@ test: install
 
 # Jobs on a SLURM of this machine (launch/testcluster); skips with a reason where it cannot be. LAID_SLURM_MATRIX=1: the whole matrix.
 test-slurm: install
-	$(BIN)/python -m pytest -m slurm -rs
+	$(BIN)/python -m pytest -m slurm
 
 # The shards against megatron-energon itself, which is installed apart: its dependencies would replace ours.
 ENERGON := .energon

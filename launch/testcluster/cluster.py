@@ -42,7 +42,7 @@ def up(shape: Shape) -> dict[str, str]:
     _run("slurmctld", "-c", "-f", shape.state / "slurm.conf")
     for node in range(shape.nodes):
         start_node(shape, node)
-    if not _until(lambda: _idle_or_busy(shape) == shape.nodes, seconds=30):
+    if not _until(lambda: _idle_or_busy(shape) == shape.nodes, seconds=120):
         raise Unavailable(f"the nodes did not come up; see {shape.state / 'log'}")
     return environment(shape.state)
 

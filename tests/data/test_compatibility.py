@@ -40,7 +40,7 @@ def test_webdataset_reads_each_sample(dataset, tmp_path):
 
 
 def test_wids_reads_each_sample_by_index(dataset, tmp_path):
-    wids = pytest.importorskip("wids")
+    wids = pytest.importorskip("wids", reason="wids is not installed (the extra `dev`)")
     read = wids.ShardListDataset(str(tmp_path / "set" / "dataset.json"), cache_dir=str(tmp_path / "cache"), keep=True, transformations=[])
     assert len(read) == 25
     for i in (24, 3, 0, 8):
@@ -50,7 +50,7 @@ def test_wids_reads_each_sample_by_index(dataset, tmp_path):
 
 
 def test_energon_makes_the_same_offsets_and_reads_each_sample(dataset, tmp_path):
-    energon = pytest.importorskip("megatron.energon")
+    energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed (`make test-energon` installs it)")
     offsets = {path: path.read_bytes() for path in (tmp_path / "set").glob("*.idx")}
     for path in offsets:
         path.unlink()

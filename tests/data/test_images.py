@@ -55,7 +55,7 @@ def test_the_default_pixels_are_those_of_the_stock_path(data, decoder):
 
 
 def test_the_faster_decoder_is_used_only_where_it_was_seen_to_agree(monkeypatch):
-    pytest.importorskip("simplejpeg")
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed (the extra `fast`)")
     assert images.simplejpeg_equals_pil()
     monkeypatch.setattr(images, "simplejpeg_equals_pil", lambda: False)
     monkeypatch.setattr(images, "_decode_jpeg", None)  # must not be called
@@ -63,7 +63,7 @@ def test_the_faster_decoder_is_used_only_where_it_was_seen_to_agree(monkeypatch)
 
 
 def test_the_approximate_decoder_is_close_and_has_to_be_asked_for():
-    pytest.importorskip("simplejpeg")
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed (the extra `fast`)")
     data = saved("RGB", "JPEG", (300, 200), quality=90)
     difference = np.asarray(Pixels("fast").decode(data), int) - np.asarray(stock(data), int)
     assert 0 < np.abs(difference).mean() < 4

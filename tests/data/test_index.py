@@ -3,9 +3,9 @@
 import hashlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -169,42 +169,44 @@ def test_a_header_with_any_changed_byte_is_refused():
 
 
 WRITER = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
+import itertools, os, signal, sys; sys.path[:0] = [{tests!r}, {root!r}]
 from data_samples import make_sample
 from laid_ds.data.writer import ShardWriter
-samples = [make_sample(i, 1) for i in range(60)]
+samples, calls = [make_sample(i, 1) for i in range(60)], itertools.count(1)
+def die_at_call(frame, event, argument):
+    if next(calls) == {death}:
+        os.kill(os.getpid(), signal.SIGKILL)
 with ShardWriter({folder!r}, samples_per_shard=3, resume=True) as writer:
-    for number in range(writer.samples_done, 60):
-        print(number, flush=True)
-        writer.write(samples[number])
+    sys.setprofile(die_at_call)
+    for sample in samples[writer.samples_done:]:
+        writer.write(sample)
+sys.setprofile(None)
+print(next(calls))
 """
 
 
-def start_writer(folder) -> subprocess.Popen:
-    code = WRITER.format(tests=os.path.dirname(__file__), root=os.getcwd(), folder=str(folder))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+def run_writer(folder, death: int = 0) -> int | None:
+    """Write 60 samples; how many function calls that took. It dies by SIGKILL at the death-th of them: None."""
+    code = WRITER.format(tests=os.path.dirname(__file__), root=os.getcwd(), folder=str(folder), death=death)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if found.returncode == -signal.SIGKILL:
+        return None
+    assert found.returncode == 0, found.stderr
+    return int(found.stdout)
 
 
 def test_a_killed_writer_leaves_only_whole_shards_and_resumes_to_the_same_bytes(tmp_path):
-    start_writer(tmp_path / "whole").communicate()
+    calls = run_writer(tmp_path / "whole")
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(whole) == 42
 
-    moments, interrupted = np.random.default_rng(0), 0
-    for trial in range(20):
+    for trial, death in enumerate(np.random.default_rng(0).integers(1, calls * 0.98, 20)):
         folder = tmp_path / f"killed-{trial}"
-        process = start_writer(folder)
-        for _ in range(moments.integers(1, 60)):
-            process.stdout.readline()
-        time.sleep(moments.uniform(0, 0.003))
-        process.kill()
-        process.wait()
+        assert run_writer(folder, death) is None
         for path in folder.glob("*.tar"):
             assert path.read_bytes() == whole[path.name]
-        interrupted += not (folder / DATASET).exists()
-    assert interrupted > 10
-    if not (folder / DATASET).exists():
-        start_writer(folder).communicate()
+        assert not (folder / DATASET).exists()
+    run_writer(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 

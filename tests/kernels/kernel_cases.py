@@ -9,7 +9,11 @@ import pytest
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at its first import, which may be past
-WHY_NOT = "start with TRITON_INTERPRET=1" if HAS_TRITON else "triton is not installed (the extra `triton`)"
+WHY_NOT = (
+    "TRITON_INTERPRET=1 is not set, and fused kernels run in Triton's interpreter here"
+    if HAS_TRITON
+    else "triton is not installed (the extra `triton`)"
+)
 IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason=WHY_NOT)
 
 FAST = ["chunked", pytest.param("fused", marks=IN_INTERPRETER)]

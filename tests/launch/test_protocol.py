@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.job import Job
 from launch.script import Target, render
+from tests.support.processes import output_of, wait_until
 
 SRUN = """#!/bin/bash
+{first}
 touch "$RUN/started"
 {acts}
 """
@@ -37,26 +39,35 @@ class Attempt:
     said: str = ""
 
     def run(
-        self, acts: str, job: Job | None = None, restarts: int = 0, state: str = "RUNNING", answer: str = "no", tell: int | None = None
+        self,
+        acts: str,
+        job: Job | None = None,
+        restarts: int = 0,
+        state: str = "RUNNING",
+        answer: str = "no",
+        tell: int | None = None,
+        first: str = "",
     ) -> Attempt:
-        """`acts`: what the ranks do; `answer`: why SLURM will not requeue, empty if it will; `tell`: a signal to the script meanwhile."""
+        """`acts`: what the ranks do; `answer`: why SLURM will not requeue, empty if it will.
+
+        `tell`: a signal to the script when the ranks have done what stands in `first` and the script waits for them.
+        """
         run, commands = self.folder / "run", self.folder / "bin"
         for path in (run, commands):
             path.mkdir(exist_ok=True)
         (run / "started").unlink(missing_ok=True)
-        for name, text in (("srun", SRUN.format(acts=acts)), ("scontrol", SCONTROL.format(state=state, answer=answer))):
+        for name, text in (("srun", SRUN.format(first=first, acts=acts)), ("scontrol", SCONTROL.format(state=state, answer=answer))):
             (commands / name).write_text(text)
             (commands / name).chmod(0o755)
         environ = {"PATH": f"{commands}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
         environ |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
         script = self.folder / "job.sh"
         script.write_text(render(job or Job(), Target("x", Path("run"), self.folder, (), "python")))
-        process = subprocess.Popen(["bash", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = start_script(["bash", str(script)], environ)
         if tell is not None:
-            while not (run / "started").exists():
-                time.sleep(0.02)
+            wait_until(lambda: (run / "started").exists() and sleeps(process), "the ranks")
             process.send_signal(tell)
-        said, _ = process.communicate(timeout=30)
+        said = output_of(process)
         return Attempt(self.folder, process.returncode, said)
 
     @property
@@ -67,6 +78,15 @@ class Attempt:
     def requeues(self) -> int:
         path = self.folder / "run" / "requeued"
         return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def start_script(command: list[str], environ: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def sleeps(process: subprocess.Popen) -> bool:
+    """Of a script whose ranks have started: whether it has come to wait for them."""
+    return psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING
 
 
 @pytest.fixture
@@ -136,28 +156,29 @@ def test_an_accepted_requeue_ends_the_script_at_once(attempt):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_warning_reaches_the_ranks_by_file_and_by_signal(attempt, number, launcher):
-    acts = f'trap \'echo warned >> "$RUN/warned"\' USR1; until [ -f "$RUN/stop" ] && [ -f "$RUN/warned" ]; do sleep 0.05; done; {SAVED}'
-    found = attempt.run(acts, Job(launcher=launcher), tell=number)
+    acts = f'until [ -f "$RUN/stop" ] && [ -f "$RUN/warned" ]; do sleep 0.05; done; {SAVED}'
+    found = attempt.run(acts, Job(launcher=launcher), tell=number, first="trap 'touch \"$RUN/warned\"' USR1")
     assert found.requeues == 1
     assert "the ranks are asked to save and stop" in found.said
     assert not (found.folder / "run" / "stop").exists()
 
 
 def test_a_late_warning_does_not_change_the_end(attempt):
-    found = attempt.run(f"trap '' USR1; {DONE}; sleep 0.5", tell=signal.SIGUSR1)
+    acts = 'until [ -f "$RUN/stop" ]; do sleep 0.05; done'  # the script has heard the warning
+    found = attempt.run(acts, tell=signal.SIGUSR1, first=f"trap '' USR1; {DONE}")
     assert (found.status, found.recorded, found.requeues) == (0, "done", 0)
 
 
 def test_another_warning_signal(attempt):
-    acts = f"trap '{SAVED}; exit 0' USR2; sleep 20 > /dev/null 2>&1 & wait"
-    assert attempt.run(acts, Job(signal="USR2"), tell=signal.SIGUSR2).requeues == 1
+    acts = 'until [ -f "$RUN/requeue.json" ]; do sleep 0.05; done'
+    assert attempt.run(acts, Job(signal="USR2"), tell=signal.SIGUSR2, first=f"trap '{SAVED}' USR2").requeues == 1
 
 
 NODE = """#!/bin/bash
 while [ "$1" != bash ]; do shift; done
 "$@" &
-echo $! > "$RUN/task"
-touch "$RUN/started"
+echo $! > "$RUN/task.partial"
+mv "$RUN/task.partial" "$RUN/task"
 wait $!
 while kill -0 "$(cat "$RUN/task")" 2> /dev/null; do wait "$(cat "$RUN/task")"; done
 """
@@ -176,10 +197,9 @@ def test_a_signal_to_the_task_of_a_node_becomes_the_stop_file(tmp_path, launcher
     script = render(Job(launcher=launcher), Target("x", Path("run"), tmp_path, (), str(tmp_path / "bin" / "python")))
     environ = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
     environ |= {"SLURM_NODEID": "0"}
-    with subprocess.Popen(["bash", "-c", script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while not (run / "python").exists():
-            time.sleep(0.02)
-        os.kill(int((run / "task").read_text()), number)  # the task only, as under proctrack/cgroup
-        said, _ = process.communicate(timeout=30)
+    process = start_script(["bash", "-c", script], environ)
+    wait_until(lambda: (run / "python").exists() and (run / "task").exists(), "the launcher of the node")
+    os.kill(int((run / "task").read_text()), number)  # the task only, as under proctrack/cgroup
+    said = output_of(process)
     assert process.returncode == 0, said
     assert json.loads((run / "launch" / "state.json").read_text())["status"] == "done"

@@ -75,7 +75,7 @@ def test_scripts_are_valid_bash_and_clean(case):
     text = render(*CASES[case])
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck")
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
     harmless = "SC2089,SC2090"  # a path that holds quotes is always used within quotes
     found = subprocess.run(["shellcheck", "--shell=bash", f"--exclude={harmless}", "-"], input=text, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
@@ -83,7 +83,7 @@ def test_scripts_are_valid_bash_and_clean(case):
 
 def test_every_file_of_bash_is_clean_by_itself():
     if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck")
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
     subprocess.run(["shellcheck", *map(str, ROOT.glob("launch/**/*.sh"))], check=True)
 
 

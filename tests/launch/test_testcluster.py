@@ -10,6 +10,7 @@ import pytest
 
 from launch.testcluster import cluster as testcluster
 from launch.testcluster.configuration import FREEZER, Shape, default_state
+from tests.support.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.slurm
 
@@ -43,7 +44,7 @@ def test_up_twice_is_up_once_and_down_leaves_nothing(shape):
     assert (shape.state / "pid" / "slurmctld").read_text() == daemon
     gpus = ["--gpus-per-node=2"] if shape.gpus else []
     command = ["srun", f"--nodes={shape.nodes}", *gpus, "bash", "-c", "echo $SLURMD_NODENAME ${CUDA_VISIBLE_DEVICES:-none}"]
-    found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert sorted(found.stdout.split("\n")[:-1]) == [f"{name} {'0,1' if shape.gpus else 'none'}" for name in shape.names], found.stderr
     assert traces()
     testcluster.down(default_state())

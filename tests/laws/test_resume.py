@@ -12,11 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -28,7 +26,7 @@ from laid_ds.run.loop import train
 from laid_ds.run.metrics import Reporter
 from laid_ds.runtime import checkpoint, engine
 from laid_ds.runtime.stop import StopRequest
-from tests.support.processes import run_ranks, start_ranks
+from tests.support.processes import interrupted, output_of, run_ranks, start_ranks
 from tests.support.recipes import write_recipe
 
 EXACT = ("loss", "sft", "kl", "align", "match", "gradient_norm", "lr", "keys")
@@ -216,32 +214,27 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(world, tmp_path):
 @pytest.fixture
 def recipe(world, tmp_path):
     """A longer run as a file, for the real launcher."""
-    run = world.run(tmp_path / "run", steps=2000, checkpoint={"every_steps": 1000})
+    run = world.run(tmp_path / "run", steps=1_000_000, checkpoint={"every_steps": 100_000})
     return write_recipe(run, tmp_path / "recipe.toml")
 
 
 def start(recipe, *overrides):
     command = [sys.executable, "-m", "laid_ds.cli", "train", str(recipe), *overrides, "--ranks", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_no_process(recipe, tmp_path):
     process = start(recipe)
-    while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
-        time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output = interrupted(process, (tmp_path / "run" / "metrics.jsonl").is_file)
     assert process.returncode == 130, output
     assert "the same command goes on from there" in output
     assert "Traceback" not in output
-    assert not psutil.wait_procs(children, timeout=5)[1]
     stopped = int(checkpoint.latest(tmp_path / "run").name.removeprefix("step_"))
     records = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records == list(range(1, stopped + 1))
 
     changed = start(recipe, "optimizer.lr=0.5")
-    output, _ = changed.communicate(timeout=60)
+    output = output_of(changed)
     assert changed.returncode != 0
     assert "holds another run (it differs in optimizer.lr)" in output
     assert "Traceback" not in output

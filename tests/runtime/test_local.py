@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from laid_ds.train import main
-from tests.support.processes import free_port, run_ranks
+from tests.support.processes import free_port, interrupted, run_ranks
 from tests.support.recipes import write_recipe
 from tests.support.slurm import lines
 
@@ -50,18 +47,13 @@ def test_every_launcher_gives_the_same_run(world, tmp_path, straight, command):
 
 
 def test_ctrl_c_saves_under_torchrun_too(world, tmp_path):
-    run = world.run(tmp_path / "run", steps=2000, checkpoint={"every_steps": 1000})
+    run = world.run(tmp_path / "run", steps=1_000_000, checkpoint={"every_steps": 100_000})
     recipe = write_recipe(run, tmp_path / "recipe.toml")
     command = [*LOCAL, str(recipe), "--ranks", "2", "--launcher", "torchrun"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (run.output / "metrics.jsonl").is_file() and process.poll() is None:
-        time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    output = interrupted(process, (run.output / "metrics.jsonl").is_file)
     assert process.returncode == 130, output
     assert json.loads((run.output / "requeue.json").read_text())["reason"] == "SIGINT"
-    assert not psutil.wait_procs(children, timeout=5)[1]
 
 
 def test_an_unknown_launcher_is_one_sentence(world, tmp_path):

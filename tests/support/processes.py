@@ -5,15 +5,50 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
+
+HANG_SECONDS = 900
+"""A wait of so long is a hang. It guards against one and nothing else: no test comes near it, on a busy machine either."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "accelerate", "deepspeed", "laid_ds.run.loop"])
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a state, however long the machine takes."""
+    end = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited {HANG_SECONDS} s for {what}"
+        time.sleep(0.02)
+
+
+def output_of(process: subprocess.Popen) -> str:
+    """What a process that leads a session of its own says until it ends. One that hangs is killed with all that it started."""
+    try:
+        return process.communicate(timeout=HANG_SECONDS)[0]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def interrupted(process: subprocess.Popen, is_under_way: Callable[[], bool]) -> str:
+    """Ctrl-C for a command that has started ranks, once they are under way; what it said. None of its processes is left."""
+    wait_until(lambda: is_under_way() or process.poll() is not None, "the first step")
+    assert process.poll() is None, output_of(process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said = output_of(process)
+    assert not psutil.wait_procs(children, timeout=HANG_SECONDS)[1]
+    return said
 
 
 def free_port() -> int:

@@ -17,15 +17,13 @@ import psutil
 
 from laid_ds.config import Run
 from launch.testcluster.configuration import Shape
-from tests.support.processes import run_ranks
+from tests.support.processes import HANG_SECONDS, run_ranks
 from tests.support.recipes import write_recipe
 from tests.support.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("step", "loss", "sft", "kl", "align", "match", "gradient_norm", "lr", "keys")
 NUMBERS = itertools.count()
-SECONDS = 240
-"""The longest that a test waits for one thing to happen, on a busy machine."""
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Cluster:
     losses: list[dict]
 
     def slurm(self, *words: str) -> str:
-        found = subprocess.run([str(word) for word in words], env=self.environ, capture_output=True, text=True, timeout=60)
+        found = subprocess.run([str(word) for word in words], env=self.environ, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert found.returncode == 0, found.stderr
         return found.stdout
 
@@ -127,7 +125,7 @@ class Submitted:
             self.seen.setdefault((record["step"], record["seconds"]), time.time())
         return records[-1]["step"] if records else 0
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = HANG_SECONDS) -> None:
         end = time.monotonic() + seconds
         while not condition():
             self.observe()

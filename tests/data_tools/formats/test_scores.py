@@ -45,7 +45,7 @@ def test_words_of_a_response(response, said):
 )
 @settings(max_examples=300, deadline=None)
 def test_words_agree_with_the_benchmarks_tokenizer_on_one_sentence(parts):
-    nltk = pytest.importorskip("nltk")
+    nltk = pytest.importorskip("nltk", reason="nltk is not installed (the extra `dev`)")
     text = "".join(parts)
     if any(mark in text for mark in (". ", "! ", "? ")):
         return  # where sentences end is the job of a trained splitter
