@@ -103,7 +103,7 @@ def laid(tokens: int, steps: int, engines: bool) -> dict:
     shapes = attention_shape(pupil.config), attention_shape(master.config)
     gains = {layer: (HEADS, shapes[0][2] // 2) for layer in range(LAYERS)}
     align = Align(run.align, pairs, *shapes, gains)
-    taps = Tap([s for s, _ in pairs], lse=True), Tap([t for _, t in pairs], lse=True)  # as build.py has them
+    taps = Tap([s for s, _ in pairs], lse=True), Tap([t for _, t in pairs], lse=True)  # as run/build.py has them
     listen(pupil, taps[0], {layer: responder(align.gain, layer) for layer in range(LAYERS)})
     listen(master, taps[1])
     student, teacher = Student(pupil, align, taps[0], run.losses, VOCABULARY), Teacher(master, taps[1], VOCABULARY, shows_logits=True)

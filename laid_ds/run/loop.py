@@ -1,4 +1,4 @@
-"""Resume, loop, stop cleanly: what every rank does with a recipe's parts (build.py)."""
+"""Resume, loop, stop cleanly: what every rank does with a recipe's parts (run/build.py)."""
 
 from __future__ import annotations
 
