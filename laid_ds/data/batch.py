@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from laid_ds.data.haystack import draw_window, images_drawn
+from laid_ds.data.haystack import check_planned, draw_window, images_drawn
 from laid_ds.data.record import DataError, Sample
 
 IGNORED = -100
@@ -164,7 +164,11 @@ class Prepare:
         bounds = self.image_range(position // self.global_batch)
         if bounds is None:
             return sample
-        return draw_window(sample, images_drawn(self.seed, position, bounds), self.questions, (self.seed, position))
+        images = images_drawn(self.seed, position, bounds)
+        window = draw_window(sample, images, self.questions, (self.seed, position))
+        if self.packs:
+            check_planned(window, sample, images)
+        return window
 
     def _rendered(self, sample: Sample) -> Rendered:
         try:

@@ -106,6 +106,13 @@ class Dataset:
             raise DataError(f"no sample has the key {key!r}")
         return int(found[0])
 
+    def spread(self, source: int, number: int) -> list[int]:
+        """At most `number` samples spread over a folder; of a URL, whose shards come whole, over the first shard alone."""
+        first = sum(int(sizes.sum()) for sizes in self.source_shard_sizes[:source])
+        sizes = self.source_shard_sizes[source]
+        total = int(sizes[sizes > 0][0] if isinstance(self.folders[source], RemoteFolder) else sizes.sum())
+        return sorted({first + i * total // number for i in range(number)})
+
     def parts(self, i: int) -> list[memoryview]:
         """The checked member data of sample `i`, JSON first."""
         shard, place = self._locate(i)

@@ -1,15 +1,78 @@
-"""Windows of a sample: fewer images and questions, in a new order, as a pure function of a seed.
+"""Windows of a haystack: fewer images and questions, in a new order, as a pure function of a seed.
 
 One shard set of long haystacks serves every window length: a draw keeps the images that its questions need (their needles) and fills up
-with others of the same sample, as Visual Haystacks does for its sizes.
+with others of the same sample, as Visual Haystacks does for its sizes. A sample that is no haystack has one window: itself.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import dropwhile
 
-from laid_ds.data.record import Sample, Turn
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.record import DataError, Record, Sample, Turn
+
+LOOKED_AT = 64  # samples of each source that are looked at before a run
+IMAGE = r"(?:images?|pictures?|pics?|photos?|photographs?|figures?|frames?|slides?|pages?)"
+ORDINAL = r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|\d+(?:st|nd|rd|th))"
+BESIDE = r"(?:next|previous|middle|left|right)"
+NUMBER = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)"
+BY_PLACE = re.compile(
+    rf"\b{IMAGE}[\s\-_#(]*(?:no\.?|number)?\s*(?:\d+|{NUMBER}\b)"  # Image-2, picture #3, frame no. 4, image two
+    rf"|\b{IMAGE}\s+(?-i:[A-HJ-Z]\b)"  # Image B
+    rf"|\b(?:{ORDINAL}|{BESIDE})(?:\s+(?:of|in|among)\s+(?:the|these|those))?(?:\s+\w+)?\s+{IMAGE}\b"
+    rf"|\b{IMAGE}\s+(?:(?:right|directly|immediately|just)\s+)?(?:before|after|between|on the (?:left|right))\b"
+    rf"|\b(?:index|position|order)\s+of\s+(?:the\s+)?(?:\w+\s+)?{IMAGE}\b|\b{IMAGE}\s+(?:number|index|position)\b",
+    re.IGNORECASE,
+)
+A_PLACE = re.compile(rf"\W*(?:the\s+)?{ORDINAL}(?:\s+(?:one|{IMAGE}))?\W*", re.IGNORECASE)  # as an answer
+WHICH = re.compile(rf"\b(?:which|what)\s+(?:of\s+the\s+)?(?:one|{IMAGE})\b", re.IGNORECASE)
+
+
+def why_whole(sample: Sample | Record) -> str | None:
+    """Why the images of a sample may neither be left out nor moved, as the rest of a sentence about it; None for a haystack.
+
+    A haystack says so itself: each of its questions records needles, or the record says `haystack`. Needles are no leave to break a text
+    that names images by their place in the order.
+    """
+    spoken = list(dropwhile(lambda turn: turn.role == "system", sample.turns))
+    questions, answers = spoken[::2], spoken[1::2]
+    if not sample.images:
+        return "has no images"
+    if not answers or [turn.role for turn in spoken] != ["user", "assistant"] * len(answers):
+        return "is not a row of questions, each with its answer"
+    shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
+    if len(shown) > len(sample.images):
+        return "shows an image twice"
+    if any(_images(turn) for turn in answers):
+        return "shows an image in an answer"
+    if sum(not set(_images(turn)) <= set(sample.fixed) for turn in sample.turns) > 1:
+        return "shows its images in several turns"
+    if sample.haystack:
+        return None
+    if not all(turn.needles for turn in questions):
+        return "records no needles for a question, nor does it say that it is a haystack"
+    place = _place_named(sample.turns, list(zip(questions, answers, strict=True)))
+    return place and f"names an image by its place ({place!r})"
+
+
+def _images(turn: Turn) -> list[int]:
+    return [segment for segment in turn.segments if isinstance(segment, int)]
+
+
+def _place_named(turns: Sequence[Turn], asked: Sequence[tuple[Turn, Turn]]) -> str | None:
+    """The first words that name an image by its place, as far as English words can tell."""
+    for turn in turns:
+        if found := BY_PLACE.search(turn.text):
+            return found[0]
+    for question, answer in asked:
+        for said in (answer.text, *question.choices):
+            if A_PLACE.fullmatch(said) or (said.strip(" .#").isdecimal() and WHICH.search(question.text)):
+                return said
+    return None
 
 
 def images_drawn(seed: int, position: int, bounds: tuple[int, int]) -> int:
@@ -17,44 +80,170 @@ def images_drawn(seed: int, position: int, bounds: tuple[int, int]) -> int:
     return random.Random(f"images {seed} {position}").randint(*bounds)
 
 
+def fewest_images(sample: Sample | Record) -> int:
+    """Images of the smallest window of a sample that asks one question at least: all of them where it stays whole."""
+    if why_whole(sample) is not None:
+        return len(sample.images)
+    return max(1, min(len(needed) for needed in _needed(sample).values()))
+
+
+def most_needed(sample: Sample | Record) -> int:
+    """Images of the smallest window in which each question of a sample can be asked: all of them where it stays whole."""
+    if why_whole(sample) is not None:
+        return len(sample.images)
+    return max(1, max(len(needed) for needed in _needed(sample).values()))
+
+
+def _needed(sample: Sample | Record) -> dict[int, set[int]]:
+    """Turn number of each question -> the images that a window must hold for it, those of questions that cannot be left out included."""
+    needed = {number: {*turn.needles, *sample.fixed} for number, turn in enumerate(sample.turns) if turn.role == "user"}
+    for number in _standing(sample):
+        needed = {other: images | needed[number] for other, images in needed.items()}
+    return needed
+
+
+def _standing(sample: Sample | Record) -> list[int]:
+    """Turn numbers of the questions that hold images among their words, or fixed ones: they are always asked, and asked in order."""
+    if _images_lead(sample):
+        return []
+    return [number for number, turn in enumerate(sample.turns) if turn.role == "user" and _images(turn)]
+
+
+def _images_lead(sample: Sample | Record) -> bool:
+    """Whether all images stand at the beginning of the first question, none of them fixed: then they belong to no question's words."""
+    first = next(turn for turn in sample.turns if turn.role == "user")
+    count = len(sample.images)
+    return not sample.fixed and sorted(segment for segment in first.segments[:count] if isinstance(segment, int)) == list(range(count))
+
+
 def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[int, ...]) -> Sample:
     """A window of `images` images that asks at most `questions` of the sample's questions (all when None).
 
     Which questions, which other images, and the order of all images follow from `seed` alone. Asks fewer questions when their needles
-    would not fit. A sample with fewer images gives all it has.
+    would not fit. A sample with fewer images gives all it has, one whose questions all need more gives `fewest_images`, and one that is no
+    haystack is given as it is. Images at the beginning of the first question lead the first question asked. Otherwise questions and words
+    keep their order, questions that hold images are always asked, and images change places with each other; where words stand between
+    them, only if the record says `haystack`, since the words may speak of them.
     """
+    if why_whole(sample) is not None:
+        return sample
     total = len(sample.images)
-    images = min(images, total)
+    images = min(max(images, fewest_images(sample)), total)
     rng = random.Random(repr(seed))
     asked = _questions(sample, images, questions, rng)
-    needed = {needle for turn in asked for needle in sample.turns[turn].needles}
-    others = [image for image in range(total) if image not in needed]
-    kept = [*needed, *rng.sample(others, images - len(needed))]
+    needed = {needle for turn in asked for needle in sample.turns[turn].needles if needle not in sample.fixed}
+    others = [image for image in range(total) if image not in needed and image not in sample.fixed]
+    kept = [*needed, *rng.sample(others, images - len(sample.fixed) - len(needed))]
     rng.shuffle(kept)
-    return _rebuilt(sample, asked, kept)
+    return _renumbered(sample, _leading(sample, asked, kept) if _images_lead(sample) else _in_place(sample, asked, kept))
 
 
 def _questions(sample: Sample, images: int, most: int | None, rng: random.Random) -> list[int]:
-    """Turn numbers of the questions of a window, in a random order, whose needles fit into it together."""
+    """Turn numbers of the questions of a window whose needles fit into it together: in a random order, or as they stand."""
     order = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]
     rng.shuffle(order)
-    chosen: list[int] = []
-    needed: set[int] = set()
-    for number in order[:most]:
-        together = needed | set(sample.turns[number].needles)
+    needs, chosen = _needed(sample), _standing(sample)
+    free = [number for number in order if number not in chosen]
+    needed = set().union(*(needs[number] for number in chosen))
+    for number in free[: None if most is None else max(most - len(chosen), 0)]:
+        together = needed | needs[number]
         if len(together) <= images:
             chosen.append(number)
             needed = together
-    return chosen
+    if not chosen:
+        chosen = [next(number for number in order if len(needs[number]) <= images)]
+    return sorted(chosen) if _standing(sample) else chosen
 
 
-def _rebuilt(sample: Sample, asked: list[int], kept: list[int]) -> Sample:
-    """The sample with the images `kept` in that order at its start, then the asked questions with their answers."""
-    place = {old: new for new, old in enumerate(kept)}
+def _leading(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
+    """The images `kept` in that order at the start, then the asked questions with their answers."""
     turns: list[Turn] = [turn for turn in sample.turns if turn.role == "system"]
-    for number in asked:
+    for place, number in enumerate(asked):
         question, answer = sample.turns[number], sample.turns[number + 1]
-        text = tuple(segment for segment in question.segments if not isinstance(segment, int))
-        shown = tuple(range(len(kept))) if not any(turn.role == "user" for turn in turns) else ()
-        turns += [replace(question, segments=shown + text, needles=tuple(place[needle] for needle in question.needles)), answer]
-    return replace(sample, turns=tuple(turns), images=tuple(sample.images[image] for image in kept))
+        text = tuple(segment for segment in question.segments if isinstance(segment, str))
+        turns += [replace(question, segments=(*kept, *text) if place == 0 else text), answer]
+    return turns
+
+
+def _in_place(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
+    """The turns with the images `kept`, in that order, in the places that remain."""
+    if not (sample.haystack or _side_by_side(sample)):
+        kept = sorted(kept, key=[image for turn in sample.turns for image in _images(turn)].index)
+    places, fixed, chosen = iter(kept), set(sample.fixed), set(kept)
+
+    def windowed(turn: Turn) -> Turn:
+        segments = [segment for segment in turn.segments if isinstance(segment, str) or segment in fixed | chosen]
+        moved = tuple(next(places) if segment in chosen else segment for segment in segments)
+        return replace(turn, segments=moved or ("",))
+
+    answered = {number + 1 for number in asked}
+    return [windowed(turn) for number, turn in enumerate(sample.turns) if turn.role == "system" or number in answered.union(asked)]
+
+
+def _side_by_side(sample: Sample) -> bool:
+    """Whether no words stand between the images that may move."""
+    loose = [
+        [place for place, segment in enumerate(turn.segments) if isinstance(segment, int) and segment not in sample.fixed]
+        for turn in sample.turns
+    ]
+    between = [turn.segments[places[0] : places[-1]] for turn, places in zip(sample.turns, loose, strict=True) if places]
+    return not any(isinstance(segment, str) and segment.strip() for segments in between for segment in segments)
+
+
+def _renumbered(sample: Sample, turns: list[Turn]) -> Sample:
+    """The sample with these turns and the images that they show, numbered in the order in which they come."""
+    kept = [segment for turn in turns for segment in turn.segments if isinstance(segment, int)]
+    place = {old: new for new, old in enumerate(kept)}
+
+    def numbered(turn: Turn) -> Turn:
+        segments = tuple(place[segment] if isinstance(segment, int) else segment for segment in turn.segments)
+        return replace(turn, segments=segments, needles=tuple(place[needle] for needle in turn.needles))
+
+    images, fixed = tuple(sample.images[image] for image in kept), tuple(place[image] for image in sample.fixed)
+    return replace(sample, turns=tuple(numbered(turn) for turn in turns), images=images, fixed=fixed)
+
+
+def describe_windows(dataset: Dataset, bounds: tuple[int, int], packed: bool = False) -> list[str]:
+    """A sentence on each source of a data set: how many of some samples, spread over it, allow windows of [least, most] images, and why
+    others do not. Records alone are read.
+
+    Raises ValueError for a source of which none does, and with `packed`, where packs are planned by the lengths of windows that nobody has
+    drawn yet, for one of which any does not.
+    """
+    filled = [source for source, sizes in enumerate(dataset.source_shard_sizes) if sizes.sum()]
+    return [_describe_source(dataset, source, bounds, packed) for source in filled]
+
+
+def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], packed: bool) -> str:
+    least, most = bounds
+    chosen = dataset.spread(source, LOOKED_AT)
+    records = {dataset.keys[i].decode(): dataset.record(i) for i in chosen}
+    found = {key: (why_whole(record), fewest_images(record)) for key, record in records.items()}
+    fitting = [key for key, (whole, fewest) in found.items() if fewest <= (least if whole or packed else most)]
+    others: dict[str, list[str]] = {}
+    for key in found.keys() - set(fitting):
+        whole, _ = found[key]
+        reason = whole.partition(" (")[0] if whole else "needs more images for any question"
+        others.setdefault(reason, []).append(key)
+    reasons = "; ".join(f"{len(keys)} stay as they are, {min(keys)} among them: it {reason}" for reason, keys in sorted(others.items()))
+    sentence = f"{dataset.folders[source]}: {len(fitting)} of {len(chosen)} samples looked at allow windows of {least} to {most} images"
+    if others:
+        sentence += f"; {reasons}"
+    if not fitting:
+        raise ValueError(
+            f"{sentence}. Leave out data.images, or build the shards with --haystack if their questions stay true whichever images stay"
+        )
+    if packed and others:
+        raise ValueError(f"{sentence}. Packs are planned by the lengths of windows: leave out data.tokens_per_pack or data.images")
+    return sentence
+
+
+def check_planned(window: Sample, sample: Sample, images: int) -> None:
+    """Raises DataError when a window has more images than the `images` by which its pack was planned."""
+    if len(window.images) > min(images, len(sample.images)):
+        reason = why_whole(sample) or f"needs {len(window.images)} images for any question"
+        raise DataError(
+            f"its pack was planned for a window of {images} images, and the sample gives {len(window.images)}: it {reason}; leave out "
+            "data.tokens_per_pack or data.images",
+            key=sample.key,
+        ).at(sample.origin)

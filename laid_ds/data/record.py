@@ -94,6 +94,10 @@ class Sample:
     """Exact length per processor fingerprint, where it was measured."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
+    haystack: bool = False
+    """Its questions stay true whichever images are left out or moved, those they need and `fixed` ones excepted (data/haystack.py)."""
+    fixed: tuple[int, ...] = ()
+    """Images that stay where they are in every window: pictures to choose from, say."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Record:
     licence: str
     tokens: Mapping[str, int]
     meta: Mapping[str, Any]
+    haystack: bool = False
+    fixed: tuple[int, ...] = ()
 
 
 def describe(image: bytes) -> ImageInfo:
@@ -128,7 +134,7 @@ def record_of(sample: Sample) -> Record:
     try:
         check_key(sample.key)
         infos = tuple(describe(image) for image in sample.images)
-        record = Record(sample.turns, infos, sample.source, sample.licence, sample.tokens, sample.meta)
+        record = Record(sample.turns, infos, sample.source, sample.licence, sample.tokens, sample.meta, sample.haystack, sample.fixed)
         _check_record(record)
     except DataError as error:
         raise DataError(error.reason, key=sample.key) from None
@@ -153,6 +159,10 @@ def encode_record(record: Record, key: str) -> bytes:
         "tokens": dict(record.tokens),
         "meta": dict(record.meta),
     }
+    if record.haystack:
+        fields["haystack"] = True
+    if record.fixed:
+        fields["fixed"] = list(record.fixed)
     try:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -168,7 +178,8 @@ def decode(data: bytes, images: Sequence[bytes], origin: Origin, *, check_images
         for index, (image, info) in enumerate(zip(images, record.images, strict=True)):
             if len(image) != info.num_bytes or zlib.crc32(image) != info.crc32:
                 raise DataError(f"image {index} does not match its declared size and crc32").at(origin)
-    return Sample(origin.key, record.turns, tuple(images), record.source, record.licence, record.tokens, record.meta, origin)
+    facts = (record.turns, tuple(images), record.source, record.licence, record.tokens, record.meta, origin)
+    return Sample(origin.key, *facts, record.haystack, record.fixed)
 
 
 def parse(data: bytes, origin: Origin | None = None) -> Record:
@@ -193,7 +204,7 @@ def _parse(data: bytes) -> Record:
     fields = json.loads(data.decode(), parse_constant=_no_constant)
     if b"\\u" in data:  # an escape can spell half a surrogate pair, which no UTF-8 file can hold
         json.dumps(fields, ensure_ascii=False).encode()
-    _expect_keys(fields, {"v", "turns", "images", "source", "licence", "tokens", "meta"}, set(), "record")
+    _expect_keys(fields, {"v", "turns", "images", "source", "licence", "tokens", "meta"}, {"haystack", "fixed"}, "record")
     if fields["v"] != VERSION or isinstance(fields["v"], bool):
         raise DataError(f"record version {fields['v']!r}; this reader knows {VERSION}")
     record = Record(
@@ -203,6 +214,8 @@ def _parse(data: bytes) -> Record:
         licence=fields["licence"],
         tokens=fields["tokens"],
         meta=fields["meta"],
+        haystack=fields.get("haystack", False),
+        fixed=tuple(_expect_list(fields.get("fixed", []), "fixed")),
     )
     _check_record(record)
     return record
@@ -216,6 +229,10 @@ def _check_record(record: Record) -> None:
     shown = {segment for turn in record.turns for segment in turn.segments if isinstance(segment, int)}
     hidden = set(range(len(record.images))) - shown
     _expect(not hidden, f"images {sorted(hidden)[:5]} are shown in no turn")
+    _expect(isinstance(record.haystack, bool), f"haystack is {str(record.haystack)[:40]!r}, not true or false")
+    for image in record.fixed:
+        _expect_image(image, len(record.images))
+    _expect(len(set(record.fixed)) == len(record.fixed), f"fixed names an image twice: {list(record.fixed)[:20]}")
     for name in ("source", "licence"):
         _expect_text(getattr(record, name), name)
     _expect(isinstance(record.tokens, Mapping) and isinstance(record.meta, Mapping), "tokens and meta must be objects")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 from data_samples import make_sample, picture
@@ -27,6 +28,16 @@ def test_decode_inverts_encode(texts, num_images, meta):
     assert decode(encode(sample), sample.images, ORIGIN) == sample
 
 
+def test_what_a_record_says_of_windows_is_written_only_where_it_is_not_the_default():
+    """Records without it stay byte for byte what they were, and readers that do not know it refuse it by name."""
+    plain = make_sample(1, 3)
+    assert not {"haystack", "fixed"} & json.loads(encode(plain)).keys()
+    sample = replace(plain, haystack=True, fixed=(2, 0))
+    fields = json.loads(encode(sample))
+    assert (fields["haystack"], fields["fixed"], encode(sample)[: len(encode(plain)) - 1]) == (True, [2, 0], encode(plain)[:-1])
+    assert decode(encode(sample), sample.images, ORIGIN) == replace(sample, origin=ORIGIN)
+
+
 @pytest.mark.parametrize("fmt, name", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")])
 def test_image_size_is_read_from_the_header(fmt, name):
     info = describe(picture(0, fmt, width=37, height=19))
@@ -49,6 +60,10 @@ BAD = {
     "token count no number": {"tokens": {"fp": "many"}},
     "meta no object": {"meta": 3},
     "source no text": {"source": None},
+    "haystack no truth value": {"haystack": 1},
+    "fixed image out of range": {"fixed": [2]},
+    "fixed image twice": {"fixed": [0, 0]},
+    "fixed no list": {"fixed": 0},
     "half a surrogate": {"meta": {"x": "\ud800"}},
 }
 
