@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.run.build import check
+    from laid_ds.run.build import check, data_notes
     from laid_ds.run.folder import check_output
     from laid_ds.runtime.local import launch
 
@@ -30,6 +30,8 @@ def train(
     check_output(run)
     check(run)
     if dry_run:
+        for note in data_notes(run):
+            print(note, file=sys.stderr)
         print(json.dumps(config.as_tree(run), indent=1))
         return
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port))

@@ -11,6 +11,7 @@ import torch
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
+from laid_ds.data.haystack import describe_windows
 from laid_ds.data.images import Pixels
 from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream, budgeted_lengths
@@ -166,10 +167,17 @@ def _pairs(run: Run) -> Pairs:
     return layer_pairs(run.align.pairs, *layers)
 
 
+def data_notes(run: Run) -> list[str]:
+    """What a user should know of what the data allow, one sentence each. Raises ValueError where they do not allow what the run asks."""
+    dataset = Dataset.open(list(run.data.shards))
+    return describe_windows(dataset, run.data.images, run.data.tokens_per_pack is not None) if run.data.images else []
+
+
 def check(run: Run) -> None:
     """What can be refused before a process is started: shards, engine files, models, tokenizers. Raises ValueError with the first thing
     that is wrong."""
     dataset = Dataset.open(list(run.data.shards))
+    data_notes(run)
     if run.evaluation:
         chance_of(run.evaluation)
     processors = []

@@ -23,7 +23,7 @@ from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.method import schedule
 from laid_ds.method.distill import NonFiniteLoss, train_step
 from laid_ds.plan import model_flops, read_pair
-from laid_ds.run.build import Training, build
+from laid_ds.run.build import Training, build, data_notes
 from laid_ds.run.first_look import BATCHES, Seen, first_look
 from laid_ds.run.folder import open_output, versions
 from laid_ds.run.metrics import Reporter
@@ -42,6 +42,8 @@ def train(run: Run, stop: StopRequest) -> None:
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
+    for note in data_notes(run):
+        reporter.say(note)
     if first == 0:
         reporter.say(str(look(run, training)))
     stop.listen_to_ctrl_c()
