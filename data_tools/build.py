@@ -16,6 +16,7 @@ from data_tools.formats import documents, folder, llava, mm_niah, mmlongbench, v
 from data_tools.formats.fields import Entry
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
+from laid_ds.data.haystack import names_a_place, why_whole
 from laid_ds.data.images import check_decodable
 from laid_ds.data.index import DATASET
 from laid_ds.data.record import DataError, Sample, record_of
@@ -55,12 +56,16 @@ class Build:
     """Go on after a bad entry, which `rejected.jsonl` then names."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the format's reader."""
+    haystack: bool = False
+    """The user's word that every question stays true whichever images are left out or moved."""
 
     def facts(self) -> bytes:
         """The build, and the contents of its source, as `build.json` holds them."""
         with open(self.source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         fields = {**self.__dict__, "source": self.source.name, "images": self.images.name, "source_sha256": digest}
+        if not self.haystack:  # as builds without it were written
+            del fields["haystack"]
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
@@ -112,6 +117,8 @@ def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tupl
         try:
             sample = reader(entry, key, root)
             sample = replace(sample, source=plan.source_name or sample.source, licence=plan.licence or sample.licence)
+            if plan.haystack:
+                sample = _as_haystack(sample)
             record_of(sample)
             if plan.decode:
                 for index, image in enumerate(sample.images):
@@ -121,6 +128,15 @@ def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tupl
         return number, sample
 
     return read
+
+
+def _as_haystack(sample: Sample) -> Sample:
+    """The sample with its record's word for it. Raises DataError where the sample itself speaks against that."""
+    said = replace(sample, haystack=True)
+    reason = (why_whole(said) or names_a_place(said)) if sample.images else None
+    if reason:
+        raise DataError(f"--haystack says that images may be left out and moved, and the sample {reason}; build it without --haystack")
+    return said
 
 
 def _ordered(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator[Any]:

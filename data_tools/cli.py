@@ -69,6 +69,7 @@ def build(
     samples: ShardSamples = 256,
     megabytes: ShardMegabytes = 512,
     decode: Annotated[bool, option("Decode every image, not only its header.", "--decode")] = False,
+    haystack: Annotated[bool, option("Every question stays true whichever images are left out or moved.", "--haystack")] = False,
     skip_bad: SkipBad = False,
     resume: Resume = False,
     jobs: Jobs = CORES,
@@ -80,7 +81,7 @@ def build(
     """
     from data_tools import build
 
-    plan = build.Build(format, source, images, prefix, licence, source_name, samples, megabytes << 20, decode, skip_bad)
+    plan = build.Build(format, source, images, prefix, licence, source_name, samples, megabytes << 20, decode, skip_bad, haystack=haystack)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
 
 

@@ -7,7 +7,7 @@ from laid_ds.data.record import Sample, Turn
 
 def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     """Our own lines beside a folder of images: `images`, `question`, `answer`, and optional `needles`, `choices`, `source`, `licence`,
-    `meta`. Without <image> marks in the question the images stand before it."""
+    `meta`, `haystack`, `fixed`. Without <image> marks in the question the images stand before it."""
     names = image_names(entry)
     (question,) = interleave([take(entry, "question", str)], len(names))
     needles = take(entry, "needles", list, [])
@@ -16,4 +16,5 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
         Turn("assistant", (take(entry, "answer", str),)),
     )
     source, licence = take(entry, "source", str, ""), take(entry, "licence", str, "")
-    return Sample(key, turns, read_all(names, root), source, licence, meta=take(entry, "meta", dict, {}) | identity(entry))
+    windows = {"haystack": take(entry, "haystack", bool, False), "fixed": tuple(take(entry, "fixed", list, []))}
+    return Sample(key, turns, read_all(names, root), source, licence, meta=take(entry, "meta", dict, {}) | identity(entry), **windows)

@@ -39,10 +39,20 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     text = f"{context}\n{question}{lines}{BY_LETTER if letters else BY_PHRASE}"
     shown = names + ([] if choices else choice_images)
     (segments,) = interleave([text], len(shown))
-    needles = tuple(index for index, name in enumerate(names) if name in take(meta, "needles", list, []))
+    in_context, needle_names = names[: context.count(IMAGE_MARK)], take(meta, "needles", list, [])
+    needles = needles_among(in_context, needle_names)
+    in_text = bool(needle_names) and all(isinstance(needle, str) and needle in context for needle in needle_names)
     turns = (Turn("user", segments, needles, letters), Turn("assistant", (_answer_text(entry, letters),)))
-    images = tuple(root.read(name) for name in shown)
-    return Sample(key, turns, images, "MM-NIAH", meta={"mm_niah": entry, "image_paths": shown})
+    images, fixed = tuple(root.read(name) for name in shown), tuple(range(len(in_context), len(shown)))
+    facts = {"mm_niah": entry, "image_paths": shown}
+    return Sample(key, turns, images, "MM-NIAH", meta=facts, haystack=bool(needles) or in_text, fixed=fixed)
+
+
+def needles_among(names: list[str], needle_names: list[Any]) -> tuple[int, ...]:
+    """The places of the needles among the images, if each needle is one of them: a needle that was drawn into an image is not known, and
+    some needles alone would be an untruth."""
+    known = all(needle in names for needle in needle_names)
+    return tuple(index for index, name in enumerate(names) if name in needle_names) if known else ()
 
 
 def _answer_text(entry: Entry, letters: tuple[str, ...]) -> str:

@@ -3,11 +3,12 @@
 import json
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
-from data_tools.formats.mm_niah import is_exact
+from data_tools.formats.mm_niah import is_exact, needles_among
 from data_tools.formats.visual_haystacks import ANSWERS, plain
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, read_json
@@ -37,8 +38,7 @@ def _read_haystack(entry: Entry, names: list[str], key: str, root: ImageRoot) ->
     if answer not in ANSWERS:
         raise DataError(f"answer {answer[:40]!r} is neither yes nor no")
     text = HAYSTACK.format(context="\n".join([IMAGE_MARK] * len(names)), question=take(entry, "question", str))
-    positive = take(entry, "pos_image", list, [])
-    needles = tuple(index for index, name in enumerate(names) if name in positive)
+    needles = needles_among(names, take_strings(entry, "pos_image", []))
     return _sample(entry, key, root, text, names, needles, ANSWERS, answer)
 
 
@@ -46,7 +46,8 @@ def _read_interleaved(entry: Entry, contexts: list[Any], key: str, root: ImageRo
     context = "\n\n".join(take(paragraph, "text", str) for paragraph in contexts)
     names, question = take_strings(entry, "image_list", []), take(entry, "question", str)
     needle_names, offered = take_strings(entry, "needle_image_list", []), take_strings(entry, "choices_image", [])
-    answer = take(entry, "answer", (str, int, list))
+    answer, in_context = take(entry, "answer", (str, int, list)), context.count(IMAGE_MARK)
+    needles = needles_among(names[:in_context], needle_names)
     letters = tuple(chr(ord("A") + number) for number in range(len(offered)))
     if letters:
         question += "".join(f"\n{letter}. {IMAGE_MARK}" for letter in letters)
@@ -58,8 +59,10 @@ def _read_interleaved(entry: Entry, contexts: list[Any], key: str, root: ImageRo
             raise DataError(f"answer {answer} is the number of no choice")
         answer = letters[answer]
     text = (LETTERED if letters else INTERLEAVED).format(context=context, question=question)
-    needles = tuple(index for index, name in enumerate(names) if name in needle_names)
-    return _sample(entry, key, root, text, names, needles, letters, answer if isinstance(answer, str) else json.dumps(answer))
+    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    is_haystack = bool(needles) or entry.get("needle_image_list") == []  # said to have none: its needles are words
+    sample = _sample(entry, key, root, text, names, needles, letters, answer)
+    return replace(sample, haystack=is_haystack, fixed=tuple(range(in_context, len(names))))
 
 
 def _sample(

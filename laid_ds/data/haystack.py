@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError, Record, Sample, Turn
@@ -29,7 +28,7 @@ BY_PLACE = re.compile(
     re.IGNORECASE,
 )
 A_PLACE = re.compile(rf"\W*(?:the\s+)?{ORDINAL}(?:\s+(?:one|{IMAGE}))?\W*", re.IGNORECASE)  # as an answer
-WHICH = re.compile(rf"\b(?:which|what)\s+(?:of\s+the\s+)?(?:one|{IMAGE})\b", re.IGNORECASE)
+WHICH = re.compile(rf"\b(?:which|what)\s+(?:of\s+(?:the|these)\s+)?(?:one|{IMAGE})\b|\bwhich\s*\?", re.IGNORECASE)
 
 
 def why_whole(sample: Sample | Record) -> str | None:
@@ -55,23 +54,22 @@ def why_whole(sample: Sample | Record) -> str | None:
         return None
     if not all(turn.needles for turn in questions):
         return "records no needles for a question, nor does it say that it is a haystack"
-    place = _place_named(sample.turns, list(zip(questions, answers, strict=True)))
-    return place and f"names an image by its place ({place!r})"
+    return names_a_place(sample)
 
 
 def _images(turn: Turn) -> list[int]:
     return [segment for segment in turn.segments if isinstance(segment, int)]
 
 
-def _place_named(turns: Sequence[Turn], asked: Sequence[tuple[Turn, Turn]]) -> str | None:
-    """The first words that name an image by its place, as far as English words can tell."""
-    for turn in turns:
+def names_a_place(sample: Sample | Record) -> str | None:
+    """Which words of a sample name an image by its place in the order, as the rest of a sentence; as far as English words can tell."""
+    for turn in sample.turns:
         if found := BY_PLACE.search(turn.text):
-            return found[0]
-    for question, answer in asked:
-        for said in (answer.text, *question.choices):
+            return f"names an image by its place ({found[0]!r})"
+    for question, answer in pairwise(sample.turns):
+        for said in (answer.text, *question.choices) if question.role == "user" else ():
             if A_PLACE.fullmatch(said) or (said.strip(" .#").isdecimal() and WHICH.search(question.text)):
-                return said
+                return f"names an image by its place (the answer {said!r})"
     return None
 
 

@@ -67,3 +67,16 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, pictures, monk
     other = Build("folder", source, pictures, "t", skip_bad=True, samples_per_shard=4)
     with pytest.raises(DataError, match="holds another build"):
         building.build(other, tmp_path / "set", resume=True, jobs=2)
+
+
+def test_the_user_s_word_makes_haystacks_unless_an_entry_speaks_against_it(tmp_path, pictures):
+    one = {"image": ["p0.jpg", "p1.jpg"], "conversations": [{"from": "human", "value": "A cat?"}, {"from": "gpt", "value": "no"}]}
+    plain, said = (build_set(tmp_path / name, "llava", [one], pictures, haystack=name == "said").read(0) for name in ("plain", "said"))
+    assert (plain.haystack, said.haystack) == (False, True)
+    assert "haystack" not in json.loads((tmp_path / "plain" / "build.json").read_text())
+    named = {**one, "conversations": [{"from": "human", "value": "What is Image-2?"}, {"from": "gpt", "value": "a dot"}]}
+    with pytest.raises(DataError, match=r"entry 1: --haystack .* names an image by its place \('Image-2'\)"):
+        build_set(tmp_path / "named", "llava", [one, named], pictures, haystack=True)
+    ends = {**one, "conversations": one["conversations"][:1]}
+    with pytest.raises(DataError, match=r"entry 0: --haystack .* is not a row of questions"):
+        build_set(tmp_path / "ends", "llava", [ends], pictures, haystack=True)

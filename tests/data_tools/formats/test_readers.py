@@ -28,6 +28,7 @@ from data_tools.formats import mm_niah, visual_haystacks
 from data_tools.formats.fields import interleave
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
+from laid_ds.data.haystack import why_whole
 from laid_ds.data.record import DataError, Turn, encode
 
 
@@ -149,3 +150,37 @@ def test_any_entry_is_read_or_refused(pictures, format, example, data):
     except DataError:
         return
     assert picture(7) not in sample.images
+
+
+def test_only_known_needles_make_a_mm_niah_line_a_haystack(pictures):
+    """Choices, and pictures in the question, stay where they are; a needle drawn into an image, or words not there, are unknown."""
+    sample = read("mm-niah", NIAH, pictures)
+    assert (sample.haystack, sample.fixed, sample.turns[0].needles) == (True, (2, 3), (1,))
+
+    def line(*needles, question="Which one?", context=NIAH["context"], answer="a dot"):
+        meta = {**NIAH["meta"], "needles": list(needles), "choices_image_path": None}
+        return read("mm-niah", {**NIAH, "question": question, "context": context, "answer": answer, "meta": meta}, pictures)
+
+    assert (line("more <image>").haystack, line("more <image>").turns[0].needles) == (True, ())
+    assert not any(line(*needles).haystack for needles in ((), ("drawn.png",), ("p0.jpg", "drawn.png"), ("more", "less")))
+    assert line("p0.jpg", "drawn.png").turns[0].needles == ()
+    asked = line("p0.jpg", question="Is this <image> in the text?", context="text <image>")
+    assert (asked.haystack, asked.fixed, asked.turns[0].needles) == (True, (1,), (0,))
+    assert not line("p1.jpg", question="Is this <image> in the text?", context="text <image>").haystack
+
+
+def test_only_known_needles_make_a_mmlongbench_line_a_haystack(pictures):
+    sample = read("mmlongbench", LONGBENCH_NIAH, pictures)
+    assert (sample.haystack, sample.fixed, sample.turns[0].needles) == (True, (1, 2), (0,))
+    asked = {**LONGBENCH_NIAH, "choices_image": [], "question": "How often <image>?", "answer": [1]}
+    assert (read("mmlongbench", asked, pictures).haystack, read("mmlongbench", asked, pictures).fixed) == (True, (1,))
+    pasted = read("mmlongbench", {**asked, "needle_image_list": ["p3.jpg"]}, pictures)
+    assert (pasted.haystack, pasted.turns[0].needles, pasted.fixed) == (False, (), (1,))
+    words = {**LONGBENCH_NIAH, "choices_image": [], "answer": "x", "needle_image_list": []}
+    assert (read("mmlongbench", words, pictures).haystack, why_whole(read("mmlongbench", LONGBENCH, pictures)) is None) == (True, False)
+    assert why_whole(read("mmlongbench", {**LONGBENCH, "pos_image": ["p1.jpg"]}, pictures)) is None
+
+
+def test_folder_lines_may_say_that_they_are_haystacks(pictures):
+    sample = read("folder", {**FOLDER, "needles": [], "haystack": True, "fixed": [1]}, pictures)
+    assert (sample.haystack, sample.fixed) == (True, (1,))
