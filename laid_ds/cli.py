@@ -97,10 +97,12 @@ def export(
 
 @app.command("eval", epilog="Example: laid eval runs/demo/test teacher=runs/demo/models/teacher laid=runs/demo/models/laid --out e.json")
 def evaluate(
-    shards: Annotated[Path, typer.Argument(help="Test shards with recorded needles.")],
+    shards: Annotated[Path, typer.Argument(help="Test shards with recorded needles and choices.")],
     models: Annotated[list[str], typer.Argument(help="NAME=FOLDER of stock model folders.")],
     out: Annotated[Path, typer.Option(help="Results file; models in it whose files have not changed are not asked again.")],
-    sizes: Annotated[str, typer.Option(help="Numbers of images.")] = "1,2,5,10,20,50,100,150",
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of images; those that the haystacks do not hold are left out.")
+    ] = "1,2,5,10,20,50,100,150",
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks of each size.")] = 100,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -114,7 +116,9 @@ def evaluate(
     from laid_ds.evaluation.evaluate import evaluate_models
 
     folders = _named(models)
-    evaluate_models(shards, folders, out, _sizes(sizes), haystacks, questions, dtype, attention, _extended(self_extend or [], folders))
+    extended = _extended(self_extend or [], folders)
+    results = evaluate_models(shards, folders, out, _sizes(sizes), haystacks, questions, dtype, attention, extended)
+    print(f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}")
 
 
 @app.command(epilog="Example: laid yarn models/student models/student-yarn --factor 4")
@@ -134,7 +138,7 @@ def yarn(
 
 @app.command(epilog="Example: laid report runs/demo")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with evaluation.json, and the runs beside it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with results files of `laid eval`, and the runs beside it.")],
     baseline: Annotated[str, typer.Option(help="Model whose one-image skill sets the threshold.")] = "student",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
 ) -> None:
@@ -142,7 +146,7 @@ def report(
     from laid_ds.evaluation.report import write_report
 
     summary = write_report(folder, baseline)
-    print(json.dumps(summary.as_json()) if as_json else summary.as_text())
+    print(json.dumps(summary.as_json(), allow_nan=False) if as_json else summary.as_text())
 
 
 @app.command(epilog="Example: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80")
@@ -239,10 +243,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _named(models: list[str]) -> dict[str, Path]:
-    wrong = [word for word in models if "=" not in word]
+    wrong = [word for word in models if not all(word.partition("="))]
     if wrong:
         raise ValueError(f"models are given as NAME=FOLDER, got {wrong}")
-    return {name: Path(folder) for name, _, folder in (word.partition("=") for word in models)}
+    named = [word.partition("=")[::2] for word in models]
+    twice = sorted({name for name, _ in named if [other for other, _ in named].count(name) > 1})
+    if twice:
+        raise ValueError(f"the name {twice[0]!r} is given to several models; each needs a name of its own")
+    return {name: Path(folder) for name, folder in named}
 
 
 def _extended(options: list[str], models: dict[str, Path]) -> dict[str, tuple[int, int]]:

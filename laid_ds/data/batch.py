@@ -139,6 +139,16 @@ def _join(tensors: list[Tensor], axis: int) -> Tensor:
     return torch.cat([padded(tensor) for tensor in tensors], axis)
 
 
+def render_named(render: Callable[[Sample], Rendered], sample: Sample) -> Rendered:
+    """The sample as tensors. Any ValueError becomes a DataError with shard, key and offset."""
+    try:
+        return render(sample)
+    except DataError as error:
+        raise error.at(sample.origin) from None
+    except ValueError as error:
+        raise DataError(str(error), key=sample.key).at(sample.origin) from error
+
+
 @dataclass(frozen=True)
 class Prepare:
     """From (position, sample) pairs to a Batch, or from one list of such pairs, a pack; runs in a data worker. All randomness follows from
@@ -157,7 +167,7 @@ class Prepare:
     def __call__(self, items: list) -> Batch:
         pairs: list[tuple[int, Sample]] = [pair for packed in items for pair in packed] if self.packs else items
         samples = [self._window(position, sample) for position, sample in pairs]
-        rendered, keys = [self._rendered(sample) for sample in samples], [sample.key for sample in samples]
+        rendered, keys = [render_named(self.render, sample) for sample in samples], [sample.key for sample in samples]
         return pack(rendered, keys) if self.packs else collate(rendered, keys, self.pad_token)
 
     def _window(self, position: int, sample: Sample) -> Sample:
@@ -169,11 +179,3 @@ class Prepare:
         if self.packs:
             check_planned(window, sample, images)
         return window
-
-    def _rendered(self, sample: Sample) -> Rendered:
-        try:
-            return self.render(sample)
-        except DataError as error:
-            raise error.at(sample.origin) from None
-        except ValueError as error:
-            raise DataError(str(error), key=sample.key).at(sample.origin) from error

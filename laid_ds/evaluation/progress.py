@@ -9,7 +9,7 @@ from typing import Any
 
 from laid_ds.config import Evaluation
 from laid_ds.data.dataset import Dataset
-from laid_ds.evaluation.haystack import ask, choices_of, read_haystacks
+from laid_ds.evaluation.haystack import Haystacks, Survey, ask, read_haystacks, survey
 from laid_ds.evaluation.window import relative_threshold, window_of
 from laid_ds.models.processor import Renderer
 from laid_ds.runtime import distributed
@@ -18,20 +18,21 @@ FILE = "evaluation.jsonl"
 
 
 def measure(engine: Any, renderer: Renderer, options: Evaluation) -> dict[int, float]:
-    """Size -> accuracy of the model in training, over all ranks. Collective; no random number is drawn.
+    """Size -> accuracy of the model in training, over all ranks, for each size that the haystacks hold. Collective; no random number is
+    drawn.
 
     Every rank makes the same number of forward passes, one row each, since ZeRO-3 gathers the model on all ranks or none: a rank that has
     run out of haystacks repeats its last one, uncounted.
     """
     samples, rank, ranks = read_haystacks(Dataset.open(options.shards), options.haystacks), distributed.rank(), distributed.world_size()
-    turns = -(-len(samples) // ranks)
+    sizes, turns = held_out(options).sizes, -(-len(samples) // ranks)
     mine = [rank + ranks * turn for turn in range(turns)]
-    own = [samples[min(i, len(samples) - 1)] for i in mine]
+    own = Haystacks(samples.dataset, [min(i, len(samples) - 1) for i in mine])
     engine.eval()
-    answers = ask(engine.module.model, renderer, own, options.sizes, options.questions, tokens_per_batch=1)
+    answers = ask(engine.module.model, renderer, own, sizes, options.questions, tokens_per_batch=1)
     engine.train()
     counted = sum(i < len(samples) for i in mine)
-    return {size: _accuracy(answers[str(size)][:counted]) for size in options.sizes}
+    return {size: _accuracy(answers[str(size)][:counted]) for size in sizes}
 
 
 def _accuracy(answers: Sequence[Sequence[int]]) -> float:
@@ -51,7 +52,7 @@ def record(path: Path, step: int, accuracy: dict[int, float], chance: float) -> 
     images, censored = window_of(accuracy, threshold)
     found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold}
     found |= {"window": images, "censored": censored}
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*earlier, found]))
+    path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*earlier, found]))
     return found
 
 
@@ -66,8 +67,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def held_out(options: Evaluation) -> Survey:
+    """What can be measured on the held-out shards. Raises ValueError when they are none, have too few samples, or can be asked nothing."""
+    return survey(Dataset.open(options.shards), options.haystacks, options.sizes)
+
+
 def chance_of(options: Evaluation) -> float:
-    """1 / choices of the held-out questions. Raises ValueError when the shards are none, offer no choices, or have too few samples."""
-    dataset = Dataset.open(options.shards)
-    read_haystacks(dataset, options.haystacks)
-    return 1 / choices_of(dataset)
+    """1 / choices of the held-out questions. Raises ValueError as `held_out` does."""
+    return 1 / held_out(options).choices

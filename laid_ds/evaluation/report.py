@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ STYLE = (
     "td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
     "img{max-width:100%}code,pre{background:#f5f5f5;padding:.1rem .3rem}pre{padding:.8rem;overflow:auto}.note{color:#666}"
 )
+ASKED = ("fingerprint", "sizes", "haystacks", "questions", "choices", "dtype")
+"""What must be the same for two models' answers to stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ class Summary:
     threshold: float
     setting: dict[str, Any]
     path: Path
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Sizes that were asked for and not measured, and why."""
 
     def as_json(self) -> dict[str, Any]:
         models = {row.name: asdict(row) for row in self.rows}
-        return {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models, "report": str(self.path)}
+        numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
+        return numbers | {"left_out": self.left_out, "report": str(self.path)}
 
     def as_text(self) -> str:
         sizes = self.setting["sizes"]
@@ -55,32 +60,87 @@ class Summary:
         return "\n".join([head, *lines, "", self.rule(), f"report: {self.path}"])
 
     def rule(self) -> str:
+        first = self.setting["sizes"][0]
+        skill = "one-image skill" if first == 1 else f"skill at {first} images"
+        left_out = "".join(f"; not measured at {size} images: {reason}" for size, reason in self.left_out.items())
         return (
             f"accuracy by number of images; window: largest number with accuracy >= {self.threshold:.3f} "
-            f"(chance {self.chance:.3f} + 0.6 of {self.baseline}'s one-image skill), {self.setting['haystacks']} haystacks of "
-            f"{self.setting['questions']} questions at each size, intervals by bootstrap over haystacks"
+            f"(chance {self.chance:.3f} + 0.6 of {self.baseline}'s {skill}), {self.setting['haystacks']} haystacks of at most "
+            f"{self.setting['questions']} questions at each size, intervals by bootstrap over haystacks{left_out}"
         )
 
 
 def write_report(folder: str | Path, baseline: str) -> Summary:
-    """Read folder/evaluation.json and the runs' metrics beside it; write folder/window.png and folder/report.html.
+    """Read the results files of a folder and the runs' metrics beside them; write folder/window.png and folder/report.html.
 
-    Raises ValueError when the results or the baseline are missing.
+    Raises ValueError when there are no results, when they were made with different questions, and when the baseline is missing.
     """
     folder = Path(folder)
-    source = folder / "evaluation.json"
-    if not source.is_file():
-        raise ValueError(f"no results at {source}; make them with `laid eval ... --out {source}`")
-    results = json.loads(source.read_text())
+    results = join_results(results_files(folder))
     summary = summarise(results, baseline, folder / "report.html")
     draw_curves(summary, folder / "window.png")
     runs = {path.parent.name: _metrics(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
+    runs = {name: lines for name, lines in runs.items() if lines}
     pictures = [folder / "window.png"]
     if runs:
         draw_training(runs, folder / "training.png")
         pictures.append(folder / "training.png")
     summary.path.write_text(_page(summary, pictures, results["versions"]))
     return summary
+
+
+def results_files(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The results files of a folder, whatever their names; other JSON files are none. Raises ValueError when there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the one that holds the results of `laid eval`")
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read as JSON ({error}); if it holds results, make them again, else move it elsewhere"
+            ) from None
+        if is_results(content):
+            found[path] = content
+    if not found:
+        raise ValueError(f"no results at {folder}; make them with `laid eval ... --out {folder / 'evaluation.json'}`")
+    return found
+
+
+def join_results(found: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The models of several results files as one. Raises ValueError when they cannot stand in one table."""
+    (first, joined), *others = found.items()
+    joined = joined | {"models": dict(joined["models"])}
+    for path, results in others:
+        differing = [name for name in ASKED if results["setting"].get(name) != joined["setting"].get(name)]
+        if differing:
+            raise ValueError(
+                f"{path} was made with other {', '.join(differing)} than {first}; one table cannot hold both: move one elsewhere"
+            )
+        twice = [name for name, model in results["models"].items() if joined["models"].get(name, model) != model]
+        if twice:
+            raise ValueError(f"{path} and another results file beside it hold different answers of {', '.join(twice)}; move one elsewhere")
+        joined["models"] |= results["models"]
+    if not joined["models"]:
+        raise ValueError(f"{first} holds no model's answers yet; let `laid eval` finish")
+    return joined
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file. Raises ValueError when it is none."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as results of `laid eval`: {error}") from None
+    if not is_results(results):
+        raise ValueError(f"{path} does not hold results of `laid eval`")
+    return results
+
+
+def is_results(content: Any) -> bool:
+    """Whether the content of a JSON file is what `laid eval` writes."""
+    return isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in ("setting", "versions", "models"))
 
 
 def summarise(results: dict[str, Any], baseline: str, path: Path) -> Summary:
@@ -91,7 +151,7 @@ def summarise(results: dict[str, Any], baseline: str, path: Path) -> Summary:
     sizes, chance = results["setting"]["sizes"], 1 / results["setting"]["choices"]
     threshold = relative_threshold(curve(answers[baseline])[sizes[0]], chance)
     rows = [Row(name, curve(a), window(a, threshold), ratio(a, answers[baseline], threshold)) for name, a in answers.items()]
-    return Summary(rows, baseline, chance, threshold, results["setting"], path)
+    return Summary(rows, baseline, chance, threshold, results["setting"], path, results.get("left_out", {}))
 
 
 def draw_curves(summary: Summary, path: Path) -> None:
@@ -150,7 +210,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # a run may be writing the last one
 
 
 def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> str:

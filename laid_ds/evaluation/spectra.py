@@ -13,8 +13,9 @@ from torch import Tensor
 
 from laid_ds.data.batch import collate
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.haystack import draw_window
-from laid_ds.kernels.attention_profile import attention_profile
+from laid_ds.data.record import DataError
+from laid_ds.evaluation.haystack import read_haystacks, window_of_size
+from laid_ds.kernels.attention_profile import attention_profile, distance_bins
 from laid_ds.models.attention import Captured, Tap, attention_layers, last_hidden_state, listen
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
@@ -28,40 +29,72 @@ def profile_heads(
 
     segments [B, T] int64, -1 = padding; row_mask [B, T] bool, default all rows. Source: the definitions of kernels/attention_profile.
     """
-    return {str(layer): _numbers(heads, segments, row_mask, marked) for layer, heads in captured.items()}
+    return {str(layer): _means(*_sums(heads, segments, row_mask, marked)) for layer, heads in captured.items()}
 
 
-def _numbers(heads: Captured, segments: Tensor, row_mask: Tensor | None, marked: Tensor | None) -> dict[str, Any]:
+def _sums(
+    heads: Captured,
+    segments: Tensor,
+    row_mask: Tensor | None,
+    marked: Tensor | None,
+    bins: list[int] | None = None,
+    far: int | None = None,
+) -> tuple[list[int], int, dict[str, Tensor]]:
+    """Bins, number of rows, and sums over the rows."""
     found = attention_profile(
         heads.query.detach(),
         heads.key.detach(),
         scale=heads.scale,
+        bins=bins,
+        far=far,
         window=heads.window,
         segments=segments,
         row_mask=row_mask,
         marked=marked,
     )
-    rows = max(found.row_count, 1)
-    numbers = {"entropy": found.entropy_sum, "far_mass": found.far_mass, "mass": found.bin_mass}
+    sums = {"entropy": found.entropy_sum, "far_mass": found.far_mass, "mass": found.bin_mass}
     if marked is not None:
-        numbers["marked_mass"] = found.marked_mass
-    return {"bins": found.bins.tolist()} | {name: (total / rows).tolist() for name, total in numbers.items()}
+        sums["marked_mass"] = found.marked_mass
+    return found.bins.tolist(), found.row_count, sums
+
+
+def _means(bins: list[int], rows: int, sums: dict[str, Tensor]) -> dict[str, Any]:
+    return {"bins": bins} | {name: (total / max(rows, 1)).tolist() for name, total in sums.items()}
 
 
 @torch.inference_mode()
 def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset, size: int, haystacks: int) -> dict[str, dict[str, Any]]:
     """`profile_heads` of every decoder layer at the answering rows of windows of `size` images with one question each; "marked_mass" is
-    the attention on the needle's tokens. The model is put on the `laid` attention function."""
-    samples = [dataset.read(i) for i in range(min(haystacks, len(dataset)))]
-    windows = [draw_window(sample, size, 1, ("evaluation", size, sample.key)) for sample in samples]
-    rows = [renderer(window) for window in windows]
-    batch = collate(rows, [window.key for window in windows], renderer.processor.tokenizer.pad_token_id).to(model.device)
-    marked = torch.zeros_like(batch.segments, dtype=torch.bool)
-    for row, rendered, window in zip(marked, rows, windows, strict=True):
-        row[: len(rendered.shows)] = torch.isin(rendered.shows, torch.tensor(window.turns[0].needles)).to(row.device)
-    answering = batch.supervised & ~batch.supervised.roll(1, dims=1)
+    the attention on the needle's tokens. The model is put on the `laid` attention function.
+
+    One haystack is in memory at a time, and rendered twice: the bins follow from the longest of all.
+    """
+    samples = read_haystacks(dataset, haystacks)
+    longest = max(len(renderer(window_of_size(sample, size, 1)).supervised) for sample in samples)
     tap = Tap(list(attention_layers(model)))
     listen(model, tap)
-    with tap.open() as captured:
-        last_hidden_state(model, **batch.inputs)
-    return profile_heads(captured, batch.segments, answering, marked)
+    totals: dict[str, tuple[list[int], int, dict[str, Tensor]]] = {}
+    for sample in samples:
+        window = window_of_size(sample, size, 1)
+        row = renderer(window)
+        batch = collate([row], [window.key], renderer.processor.tokenizer.pad_token_id).to(model.device)
+        needles = next(turn for turn in window.turns if turn.role == "user").needles
+        marked = torch.isin(row.shows, torch.tensor(needles)).to(model.device)[None]
+        answering = batch.supervised & ~batch.supervised.roll(1, dims=1)
+        with tap.open() as captured:
+            last_hidden_state(model, **batch.inputs)
+        for layer, heads in captured.items():
+            found = _sums(heads, batch.segments, answering, marked, distance_bins(longest - 1), (longest - 1) // 2)
+            totals[str(layer)] = _added(totals[str(layer)], found) if str(layer) in totals else found
+    return {layer: _means(*total) for layer, total in totals.items()}
+
+
+def _added(one: tuple, other: tuple) -> tuple:
+    return one[0], one[1] + other[1], {name: total + other[2][name] for name, total in one[2].items()}
+
+
+def check_needles(dataset: Dataset, haystacks: int) -> None:
+    """Raises DataError for a question without needles: attention on them cannot be measured."""
+    for i in range(haystacks):
+        if any(turn.role == "user" and not turn.needles for turn in dataset.record(i).turns):
+            raise DataError("a question records no needles, so that --attention cannot look at them").at(dataset.origin(i))

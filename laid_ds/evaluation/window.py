@@ -64,15 +64,18 @@ def window(answers: Answers, threshold: float, draws: int = 1000, seed: int = 0)
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times one model's window is another's; a lower bound where the first is censored."""
+    """How many times one model's window is another's; a lower bound where the first is censored. None where the other is 0."""
 
-    times: float
+    times: float | None
     at_least: bool
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{'>= ' if self.at_least else ''}{self.times:.2f} x [{self.low:.2f}, {self.high:.2f}]"
+        if self.times is None:
+            return "no ratio to a window of 0"
+        low, high = ("no bound" if bound is None else f"{bound:.2f}" for bound in (self.low, self.high))
+        return f"{'>= ' if self.at_least else ''}{self.times:.2f} x [{low}, {high}]"
 
 
 def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Ratio:
@@ -81,12 +84,16 @@ def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 10
     pairs = zip(_bootstrap_curves(answers, draws, seed), _bootstrap_curves(baseline, draws, seed), strict=True)
     ratios = [_divide(window_of(a, threshold)[0], window_of(b, threshold)[0]) for a, b in pairs]
     low, high = np.percentile(ratios, [2.5, 97.5], method="closest_observation")  # a ratio may be infinite
-    return Ratio(_divide(ours, theirs), censored, float(low), float(high))
+    return Ratio(_finite(_divide(ours, theirs)), censored, _finite(low), _finite(high))
 
 
 def average_gain(points: Mapping[int, float], baseline: Mapping[int, float], sizes: Sequence[int]) -> float:
     """Mean over sizes of the relative change of accuracy against a baseline (the paper's Table 1, with SHORT and LONG sizes)."""
     return float(np.mean([points[size] / baseline[size] - 1 for size in sizes]))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _divide(a: float, b: float) -> float:

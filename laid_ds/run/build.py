@@ -15,7 +15,7 @@ from laid_ds.data.haystack import describe_windows
 from laid_ds.data.images import Pixels
 from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream, budgeted_lengths
-from laid_ds.evaluation.progress import chance_of
+from laid_ds.evaluation.progress import held_out
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, layer_pairs
 from laid_ds.method.distill import Student, Teacher
@@ -169,8 +169,10 @@ def _pairs(run: Run) -> Pairs:
 
 def data_notes(run: Run) -> list[str]:
     """What a user should know of what the data allow, one sentence each. Raises ValueError where they do not allow what the run asks."""
-    dataset = Dataset.open(list(run.data.shards))
-    return describe_windows(dataset, run.data.images, run.data.tokens_per_pack is not None) if run.data.images else []
+    dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
+    of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
+    of_evaluation = [f"held out: {note}" for note in held_out(run.evaluation).notes()] if run.evaluation else []
+    return of_training + of_evaluation
 
 
 def check(run: Run) -> None:
@@ -178,8 +180,6 @@ def check(run: Run) -> None:
     that is wrong."""
     dataset = Dataset.open(list(run.data.shards))
     data_notes(run)
-    if run.evaluation:
-        chance_of(run.evaluation)
     processors = []
     for model, trains in ((run.student, True), (run.teacher, False)):
         if model is not None:
