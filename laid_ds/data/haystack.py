@@ -217,17 +217,18 @@ def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], pac
     chosen = dataset.spread(source, LOOKED_AT)
     records = {dataset.keys[i].decode(): dataset.record(i) for i in chosen}
     found = {key: (why_whole(record), fewest_images(record)) for key, record in records.items()}
-    fitting = [key for key, (whole, fewest) in found.items() if fewest <= (least if whole or packed else most)]
+    small = [key for key, (whole, fewest) in found.items() if whole and fewest <= least]
+    fitting = [key for key, (whole, fewest) in found.items() if not whole and fewest <= (least if packed else most)]
     others: dict[str, list[str]] = {}
-    for key in found.keys() - set(fitting):
+    for key in found.keys() - set(fitting) - set(small):
         whole, _ = found[key]
         reason = whole.partition(" (")[0] if whole else "needs more images for any question"
         others.setdefault(reason, []).append(key)
-    reasons = "; ".join(f"{len(keys)} stay as they are, {min(keys)} among them: it {reason}" for reason, keys in sorted(others.items()))
     sentence = f"{dataset.folders[source]}: {len(fitting)} of {len(chosen)} samples looked at allow windows of {least} to {most} images"
-    if others:
-        sentence += f"; {reasons}"
-    if not fitting:
+    sentence += f"; {len(small)} are shorter anyway" if small else ""
+    for reason, keys in sorted(others.items()):
+        sentence += f"; {len(keys)} stay as they are, {min(keys)} among them: it {reason}"
+    if not fitting + small:
         raise ValueError(
             f"{sentence}. Leave out data.images, or build the shards with --haystack if their questions stay true whichever images stay"
         )

@@ -21,6 +21,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.evaluation.haystack import ask, read_haystacks, survey
 from laid_ds.evaluation.report import read_results
 from laid_ds.evaluation.spectra import check_needles, needle_profile
+from laid_ds.evaluation.window import notes_on
 from laid_ds.models.extension import self_extend
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import Renderer, load_processor
@@ -54,7 +55,7 @@ def evaluate_models(
         load_config(folder)
     dataset = Dataset.open(shards)
     found = survey(dataset, haystacks, sizes)
-    for note in found.notes():
+    for note in notes_on(found.left_out):
         print(note, file=sys.stderr)
     if attention:
         check_needles(dataset, haystacks)

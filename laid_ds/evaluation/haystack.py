@@ -17,6 +17,7 @@ from laid_ds.data.batch import Batch, Rendered, collate, render_named
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window, most_needed, why_whole
 from laid_ds.data.record import DataError, Record, Sample, Turn
+from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import last_hidden_state
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
@@ -48,13 +49,6 @@ class Survey:
     """The other sizes, and why not."""
     choices: int
     """That each question offers; chance is 1 / this."""
-
-    def notes(self) -> list[str]:
-        """A sentence for each reason to leave sizes out."""
-        reasons: dict[str, list[str]] = {}
-        for size, reason in self.left_out.items():
-            reasons.setdefault(reason, []).append(str(size))
-        return [f"not measured at {', '.join(sizes)} images: {reason}" for reason, sizes in reasons.items()]
 
 
 @torch.no_grad()
@@ -129,7 +123,7 @@ def survey(dataset: Dataset, haystacks: int, sizes: Sequence[int]) -> Survey:
     left_out = {size: reason for size in sizes if (reason := _why_left_out(records, size))}
     found = Survey([size for size in sizes if size not in left_out], left_out, next(iter(choices.values())))
     if not found.sizes:
-        raise ValueError(f"nothing can be measured in {', '.join(map(str, dataset.folders))}: {'; '.join(found.notes())}")
+        raise ValueError(f"nothing can be measured in {', '.join(map(str, dataset.folders))}: {'; '.join(notes_on(left_out))}")
     return found
 
 
@@ -138,7 +132,7 @@ def _why_left_out(records: dict[str, Record], size: int) -> str | None:
     if not misfits:
         return None
     key, reason = next(iter(misfits.items()))
-    return f"{len(misfits)} of {len(records)} haystacks cannot be shown so; {key} {reason}"
+    return f"{len(misfits)} of {len(records)} haystacks do not allow it ({key} {reason})"
 
 
 def _misfit(sample: Sample | Record, size: int) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def _accuracy(answers: Sequence[Sequence[int]]) -> float:
     return right / asked
 
 
-def record(path: Path, step: int, accuracy: dict[int, float], chance: float) -> dict[str, Any]:
+def record(path: Path, step: int, accuracy: dict[int, float], chance: float, left_out: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Append a measurement to the run's evaluation.jsonl, in place of any of this step or later; returns it.
 
     The threshold is that of the first measurement in the file: chance + 0.6 of the one-image skill (the first size's) at that time.
@@ -52,6 +52,7 @@ def record(path: Path, step: int, accuracy: dict[int, float], chance: float) -> 
     images, censored = window_of(accuracy, threshold)
     found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold}
     found |= {"window": images, "censored": censored}
+    found |= {"left_out": {str(n): reason for n, reason in left_out.items()}} if left_out else {}
     path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*earlier, found]))
     return found
 
@@ -70,8 +71,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def held_out(options: Evaluation) -> Survey:
     """What can be measured on the held-out shards. Raises ValueError when they are none, have too few samples, or can be asked nothing."""
     return survey(Dataset.open(options.shards), options.haystacks, options.sizes)
-
-
-def chance_of(options: Evaluation) -> float:
-    """1 / choices of the held-out questions. Raises ValueError as `held_out` does."""
-    return 1 / held_out(options).choices

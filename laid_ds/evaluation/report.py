@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from laid_ds.evaluation.window import Ratio, Window, curve, ratio, relative_threshold, window
+from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
 
 COLOURS = ("#111111", "#9a9a9a", "#c98a1b", "#3b7dd8", "#c2185b", "#2e8b57", "#6a4fb3", "#8c564b")
 STYLE = (
@@ -62,7 +62,7 @@ class Summary:
     def rule(self) -> str:
         first = self.setting["sizes"][0]
         skill = "one-image skill" if first == 1 else f"skill at {first} images"
-        left_out = "".join(f"; not measured at {size} images: {reason}" for size, reason in self.left_out.items())
+        left_out = "".join(f"; {note}" for note in notes_on(self.left_out))
         return (
             f"accuracy by number of images; window: largest number with accuracy >= {self.threshold:.3f} "
             f"(chance {self.chance:.3f} + 0.6 of {self.baseline}'s {skill}), {self.setting['haystacks']} haystacks of at most "

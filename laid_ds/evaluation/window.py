@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,14 @@ def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 10
     ratios = [_divide(window_of(a, threshold)[0], window_of(b, threshold)[0]) for a, b in pairs]
     low, high = np.percentile(ratios, [2.5, 97.5], method="closest_observation")  # a ratio may be infinite
     return Ratio(_finite(_divide(ours, theirs)), censored, _finite(low), _finite(high))
+
+
+def notes_on(left_out: Mapping[Any, str]) -> list[str]:
+    """A sentence for each reason why sizes were left out (size -> reason)."""
+    reasons: dict[str, list[str]] = {}
+    for size, reason in left_out.items():
+        reasons.setdefault(reason, []).append(str(size))
+    return [f"not measured at {', '.join(sizes)} images: {reason}" for reason, sizes in reasons.items()]
 
 
 def average_gain(points: Mapping[int, float], baseline: Mapping[int, float], sizes: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream, budgeted_lengths
 from laid_ds.evaluation.progress import held_out
+from laid_ds.evaluation.window import notes_on
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, layer_pairs
 from laid_ds.method.distill import Student, Teacher
@@ -171,7 +172,7 @@ def data_notes(run: Run) -> list[str]:
     """What a user should know of what the data allow, one sentence each. Raises ValueError where they do not allow what the run asks."""
     dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
     of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
-    of_evaluation = [f"held out: {note}" for note in held_out(run.evaluation).notes()] if run.evaluation else []
+    of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
     return of_training + of_evaluation
 
 

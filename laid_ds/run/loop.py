@@ -132,7 +132,8 @@ def _evaluate(run: Run, training: Training, reporter: Reporter, step: int) -> No
     """Ask the student about held-out haystacks; every rank takes its share."""
     accuracy = progress.measure(training.student, training.renderer, run.evaluation)
     if distributed.rank() == 0:
-        found = progress.record(run.output / progress.FILE, step, accuracy, progress.chance_of(run.evaluation))
+        allowed = progress.held_out(run.evaluation)
+        found = progress.record(run.output / progress.FILE, step, accuracy, 1 / allowed.choices, allowed.left_out)
         reporter.say(progress.sentence(found))
 
 

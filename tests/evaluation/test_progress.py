@@ -74,4 +74,14 @@ def test_the_threshold_is_set_by_the_first_measurement_and_a_repeated_step_repla
 
 def test_too_few_haystacks_are_refused_before_the_run(held_out):
     with pytest.raises(ValueError, match="8 haystacks asked for, the data set has 7"):
-        progress.chance_of(Evaluation(shards=str(held_out), haystacks=8))
+        progress.held_out(Evaluation(shards=str(held_out), haystacks=8))
+
+
+def test_sizes_that_the_held_out_haystacks_do_not_hold_are_left_out_and_recorded(held_out, tmp_path):
+    allowed = progress.held_out(Evaluation(shards=str(held_out), haystacks=7, sizes=(1, 6, 7, 50)))
+    assert (allowed.sizes, allowed.choices) == ([1, 6], 2)
+    progress.record(tmp_path / "e.jsonl", 0, {1: 1.0, 6: 0.9}, 0.5, allowed.left_out)
+    (line,) = (tmp_path / "e.jsonl").read_text().splitlines()
+    assert json.loads(line)["left_out"] == dict.fromkeys(("7", "50"), "7 of 7 haystacks do not allow it (test-5-000000 has 6 images)")
+    with pytest.raises(ValueError, match=r"nothing can be measured in .*not measured at 7, 50 images: 7 of 7 haystacks do not allow it"):
+        progress.held_out(Evaluation(shards=str(held_out), haystacks=7, sizes=(7, 50)))
