@@ -8,6 +8,7 @@ import numpy as np
 
 from data_tools.console import track
 from laid_ds.data.dataset import Dataset
+from laid_ds.data.haystack import why_whole
 from laid_ds.data.order import Packing
 from laid_ds.data.stream import Stream
 
@@ -32,11 +33,12 @@ def stats(folders: list[str], tokens: str) -> dict[str, Any]:
     """Histograms of lengths and image counts, and what the records say of themselves."""
     dataset = Dataset.open(folders)
     lengths = dataset.token_counts(tokens)
-    counts: dict[str, Counter] = {name: Counter() for name in ("source", "licence", "format", "questions", "needles", "pixels")}
+    counts: dict[str, Counter] = {name: Counter() for name in ("source", "licence", "format", "questions", "needles", "pixels", "windows")}
     for i in track(range(len(dataset)), "read records"):
         record = dataset.record(i)
         counts["source"][record.source or "not stated"] += 1
         counts["licence"][record.licence or "not stated"] += 1
+        counts["windows"][(why_whole(record) or "allowed").partition(" (")[0]] += 1
         questions = [turn for turn in record.turns if turn.role == "user"]
         counts["questions"][len(questions)] += 1
         counts["needles"].update(len(turn.needles) for turn in questions)
@@ -51,6 +53,7 @@ def stats(folders: list[str], tokens: str) -> dict[str, Any]:
         "sources": dict(counts["source"].most_common()),
         "licences": dict(counts["licence"].most_common()),
         "image_formats": dict(counts["format"].most_common()),
+        "windows": dict(counts["windows"].most_common()),
         "image_pixels_below": _by_number(counts["pixels"]),
         "questions_per_sample": _by_number(counts["questions"]),
         "needles_per_question": _by_number(counts["needles"]),

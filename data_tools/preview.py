@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageOps
 
 from laid_ds.data.dataset import Dataset
+from laid_ds.data.haystack import why_whole
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import Sample, Turn, describe
 
@@ -31,6 +32,8 @@ def cat(folder: str, key: str, images_folder: Path | None) -> dict[str, Any]:
         "licence": sample.licence,
         "tokens": dict(sample.tokens),
         "meta": dict(sample.meta),
+        "windows": why_whole(sample) or "allowed",
+        "fixed": list(sample.fixed),
     }
 
 

@@ -67,7 +67,8 @@ class Data(Section):
     weights: tuple[Positive, ...] | None = None
     """Share of each of `shards` in an epoch; None takes every sample once."""
     images: Range | None = None
-    """Train on windows of [least, most] images, drawn anew for each step; None keeps samples whole."""
+    """Train on windows of [least, most] images, drawn anew for each step; None keeps samples whole, and so stays what is no haystack
+    (docs/data_format.md, Windows)."""
     grow_from: Count | None = None
     """Let the upper end of `images` grow from here to its full value over the first `grow_until` of the run (geometric)."""
     grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -101,6 +102,12 @@ class Data(Section):
             raise ValueError(f"micro_batch is {self.micro_batch}: with tokens_per_pack a forward pass is one pack; set micro_batch = 1")
         if self.tokens_per_pack is not None and self.grow_from is not None:
             raise ValueError("packs are planned before the run, for windows of one range: leave out grow_from or tokens_per_pack")
+        return self
+
+    @model_validator(mode="after")
+    def _questions_are_of_windows(self) -> Data:
+        if self.questions is not None and self.images is None:
+            raise ValueError(f"questions={self.questions} is for windows: give images as well, or leave questions out")
         return self
 
     @model_validator(mode="after")

@@ -8,10 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from laid_ds import cli, config
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.record import Sample, Turn
+from laid_ds.data.writer import ShardWriter
 from tests.support.recipes import write_recipe
 
 
@@ -41,9 +45,44 @@ def test_the_dry_run_prints_the_resolved_run_and_starts_nothing(recipe, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_the_dry_run_says_what_the_data_do_not_allow(recipe, tmp_path, capsys):
+    haystack = Dataset.open(tmp_path / "shards").read(0)
+    turns = tuple(replace(turn, needles=()) for turn in haystack.turns)
+    with ShardWriter(tmp_path / "mixed") as writer:
+        writer.write(haystack)
+        writer.write(replace(haystack, key="whole", turns=turns))
+    held_out = f'evaluation={{shards = "{tmp_path / "shards"}", sizes = [1, 6, 9], haystacks = 4}}'
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["train", str(recipe), f'data.shards=["{tmp_path / "mixed"}"]', held_out, "--dry-run"])
+    assert exit_status.value.code == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["steps"] == 4
+    assert said.err.splitlines() == [
+        f"{tmp_path / 'mixed'}: 1 of 2 samples looked at allow windows of 1 to 4 images; 1 stay as they are, whole among them: it records "
+        "no needles for a question, nor does it say that it is a haystack",
+        "held out: not measured at 9 images: 4 of 4 haystacks do not allow it (train-0-000000 has 6 images)",
+    ]
+
+
+def test_windows_of_what_is_no_haystack_are_refused_before_anything_starts(recipe, tmp_path, capsys):
+    """A document, and a row whose questions record no needles: both stay whole, so that there is nothing to draw from."""
+    pictures = Dataset.open(tmp_path / "shards").read(0).images[:5]
+    told = Turn("user", (0, 1, 2, 3, 4, "What colour is Image-2?"))
+    turns = {"row": (told, Turn("assistant", ("red",))), "document": (Turn("assistant", ("one", 0, 1, 2, 3, 4)),)}
+    with ShardWriter(tmp_path / "plain") as writer:
+        for key, said in turns.items():
+            writer.write(Sample(key, said, pictures))
+    said = refused(capsys, "train", recipe, f'data.shards=["{tmp_path / "plain"}"]')
+    assert "plain: 0 of 2 samples looked at allow windows of 1 to 4 images" in said
+    assert "document among them: it is not a row of questions" in said
+    assert "row among them: it records no needles" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "override, sentence",
     [
+        ("data.images=none", "questions=2 is for windows: give images as well"),
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'"),
         ("student.path=nowhere", "no model at nowhere"),
         ("student.deepspeed=nowhere.json", "no DeepSpeed config at nowhere.json"),

@@ -202,17 +202,18 @@ def _renumbered(sample: Sample, turns: list[Turn]) -> Sample:
 
 
 def describe_windows(dataset: Dataset, bounds: tuple[int, int], packed: bool = False) -> list[str]:
-    """A sentence on each source of a data set: how many of some samples, spread over it, allow windows of [least, most] images, and why
-    others do not. Records alone are read.
+    """A sentence on each source of which not every sample allows windows of [least, most] images: how many of some samples, spread over
+    it, do, and why others do not. Records alone are read.
 
     Raises ValueError for a source of which none does, and with `packed`, where packs are planned by the lengths of windows that nobody has
     drawn yet, for one of which any does not.
     """
     filled = [source for source, sizes in enumerate(dataset.source_shard_sizes) if sizes.sum()]
-    return [_describe_source(dataset, source, bounds, packed) for source in filled]
+    found = [_describe_source(dataset, source, bounds, packed) for source in filled]
+    return [sentence for sentence in found if sentence is not None]
 
 
-def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], packed: bool) -> str:
+def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], packed: bool) -> str | None:
     least, most = bounds
     chosen = dataset.spread(source, LOOKED_AT)
     records = {dataset.keys[i].decode(): dataset.record(i) for i in chosen}
@@ -234,7 +235,7 @@ def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], pac
         )
     if packed and others:
         raise ValueError(f"{sentence}. Packs are planned by the lengths of windows: leave out data.tokens_per_pack or data.images")
-    return sentence
+    return sentence if len(fitting) < len(chosen) else None
 
 
 def check_planned(window: Sample, sample: Sample, images: int) -> None:

@@ -26,6 +26,8 @@ def measure(engine: Any, renderer: Renderer, options: Evaluation) -> dict[int, f
     """
     samples, rank, ranks = read_haystacks(Dataset.open(options.shards), options.haystacks), distributed.rank(), distributed.world_size()
     sizes, turns = held_out(options).sizes, -(-len(samples) // ranks)
+    for _ in samples:  # read all of them once on every rank: one that cannot be read stops all ranks alike, and none waits for another
+        pass
     mine = [rank + ranks * turn for turn in range(turns)]
     own = Haystacks(samples.dataset, [min(i, len(samples) - 1) for i in mine])
     engine.eval()

@@ -35,6 +35,7 @@ def train(run: Run, stop: StopRequest) -> None:
     """Run to the end, or until asked to stop, from the latest checkpoint if there is one. Every rank calls it."""
     open_output(run, stop.started)
     seed_everything(run.seed + distributed.rank())
+    notes = data_notes(run)
     training = build(run)
     active = distributed.rank() == 0
     flops = partial(model_flops, read_pair(run)) if active and run.logging.peak_tflops else None
@@ -42,7 +43,7 @@ def train(run: Run, stop: StopRequest) -> None:
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
-    for note in data_notes(run):
+    for note in notes:
         reporter.say(note)
     if first == 0:
         reporter.say(str(look(run, training)))

@@ -242,16 +242,16 @@ def mixed(tmp_path):
 
 def test_a_run_says_how_much_of_each_source_allows_windows(mixed, tmp_path):
     plain, haystack = mixed
-    (said,) = describe_windows(haystack, (1, 4))
-    assert said == f"{tmp_path / 'haystacks'}: 5 of 5 samples looked at allow windows of 1 to 4 images"
+    assert describe_windows(haystack, (1, 4)) == []
     write_dataset(tmp_path / "both", [*(make_sample(i, 6) for i in range(10, 12)), *plain])
     both = Dataset.open([tmp_path / "haystacks", tmp_path / "both"])
-    (_, said) = describe_windows(both, (1, 4))
-    assert "2 of 7 samples looked at" in said
+    (said,) = describe_windows(both, (1, 4))
+    assert said.startswith(f"{tmp_path / 'both'}: 2 of 7 samples looked at allow windows of 1 to 4 images; 5 stay as they are")
     assert "5 stay as they are, plain-0 among them: it records no needles for a question" in said
     with pytest.raises(ValueError, match=r"both: 2 of 7 .*leave out data.tokens_per_pack or data.images"):
         describe_windows(both, (1, 4), packed=True)
-    assert len(describe_windows(both, (3, 4), packed=True)) == 2  # a window of 3 images is the whole sample
+    (said,) = describe_windows(both, (3, 4), packed=True)  # a window of 3 images is the whole sample
+    assert said.endswith("2 of 7 samples looked at allow windows of 3 to 4 images; 5 are shorter anyway")
 
 
 def test_a_source_without_haystacks_is_refused_with_a_sample_and_its_reason(mixed, tmp_path):
