@@ -31,8 +31,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from laid_ds.models.chat import turn_text
 from laid_ds.models.load import model_class
-from laid_ds.models.processor import SampleLike, offline, turn_text
+from laid_ds.models.processor import SampleLike, offline
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

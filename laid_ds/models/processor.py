@@ -6,7 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,14 +18,7 @@ from transformers import ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-ANSWER, END = "\ue000", "\ue001"  # private-use marks around answers; removed again after the chat template has run
-
-
-class TurnLike(Protocol):
-    """A turn: a role, and text (str) and images (int) in order (data.record.Turn is one)."""
-
-    role: str
-    segments: tuple[str | int, ...]
+from laid_ds.models.chat import Said, Template, TurnLike, learn_template, say
 
 
 class SampleLike(Protocol):
@@ -100,11 +93,6 @@ def _processor_class(path: Path) -> str:
     raise ValueError(
         f"{path} names no processor class of transformers {transformers.__version__}; copy the processor files of the model there"
     )
-
-
-def turn_text(turn: TurnLike) -> str:
-    """The text segments of a turn, joined."""
-    return "".join(segment for segment in turn.segments if isinstance(segment, str))
 
 
 def check_same_tokenizer(student: ProcessorMixin, teacher: ProcessorMixin) -> int:
@@ -186,7 +174,7 @@ class Renderer:
         pictures = [self._picture(sample.images[i]) for i in shown]
         places = torch.nonzero(ids == self.processor.image_token_id).flatten().tolist()
         if len(places) != len(pictures):
-            raise ValueError(f"{len(places)} image marks in the text for {len(pictures)} images")
+            raise ValueError(f"the chat template writes {len(places)} image marks for the {len(pictures)} images that the turns show")
         if not pictures:
             pictures, places = [self._blank], [len(ids)]
         parts, begin = [], 0
@@ -224,32 +212,19 @@ class Renderer:
             positions = self.positions({name: row[None] for name, row in tokens.items()} | grids)
         return Rendered(tokens, images, self._image_axis, shows, supervised, trailing, positions)
 
+    @cached_property
+    def _template(self) -> Template:
+        return learn_template(self.processor)
+
     def _tokens(self, sample: SampleLike | RecordLike) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
-        text, spans = self._text(sample)
+        said = say(self._template, sample.turns)
         tokenizer = self.processor.tokenizer
-        begins = tokenizer.bos_token is None or text.startswith(tokenizer.bos_token)
-        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begins)
-        ids = torch.tensor(encoded["input_ids"])
-        starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
-        marks = torch.isin(ids, torch.tensor(sorted(tokenizer.added_tokens_decoder)))
-        supervised = torch.zeros(len(starts), dtype=torch.bool)
-        for start, stop in spans:
-            supervised |= (starts >= start) & ((starts < stop) | ((starts == stop) & marks))  # the mark that ends an answer belongs to it
+        begins = tokenizer.bos_token is None or said.text.startswith(tokenizer.bos_token)
+        encoded = tokenizer(said.text, return_offsets_mapping=True, add_special_tokens=not begins)
+        supervised = _supervised(said, torch.tensor(encoded["offset_mapping"]).reshape(-1, 2))
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
-        return ids, supervised, shown
-
-    def _text(self, sample: SampleLike | RecordLike) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the spans of its answers."""
-        template = ProcessorMixin.apply_chat_template  # some families' own ask their video part even where there is no video
-        marked = template(self.processor, [_message(turn) for turn in sample.turns], tokenize=False)
-        pieces, spans, length = [], [], 0
-        for number, piece in enumerate(marked.replace(END, ANSWER).split(ANSWER)):
-            pieces.append(piece)
-            if number % 2:  # odd pieces are answers
-                spans.append((length, length + len(piece)))
-            length += len(piece)
-        return "".join(pieces), spans
+        return torch.tensor(encoded["input_ids"], dtype=torch.long), supervised, shown
 
     def _picture(self, image: bytes) -> _Picture:
         if image not in self._pictures:
@@ -290,8 +265,31 @@ class Renderer:
         return self.pixels.resize(found, width, height)
 
 
-def _message(turn: TurnLike) -> dict:
-    parts = [{"type": "image"} if isinstance(segment, int) else {"type": "text", "text": segment} for segment in turn.segments]
-    if turn.role == "assistant":
-        parts = [{"type": "text", "text": ANSWER}, *parts, {"type": "text", "text": END}]
-    return {"role": turn.role, "content": parts}
+def _supervised(said: Said, offsets: Tensor) -> Tensor:
+    """[T] bool: the tokens of the answers, from the characters [T, 2] that each token stands for.
+
+    A token across the edge of an answer is the answer's if all that it holds beyond is whitespace, and is not if all that it holds of the
+    answer is whitespace. Raises ValueError for a token that holds more of both, and for characters of an answer without a token.
+    """
+    (starts, stops), text = offsets.unbind(1), said.text
+    supervised = torch.zeros(len(offsets), dtype=torch.bool)
+    for start, stop in said.spans:
+        inside = (starts < stop) & (stops > start)
+        supervised |= inside
+        for token in torch.nonzero(inside & ((starts < start) | (stops > stop))).flatten().tolist():
+            first, last = offsets[token].tolist()
+            own, other = text[max(first, start) : min(last, stop)], text[first:start] + text[stop:last]
+            if own.strip() and other.strip():
+                raise ValueError(f"the token {text[first:last]!r} holds {own!r} of an answer and {other!r} of what stands beside it")
+            supervised[token] = bool(own.strip())
+        _check_covered(text, start, stop, offsets[inside])
+    return supervised
+
+
+def _check_covered(text: str, start: int, stop: int, tokens: Tensor) -> None:
+    """Raises ValueError unless the tokens [N, 2] stand for all of text[start:stop] but whitespace."""
+    begins = [*tokens[:, 0].tolist(), stop]
+    ends = [start, *tokens[:, 1].cummax(0).values.tolist()]
+    missing = "".join(text[end:begin] for end, begin in zip(ends, begins, strict=True)).strip()
+    if missing:
+        raise ValueError(f"the tokenizer has no token for {missing[:40]!r} in the answer {text[start:stop][:40]!r}")
