@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
+from unicodedata import normalize
 
 import torch
 import transformers
@@ -287,9 +288,10 @@ def _supervised(said: Said, offsets: Tensor) -> Tensor:
 
 
 def _check_covered(text: str, start: int, stop: int, tokens: Tensor) -> None:
-    """Raises ValueError unless the tokens [N, 2] stand for all of text[start:stop] but whitespace."""
+    """Raises ValueError unless the tokens [N, 2] stand for all of text[start:stop] but whitespace and marks that join the letter before."""
     begins = [*tokens[:, 0].tolist(), stop]
     ends = [start, *tokens[:, 1].cummax(0).values.tolist()]
-    missing = "".join(text[end:begin] for end, begin in zip(ends, begins, strict=True)).strip()
-    if missing:
-        raise ValueError(f"the tokenizer has no token for {missing[:40]!r} in the answer {text[start:stop][:40]!r}")
+    for end, begin in zip(ends, begins, strict=True):
+        missing = text[end:begin].strip()
+        if missing and len(normalize("NFC", text[max(0, end - 1) : begin])) > begin - end:
+            raise ValueError(f"the tokenizer has no token for {missing[:40]!r} in the answer {text[start:stop][:40]!r}")
