@@ -33,8 +33,8 @@ class Template:
     processor: ProcessorMixin
     lists: frozenset[str]
     """The roles whose content it takes as a list of parts; of the others it takes one text."""
-    ends: str
-    """The marks that it writes after an answer ("" where it writes none), with the whitespace before them."""
+    end: str
+    """The marks that it writes after an answer that is the last turn, with the whitespace before them ("" where it writes none)."""
     reserved: re.Pattern[str]
     """The tokens that mean something else than their text: special ones, those of images, those around turns."""
     named: re.Pattern[str] | None
@@ -78,16 +78,15 @@ def learn_template(processor: ProcessorMixin) -> Template:
     lists, text = _accepted(processor)
     added = [token for token in processor.tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     marks = "|".join(re.escape(token.content) for token in sorted(added, key=lambda token: -len(token.content)))
-    tail = text[text.rindex(_word("assistant")) + len(_word("assistant")) :]
-    ends = re.match(rf"\s*(?:{marks})+", tail) if marks else None
-    around = _render(processor, [_message("user", (_word("user"),), lists)]) + (ends[0] if ends else "")
+    end = re.match(rf"\s*(?:{marks})+", text.rpartition(_word("assistant"))[2]) if marks else None
+    around = _render(processor, [_message("user", (_word("user"),), lists)]) + (end[0] if end else "")
     reserved = {token.content for token in added if token.special or token.content in around} | {processor.image_token}
     source = "".join(processor.chat_template.values()) if isinstance(processor.chat_template, dict) else processor.chat_template
     named = sorted(set(NAMED.findall(source)), key=len, reverse=True)
     return Template(
         processor,
         lists=lists,
-        ends=ends[0] if ends else "",
+        end=end[0] if end else "",
         reserved=re.compile("|".join(re.escape(mark) for mark in sorted(reserved, key=len, reverse=True))),
         named=re.compile(f"({'|'.join(re.escape(mark) for mark in named)})") if named else None,
     )
@@ -106,7 +105,7 @@ def say(template: Template, turns: Sequence[TurnLike]) -> Said:
     taught = [number for number, turn in enumerate(turns) if turn.role == "assistant" and getattr(turn, "supervised", True)]
     if not taught:
         return Said(text, [])
-    spans = [_with_end(text, span, template.ends) for span in _answers(template, lines, taught, text)]
+    spans = [_with_end(text, span, template.end) for span in _answers(template, lines, taught, text)]
     return Said(text, _apart(spans))
 
 
@@ -252,7 +251,8 @@ def _found(text: str, probe: str, pieces: list[_Piece]) -> list[_Place]:
     for piece in pieces:
         times = probe.count(piece.word)
         if times != 1 and not (times == 0 and piece.optional):
-            raise ValueError(f"the chat template writes {times} times what is said in turn {piece.turn}: {_around(piece.text)!r}")
+            does = f"writes {times} times" if times else "leaves out"
+            raise ValueError(f"the chat template {does} what is said in turn {piece.turn}: {_around(piece.text)!r}")
     present = sorted((piece for piece in pieces if piece.word in probe), key=lambda piece: probe.index(piece.word))
     between, rest = [], probe
     for piece in present:
@@ -307,9 +307,9 @@ def _prompt(template: Template, before: list[tuple[str, Segments]]) -> str:
         return ""
 
 
-def _with_end(text: str, span: tuple[int, int], ends: str) -> tuple[int, int]:
+def _with_end(text: str, span: tuple[int, int], end: str) -> tuple[int, int]:
     start, stop = span
-    return start, stop + len(ends) if text.startswith(ends, stop) else stop
+    return start, stop + len(end) if text.startswith(end, stop) else stop
 
 
 def _apart(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 from unicodedata import normalize
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -19,7 +20,7 @@ from transformers import ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from laid_ds.models.chat import Said, Template, TurnLike, learn_template, say
+from laid_ds.models.chat import Template, TurnLike, learn_template, say
 
 
 class SampleLike(Protocol):
@@ -223,7 +224,8 @@ class Renderer:
         tokenizer = self.processor.tokenizer
         begins = tokenizer.bos_token is None or said.text.startswith(tokenizer.bos_token)
         encoded = tokenizer(said.text, return_offsets_mapping=True, add_special_tokens=not begins)
-        supervised = _supervised(said, torch.tensor(encoded["offset_mapping"]).reshape(-1, 2))
+        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        supervised = answer_tokens(said.text, said.spans, torch.from_numpy(offsets))
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
         return torch.tensor(encoded["input_ids"], dtype=torch.long), supervised, shown
 
@@ -266,15 +268,15 @@ class Renderer:
         return self.pixels.resize(found, width, height)
 
 
-def _supervised(said: Said, offsets: Tensor) -> Tensor:
-    """[T] bool: the tokens of the answers, from the characters [T, 2] that each token stands for.
+def answer_tokens(text: str, spans: list[tuple[int, int]], offsets: Tensor) -> Tensor:
+    """[T] bool: the tokens of the spans, from the characters [T, 2] that each token stands for.
 
     A token across the edge of an answer is the answer's if all that it holds beyond is whitespace, and is not if all that it holds of the
     answer is whitespace. Raises ValueError for a token that holds more of both, and for characters of an answer without a token.
     """
-    (starts, stops), text = offsets.unbind(1), said.text
+    starts, stops = offsets.unbind(1)
     supervised = torch.zeros(len(offsets), dtype=torch.bool)
-    for start, stop in said.spans:
+    for start, stop in spans:
         inside = (starts < stop) & (stops > start)
         supervised |= inside
         for token in torch.nonzero(inside & ((starts < start) | (stops > stop))).flatten().tolist():
