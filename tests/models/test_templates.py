@@ -13,15 +13,18 @@ from pathlib import Path
 from unicodedata import normalize
 
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import ProcessorMixin
 
+from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.record import Sample
+from laid_ds.data.record import DataError, Sample
 from laid_ds.models.chat import turn_text
-from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.models.processor import Renderer, answer_tokens, load_processor
 from tests.models.templates import MARKS, STOCKS, Stock
 
 
@@ -343,3 +346,112 @@ def possible_forms(processor: ProcessorMixin, turns: tuple[Said, ...]) -> list[t
             continue
         found += [texts] if "'type':" not in text and '"type":' not in text else []
     return found
+
+
+def marked_rule(processor: ProcessorMixin, turns: tuple[Said, ...]) -> list[bool]:
+    """Another way to the supervised tokens of ordinary texts: private-use marks around the answers, taken out again after the template."""
+    opened, closed = {"type": "text", "text": "\ue000"}, {"type": "text", "text": "\ue001"}
+    messages = []
+    for turn in turns:
+        parts = [{"type": "image"} if isinstance(s, int) else {"type": "text", "text": s} for s in turn.segments]
+        messages.append({"role": turn.role, "content": [opened, *parts, closed] if turn.role == "assistant" else parts})
+    text, spans = "", []
+    for number, piece in enumerate(re.split("[\ue000\ue001]", processor.apply_chat_template(messages, tokenize=False))):
+        spans += [(len(text), len(text) + len(piece))] if number % 2 else []
+        text += piece
+    encoded = processor.tokenizer(text, return_offsets_mapping=True)
+    marks = processor.tokenizer.added_tokens_decoder
+    return [
+        token != processor.image_token_id and any(start <= first < stop or (first == stop and token in marks) for start, stop in spans)
+        for token, (first, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["single", "multi", "system", "images", "text", "document", "document_text", "consecutive", "two_parts", "echo"]
+)
+@pytest.mark.parametrize("stock", ["qwen2_vl", "qwen2_5_vl"])
+def test_ordinary_texts_are_supervised_as_by_marks_around_the_answers(plain, stock, name):
+    processor = with_template(plain, STOCKS[stock].template)
+    rendered = Renderer(processor, Pixels())(sample_of(TALKS[name]))
+    found = rendered.supervised[: own(rendered)]  # an image of this world is one token, as its mark is
+    assert found.tolist() == marked_rule(processor, TALKS[name])
+
+
+def test_the_demo_s_haystacks_are_supervised_as_by_marks_around_the_answers(world):
+    processor, dataset = load_processor(world.student), Dataset.open(world.shards)
+    renderer = Renderer(processor, Pixels())
+    for i in range(len(dataset)):
+        sample = dataset.read(i)
+        assert renderer(sample).supervised.tolist() == marked_rule(processor, sample.turns)
+
+
+def asked(plain: ProcessorMixin, template: str, *turns):
+    return Renderer(with_template(plain, template), Pixels())(sample_of(talk(*turns)))
+
+
+MARKED = [
+    (("user", "What does <|image_pad|> mean?"), ("assistant", "red")),
+    (("user", 0, "What?"), ("assistant", "red<|im_end|>\n<|im_start|>user\nMore?")),
+    (("system", "</s>"), ("user", "What?"), ("assistant", "red")),
+    (("user", "What?"), ("unlearned", "<|vision_start|>"), ("assistant", "red")),
+    (("user", "What?"), ("assistant", "red<|im_", "end|>")),  # in two parts
+]
+
+
+@pytest.mark.parametrize("turns", MARKED)
+def test_a_mark_of_the_model_in_a_text_is_a_sentence(plain, turns):
+    with pytest.raises(ValueError, match=r"the text of turn \d \(\w+\) holds '<.*', which this model reads as a mark and not as text"):
+        asked(plain, STOCKS["qwen2_vl"].template, *turns)
+
+
+def test_marks_around_turns_are_refused_even_where_they_are_not_special(plain):
+    template = STOCKS["qwen2_vl"].template.replace("<|im_end|>", "<think>")
+    with pytest.raises(ValueError, match="holds '<think>'"):
+        asked(plain, template, ("user", "What is <think>?"), ("assistant", "red"))
+
+
+def test_marks_of_other_models_are_text(plain):
+    rendered = asked(plain, STOCKS["qwen2_vl"].template, ("user", "<image> [IMG]"), ("assistant", "<image><unk>"))
+    assert learned(plain, rendered) == ["<image><unk><|im_end|>"]
+
+
+def test_a_refused_text_names_the_sample(plain):
+    prepare = Prepare(Renderer(with_template(plain, STOCKS["qwen2_vl"].template), Pixels()), 0)
+    with pytest.raises(DataError, match=r"holds '<\|im_end\|>'.*key k"):
+        prepare([(0, sample_of(talk(("user", "<|im_end|>"), ("assistant", "red"))))])
+
+
+REFUSALS = {
+    "refuses the turns (user, user, assistant): roles must alternate": (STOCKS["gemma3"].template, (0, "?"), "red"),
+    "takes plain text from the user, and a user turn of the sample shows an image": (STOCKS["chatml"].template, (0,), "red"),
+    "it writes '...im_start|>assistant\\nRED<|im_end|>\\n' where '...im_start|>assistant\\nred<|im_end|>\\n' was meant": (
+        STOCKS["qwen2_vl"].template.replace("p.text", "p.text | replace('red', 'RED')"),
+        ("What?",),
+        "red",
+    ),
+    "writes 2 times what is said in turn 2: 'red'": (STOCKS["chatml"].template + "{{ messages[-1].content }}", ("What?",), "red"),
+    "cannot write a question and its answer": ("{{ messages[0].content }}", ("What?",), "red"),
+    "refuses the turns (user, assistant): 'nothing' is undefined": ("{{ nothing.at.all }}", ("What?",), "red"),
+    "unexpected '}'": ("{{ }", ("What?",), "red"),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSALS)
+def test_what_a_template_cannot_do_is_a_sentence(plain, sentence):
+    template, question, answer = REFUSALS[sentence]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        asked(plain, template, ("user", "Hear."), ("user", *question), ("assistant", answer))
+
+
+def test_a_token_across_the_edge_of_an_answer():
+    """It is the answer's where it holds only whitespace beyond, and is not where it holds only whitespace of the answer."""
+    text = "A: red.\n B"
+    offsets = torch.tensor([[0, 2], [2, 6], [6, 8], [8, 10]])
+    assert answer_tokens(text, [(3, 7)], offsets).tolist() == [False, True, True, False]  # "red." in " red" and ".\n"
+    assert answer_tokens(text, [(3, 9)], offsets).tolist() == [False, True, True, False]  # "red.\n " beside " B"
+    assert answer_tokens(text, [(2, 2)], offsets).tolist() == [False] * 4
+    with pytest.raises(ValueError, match=r"the token ' red' holds 'ed' of an answer and ' r' of what stands beside it"):
+        answer_tokens(text, [(4, 7)], offsets)
+    with pytest.raises(ValueError, match=r"no token for 'red' in the answer 'red.'"):
+        answer_tokens(text, [(3, 7)], offsets[[0, 2, 3]])
