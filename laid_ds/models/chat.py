@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 NAMED = re.compile(r"(<[^<>\s'\"]+>|\[/?[A-Z_]+\])")  # <think>, <|channel>, [/THINK]: what a template may look for in an answer
 Segments = tuple[str | int, ...]
+Span = tuple[int, int]
 
 
 class TurnLike(Protocol):
@@ -36,17 +37,20 @@ class Template:
     end: str
     """The marks that it writes after an answer that is the last turn, with the whitespace before them ("" where it writes none)."""
     reserved: re.Pattern[str]
-    """The tokens that mean something else than their text: special ones, those of images, those around turns."""
+    """The tokens that are no text in a text of the sample: special ones, that of an image, those around turns."""
     named: re.Pattern[str] | None
     """The marks within a text that it names, in a group (thoughts, as a rule)."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """A conversation as text, and the spans of its supervised answers with their end marks: in order, apart from each other."""
+    """A conversation as text."""
 
     text: str
-    spans: list[tuple[int, int]]
+    spans: list[Span]
+    """Its supervised answers with their end marks: in order, apart from each other."""
+    literal: list[Span]
+    """What the tokenizer would take for a mark of the model, and is a text of the sample."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,19 @@ def learn_template(processor: ProcessorMixin) -> Template:
     """Raises ValueError for a template that writes neither parts nor texts, and where the processor has none."""
     lists, text = _accepted(processor)
     added = [token for token in processor.tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-    marks = "|".join(re.escape(token.content) for token in sorted(added, key=lambda token: -len(token.content)))
+    marks = _any_of({token.content for token in added})
     end = re.match(rf"\s*(?:{marks})+", text.rpartition(_word("assistant"))[2]) if marks else None
     around = _render(processor, [_message("user", (_word("user"),), lists)]) + (end[0] if end else "")
     reserved = {token.content for token in added if token.special or token.content in around} | {processor.image_token}
     source = "".join(processor.chat_template.values()) if isinstance(processor.chat_template, dict) else processor.chat_template
-    named = sorted(set(NAMED.findall(source)), key=len, reverse=True)
+    named = set(NAMED.findall(source))
+    reserved -= {mark for mark in named if "think" in mark.lower()}  # an answer's own: meant as marks
     return Template(
         processor,
         lists=lists,
         end=end[0] if end else "",
-        reserved=re.compile("|".join(re.escape(mark) for mark in sorted(reserved, key=len, reverse=True))),
-        named=re.compile(f"({'|'.join(re.escape(mark) for mark in named)})") if named else None,
+        reserved=re.compile(_any_of(reserved)),
+        named=re.compile(f"({_any_of(named - reserved)})") if named - reserved else None,
     )
 
 
@@ -96,22 +101,24 @@ def say(template: Template, turns: Sequence[TurnLike]) -> Said:
     """The text of stock `apply_chat_template`, and in it each assistant turn that is to be learned.
 
     A span holds what the template writes for one turn's segments, from the first to the last (edges trimmed and thoughts left out where the
-    template does that), and the end mark after it. Raises ValueError with the cause where the template refuses the turns, where a text
-    holds a mark of the model, and where the template makes something else of an answer.
+    template does that), and the end mark after it. Raises ValueError with the cause where the template refuses the turns, where it makes
+    something else of an answer, and where a text holds a mark of the model and its place cannot be told.
     """
-    _check_texts(template, turns)
     lines = [(turn.role, tuple(turn.segments)) for turn in turns]
     text = _write(template, lines)
     taught = [number for number, turn in enumerate(turns) if turn.role == "assistant" and getattr(turn, "supervised", True)]
-    if not taught:
-        return Said(text, [])
-    spans = [_with_end(text, span, template.end) for span in _answers(template, lines, taught, text)]
-    return Said(text, _apart(spans))
+    spans = [_with_end(text, span, template.end) for span in _answers(template, lines, taught, text)] if taught else []
+    return Said(text, _apart(spans), _literal(template, lines, text))
 
 
 def turn_text(turn: TurnLike) -> str:
     """The text segments of a turn, joined."""
     return "".join(segment for segment in turn.segments if isinstance(segment, str))
+
+
+def _any_of(marks: set[str]) -> str:
+    """A regular expression for any of them, the longest first."""
+    return "|".join(re.escape(mark) for mark in sorted(marks, key=lambda mark: (-len(mark), mark)))
 
 
 def _accepted(processor: ProcessorMixin) -> tuple[frozenset[str], str]:
@@ -151,15 +158,19 @@ def _word(role: str) -> str:
     return f"xq{role}qx"
 
 
-def _check_texts(template: Template, turns: Sequence[TurnLike]) -> None:
-    for number, turn in enumerate(turns):
-        for is_text, together in groupby(turn.segments, lambda segment: isinstance(segment, str)):
-            found = template.reserved.search("".join(together)) if is_text else None
-            if found:
-                raise ValueError(
-                    f"the text of turn {number} ({turn.role}) holds {found[0]!r}, which this model reads as a mark and not as text: "
-                    f"write it in another way, or leave the sample out ({_around(found.string, found.start())!r})"
-                )
+def _literal(template: Template, lines: list[tuple[str, Segments]], text: str) -> list[Span]:
+    """The marks of the model that stand in texts of the sample, by their place in what the template makes of it."""
+    together = ["".join(run) for _, said in lines for is_text, run in groupby(said, lambda s: isinstance(s, str)) if is_text]
+    held = next((found for found in map(template.reserved.search, together) if found), None)
+    if held is None:
+        return []
+    try:
+        places = _places(template, lines, list(range(len(lines))), text)
+    except ValueError as error:
+        raise ValueError(f"a text holds {held[0]!r}, a mark of this model, and where it is to be text cannot be told: {error}") from None
+    spans = _apart([(place.start, place.stop) for place in places if place.start < place.stop])
+    marks = [found.span() for found in template.reserved.finditer(text)]
+    return [(start, stop) for start, stop in marks if any(first < stop and start < last for first, last in spans)]
 
 
 def _write(template: Template, lines: Sequence[tuple[str, Segments]], prompt: bool = False) -> str:
@@ -184,14 +195,18 @@ def _message(role: str, segments: Segments, lists: frozenset[str]) -> dict[str, 
     return {"role": role, "content": "".join(segments)}
 
 
-def _answers(template: Template, lines: list[tuple[str, Segments]], taught: list[int], text: str) -> list[tuple[int, int]]:
-    """The span of each taught turn. Raises ValueError where the text is not that of the words with answers for words."""
+def _answers(template: Template, lines: list[tuple[str, Segments]], taught: list[int], text: str) -> list[Span]:
+    places = _places(template, lines, taught, text)
+    return [_span(template, lines, turn, [place for place in places if place.piece.turn == turn], text) for turn in taught]
+
+
+def _places(template: Template, lines: list[tuple[str, Segments]], turns: list[int], text: str) -> list[_Place]:
+    """Where the texts of some turns stand. Raises ValueError where the text is not that of the words with those texts for words."""
     causes: dict[Any, str] = {}
-    for cut, edged in _ways(template, lines, taught):
-        swapped, pieces = _swapped(lines, taught, _stem(text), cut, edged)
+    for cut, edged in _ways(template, lines, turns):
+        swapped, pieces = _swapped(lines, turns, _stem(text), cut, edged)
         try:
-            places = _found(text, _write(template, swapped), pieces)
-            return [_span(template, lines, turn, [place for place in places if place.piece.turn == turn], text) for turn in taught]
+            return _found(text, _write(template, swapped), pieces)
         except ValueError as error:
             causes[cut, edged] = str(error)
     raise ValueError(causes[None, False])
@@ -280,7 +295,7 @@ def _forms(text: str) -> dict[str, None]:
     return dict.fromkeys(trimmed)
 
 
-def _span(template: Template, lines: list[tuple[str, Segments]], turn: int, places: list[_Place], text: str) -> tuple[int, int]:
+def _span(template: Template, lines: list[tuple[str, Segments]], turn: int, places: list[_Place], text: str) -> Span:
     """From the first to the last place of a turn, with the marks that open and close it where the template took the answer apart. What is
     in the prompt already is not the answer's."""
     if not places:
@@ -307,14 +322,14 @@ def _prompt(template: Template, before: list[tuple[str, Segments]]) -> str:
         return ""
 
 
-def _with_end(text: str, span: tuple[int, int], end: str) -> tuple[int, int]:
+def _with_end(text: str, span: Span, end: str) -> Span:
     start, stop = span
     return start, stop + len(end) if text.startswith(end, stop) else stop
 
 
-def _apart(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _apart(spans: list[Span]) -> list[Span]:
     """Spans in order; those that touch are one."""
-    merged: list[tuple[int, int]] = []
+    merged: list[Span] = []
     for start, stop in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(stop, merged[-1][1])
@@ -326,7 +341,7 @@ def _apart(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _difference(text: str, expected: str) -> str:
     place = next((i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected)))
     return (
-        f"the chat template makes something else of an answer, and what would be learned cannot be told: it writes "
+        f"the chat template makes something else of what is said, and what would be learned cannot be told: it writes "
         f"{_around(text, place)!r} where {_around(expected, place)!r} was meant"
     )
 

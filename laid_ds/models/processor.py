@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Protocol
 from unicodedata import normalize
@@ -16,11 +17,11 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from laid_ds.models.chat import Template, TurnLike, learn_template, say
+from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say
 
 
 class SampleLike(Protocol):
@@ -221,13 +222,21 @@ class Renderer:
     def _tokens(self, sample: SampleLike | RecordLike) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
         said = say(self._template, sample.turns)
+        ids, offsets = self._encode(said)
+        supervised = answer_tokens(said.text, said.spans, offsets)
+        shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
+        return ids, supervised, shown
+
+    def _encode(self, said: Said) -> tuple[Tensor, Tensor]:
+        """Token ids [T'], and the characters that each token stands for [T', 2]."""
         tokenizer = self.processor.tokenizer
         begins = tokenizer.bos_token is None or said.text.startswith(tokenizer.bos_token)
-        encoded = tokenizer(said.text, return_offsets_mapping=True, add_special_tokens=not begins)
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        supervised = answer_tokens(said.text, said.spans, torch.from_numpy(offsets))
-        shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
-        return torch.tensor(encoded["input_ids"], dtype=torch.long), supervised, shown
+        if said.literal:
+            ids, offsets = encode_literally(tokenizer, said.text, said.literal, add_special_tokens=not begins)
+        else:
+            encoded = tokenizer(said.text, return_offsets_mapping=True, add_special_tokens=not begins)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        return torch.tensor(ids, dtype=torch.long), torch.from_numpy(np.array(offsets, np.int64).reshape(-1, 2))
 
     def _picture(self, image: bytes) -> _Picture:
         if image not in self._pictures:
@@ -268,7 +277,43 @@ class Renderer:
         return self.pixels.resize(found, width, height)
 
 
-def answer_tokens(text: str, spans: list[tuple[int, int]], offsets: Tensor) -> Tensor:
+def encode_literally(tokenizer: PreTrainedTokenizerBase, text: str, literal: list[Span], add_special_tokens: bool) -> tuple[list, list]:
+    """Token ids and offsets of a text of which some spans, each a mark of the model, are to be read as text: as `sanitize_control_tokens`
+    of stock `apply_chat_template` reads them. Raises ValueError where the tokenizer cannot do that."""
+    ids = tokenizer("")["input_ids"] if add_special_tokens else []
+    if ids not in ([], [tokenizer.bos_token_id]):
+        raise ValueError(f"the tokenizer puts more than a first token around a text, and this one holds {text[slice(*literal[0])]!r}")
+    offsets = [(0, 0)] * len(ids)
+    for number, (begin, end) in enumerate(pairwise([0, *chain.from_iterable(literal), len(text)])):
+        if begin < end:
+            found, places = _encode_apart(tokenizer, text[begin:end], as_text=number % 2 == 1, first=begin == 0)
+            ids, offsets = ids + found, offsets + [(begin + first, begin + last) for first, last in places]
+    return ids, offsets
+
+
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, piece: str, as_text: bool, first: bool) -> tuple[list, list]:
+    """Token ids and offsets of a piece of a text. After a line end, whose tokens are taken away again: a tokenizer may put a space before
+    what it takes for the start of a text."""
+
+    def encode(text: str) -> tuple[list, list]:
+        if as_text:
+            ids = tokenizer._encode_without_added_tokens(text)
+            return ids, [(len(text) - len(piece), len(text))] * len(ids)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    lead = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids, offsets = encode("\n" + piece)
+    if first or ids[: len(lead)] != lead:
+        ids, offsets = encode(piece)
+    else:
+        ids, offsets = ids[len(lead) :], [(start - 1, stop - 1) for start, stop in offsets[len(lead) :]]
+    if as_text and tokenizer.convert_tokens_to_ids(piece) in ids:
+        raise ValueError(f"the tokenizer reads {piece!r} as a mark of the model even where it is text")
+    return ids, offsets
+
+
+def answer_tokens(text: str, spans: list[Span], offsets: Tensor) -> Tensor:
     """[T] bool: the tokens of the spans, from the characters [T, 2] that each token stands for.
 
     A token across the edge of an answer is the answer's if all that it holds beyond is whitespace, and is not if all that it holds of the
