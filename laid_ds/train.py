@@ -16,10 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopRequest().listen()  # before the imports below, which take seconds
     try:
         os.environ.update(environment.bridge(os.environ))
+        environment.open_rank_log(os.environ)
     except ValueError as error:
         sys.stderr.write(f"laid: {error}\n")
         return 2
-    environment.open_rank_log(os.environ)
     from laid_ds import config
     from laid_ds.data.record import DataError
     from laid_ds.method.distill import NonFiniteLoss

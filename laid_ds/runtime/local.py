@@ -1,17 +1,26 @@
-"""Ranks on this machine: DeepSpeed's launcher or torchrun, started, asked to stop, and waited for."""
+"""Ranks on this machine: DeepSpeed's launcher or torchrun, started, asked to stop, and waited for.
+
+On this machine only, and on the devices that the user made visible: host files, DeepSpeed's environment files, and what other launchers
+have left in the environment are not for these ranks.
+"""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import psutil
 import torch
+
+from laid_ds.runtime.environment import DEVICES, without_ranks
 
 LAUNCHERS = ("deepspeed", "torchrun")
 RANK = ("-m", "laid_ds.train")  # how both launchers start a rank
@@ -21,50 +30,73 @@ def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launch
     """Train RECIPE [section.key=value ...] with `ranks` processes (default: one per GPU, or 1); the launcher's exit status.
 
     Port 0 takes a free one. Ctrl-C and SIGTERM reach the ranks, which save and leave; we wait for them.
+    Raises ValueError for an unknown launcher and for more ranks than there are GPUs.
     """
     gpus = torch.cuda.device_count()
     ranks = ranks or gpus or 1
-    environment = dict(os.environ)
+    environment = without_ranks(os.environ)
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    elif environment.get("DS_ACCELERATOR") != "cpu":
+        _check_gpus(ranks, gpus)
     command = [*_launcher(launcher, ranks, port or _free_port()), *words]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process: subprocess.Popen | None = None
     received: list[int] = []
 
     def pass_on(number: int, frame) -> None:
         received.append(number)
-        _stop_ranks(process.pid)
+        if process is not None:
+            _stop_ranks(process.pid)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    if received:
+        _stop_ranks(process.pid)
     status = process.wait()
     return 128 + received[0] if received else status
 
 
+def _check_gpus(ranks: int, gpus: int) -> None:
+    if ranks > gpus:
+        chosen = "".join(f" ({name}={os.environ[name]})" for name in DEVICES if name in os.environ)
+        raise ValueError(f"{ranks} ranks need {ranks} GPUs, but {gpus} can be used here{chosen}; give --ranks {gpus} or fewer")
+
+
 def _launcher(name: str, ranks: int, port: int) -> list[str]:
     """The command line up to the recipe. Raises ValueError for an unknown launcher."""
-    if name == "deepspeed":
-        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", "--module", "laid_ds.train"]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+    if name == "deepspeed":  # its launcher of one machine; the one before it looks for other machines
+        slots = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+        place = [f"--world_info={slots}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        start = ["-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", "--no_python", *place]
+        return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", "-m", "laid_ds.train"]
     if name == "torchrun":
         place = ["--nnodes=1", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
         return [sys.executable, "-m", "torch.distributed.run", *place, "--module", "laid_ds.train"]
     raise ValueError(f"launcher {name!r}: choose one of {', '.join(LAUNCHERS)}")
 
 
+def _as_chosen(environ: Mapping[str, str]) -> list[str]:
+    """Words before a rank's command that give back the visible devices, which DeepSpeed's launcher numbers anew from 0."""
+    unset = [word for name in DEVICES if name not in environ for word in ("-u", name)]
+    return ["env", *unset, *(f"{name}={environ[name]}" for name in DEVICES if name in environ)]
+
+
 def _stop_ranks(launcher: int) -> None:
     """Ask the ranks themselves to save and leave: the launcher, if it were asked, would kill them after 30 seconds."""
-    processes = {p.pid: p for p in psutil.Process(launcher).children(recursive=True)}
-    alike = {pid for pid, p in processes.items() if _is_rank(p)}
-    ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
-    for process in ranks or [psutil.Process(launcher)]:
-        process.send_signal(signal.SIGINT)
+    with suppress(psutil.NoSuchProcess):  # what has ended needs no asking
+        processes = {p.pid: p for p in psutil.Process(launcher).children(recursive=True)}
+        alike = {pid for pid, p in processes.items() if _is_rank(p)}
+        ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
+        for process in ranks or [psutil.Process(launcher)]:
+            process.send_signal(signal.SIGINT)
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    words = process.cmdline()
-    return RANK in pairwise(words)
+    with suppress(psutil.NoSuchProcess):
+        return RANK in pairwise(process.cmdline())
+    return False
 
 
 def _free_port() -> int:

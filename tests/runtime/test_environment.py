@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from laid_ds.runtime.environment import bridge
+from laid_ds.runtime.environment import bridge, open_rank_log
 
 FIRST = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "5"} | FIRST
@@ -91,10 +93,56 @@ def test_ranks_named_by_the_job_script_are_left_alone():
         (STEP | {"WORLD_SIZE": "1"}, "WORLD_SIZE is 1, but the SLURM step has 5 tasks"),
         (JOB, "this process alone would train, but the SLURM job has 2 nodes and 5 tasks"),
         (STEP | {"CUDA_VISIBLE_DEVICES": "0"}, "ask SLURM for --gpus-per-node"),
+        (STEP | {"ROCR_VISIBLE_DEVICES": "0"}, "ask SLURM for --gpus-per-node"),
+        (STEP | {"SLURM_NODEID": "2"}, "SLURM contradicts itself: task 4 of 5, the 1. of node 2, in a step of [3, 2] tasks per node"),
+        (STEP | {"SLURM_NODEID": "one"}, "SLURM_NODEID is 'one', not a whole number; start the ranks with srun, or"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3;2"}, "SLURM_STEP_TASKS_PER_NODE is '3;2', not a list such as 2(x3),1"),
+        (STEP | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a whole number"),
+        (STEP | {"MASTER_PORT": "70000"}, "ports end at 65535"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"RANK": "-1"}, "RANK is '-1', not a whole number"),
     ],
 )
 def test_a_wrong_world_is_refused_in_one_sentence(environ, sentence):
     assert sentence in refused(environ)
+
+
+@pytest.mark.parametrize("name", sorted(STEP.keys() - {"SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_STEP_ID"}))
+def test_a_part_of_slurm_is_refused_by_the_name_of_what_is_missing(name):
+    said = refused({key: value for key, value in STEP.items() if key != name})
+    assert said.startswith(f"{name} is not set, but SLURM_")
+
+
+def test_a_job_without_gpus_may_have_several_ranks():
+    assert bridge(STEP | {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, two_nodes)["RANK"] == "4"
+
+
+VALUES = st.sampled_from(["", "0", "1", "2", "5", "41", "4294967290", "-1", "2(x3)", "3,2", "1(x2)", "\u00b2", " 1", "n[4-5]", "9" * 30])
+NAMES = sorted(STEP.keys() | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+OTHERS = ["GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]
+
+
+@given(kept=st.sets(st.sampled_from(sorted(STEP))), changed=st.dictionaries(st.sampled_from(NAMES + OTHERS), VALUES), nodes=st.booleans())
+@settings(max_examples=1500, deadline=None)
+def test_any_environment_gives_a_whole_world_or_one_sentence(kept, changed, nodes):
+    environ = {name: STEP[name] for name in kept} | changed
+    try:
+        found = bridge(environ, lambda node_list: ["n4", "n5"] if nodes else [])
+    except ValueError as error:
+        found, said = {}, str(error)
+    else:
+        said = "nothing"
+    assert len(said.splitlines()) == 1
+    if found:
+        assert int(found["RANK"]) < int(found["WORLD_SIZE"])
+        assert int(found["LOCAL_RANK"]) < int(found["LOCAL_WORLD_SIZE"]) == int(found["LOCAL_SIZE"])
+        assert 0 <= int(found["MASTER_PORT"]) < 65536
+        assert found["MASTER_ADDR"]
+
+
+def test_a_folder_of_logs_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"LAID_RANK_LOGS names a folder .*, but .*none/rank-0003\.log cannot be made"):
+        open_rank_log({"LAID_RANK_LOGS": str(tmp_path / "none"), "RANK": "3"})
 
 
 def test_without_the_names_of_the_nodes_the_way_out_is_said(tmp_path, monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from laid_ds.runtime import local
+from laid_ds.runtime.environment import DEVICES, without_ranks
 from laid_ds.train import main
 from tests.support.processes import free_port, interrupted, run_ranks
 from tests.support.recipes import write_recipe
@@ -60,3 +63,78 @@ def test_an_unknown_launcher_is_one_sentence(world, tmp_path):
     recipe = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml")
     found = subprocess.run([*LOCAL, str(recipe), "--launcher", "mpirun"], capture_output=True, text=True)
     assert (found.returncode, found.stderr.splitlines()[-1]) == (2, "laid-launch: launcher 'mpirun': choose one of deepspeed, torchrun")
+
+
+TELLING = """
+import json, os, pathlib, sys
+pathlib.Path(sys.argv[1], "rank-" + os.environ["RANK"]).write_text(json.dumps(dict(os.environ)))
+"""
+START = """
+import sys
+import torch
+from laid_ds.runtime import local
+torch.cuda.device_count = lambda: 2
+command = local._launcher
+local._launcher = lambda *options: [word.replace("laid_ds.train", "telling") for word in command(*options)]
+sys.exit(local.launch([sys.argv[1]], None, 0, sys.argv[2]))
+"""
+CHOICES = {
+    "nothing": {},
+    "numbers": {"CUDA_VISIBLE_DEVICES": "3,2"},
+    "names": {"CUDA_VISIBLE_DEVICES": "MIG-GPU-1a/7/0,GPU-4b", "ROCR_VISIBLE_DEVICES": "1,0", "ASCEND_RT_VISIBLE_DEVICES": "5,4"},
+}
+LEFT_OVER = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "5",
+    "LOCAL_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "elsewhere",
+    "MASTER_PORT": "1",
+    "CROSS_SIZE": "2",
+    "PET_NNODES": "2",
+    "PET_RDZV_ENDPOINT": "elsewhere:1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+}
+
+
+@pytest.mark.parametrize("chosen", CHOICES)
+@pytest.mark.parametrize("launcher", local.LAUNCHERS)
+def test_ranks_see_the_devices_that_were_chosen_and_nothing_of_another_launcher(tmp_path, launcher, chosen):
+    (tmp_path / "telling.py").write_text(TELLING)
+    environ = {name: value for name, value in os.environ.items() if name not in DEVICES} | LEFT_OVER | CHOICES[chosen]
+    environ["PYTHONPATH"] = f"{tmp_path}:{Path.cwd()}"
+    found = subprocess.run([sys.executable, "-c", START, str(tmp_path), launcher], env=environ, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    ranks = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    for rank, told in enumerate(ranks):
+        assert {name: told[name] for name in DEVICES if name in told} == CHOICES[chosen]
+        assert (told["RANK"], told["WORLD_SIZE"], told["LOCAL_RANK"], told["MASTER_ADDR"]) == (str(rank), "2", str(rank), "127.0.0.1")
+        assert told.get("LOCAL_SIZE", "2") == told.get("LOCAL_WORLD_SIZE", "2") == "2"
+        assert not {"OMPI_COMM_WORLD_LOCAL_RANK", "PET_NNODES"} & told.keys()
+        assert told.get("TORCHELASTIC_USE_AGENT_STORE") == (None if launcher == "deepspeed" else "True")  # torchrun's own
+
+
+def test_the_part_of_deepspeed_that_looks_for_other_machines_is_left_out():
+    assert "deepspeed.launcher.runner" not in local._launcher("deepspeed", 2, 29500)  # it reads /job/hostfile and .deepspeed_env
+
+
+def test_what_is_no_launchers_word_is_kept():
+    kept = {
+        "PATH": "/bin",
+        "NCCL_DEBUG": "INFO",
+        "SLURM_JOB_ID": "5",
+        "RANKING": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    assert without_ranks(kept | LEFT_OVER) == kept
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-4b")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(ValueError, match=r"2 ranks need 2 GPUs, but 1 can be used here \(CUDA_VISIBLE_DEVICES=GPU-4b\); give --ranks 1"):
+        local.launch(["recipe.toml"], ranks=2)
