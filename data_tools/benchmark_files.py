@@ -13,7 +13,7 @@ WRITERS = {"vhs": visual_haystacks.write_files, "mm-niah": mm_niah.write_file}
 def export(format: str, folder: str, out: Path) -> dict[str, Any]:
     """Write a data set as a benchmark's files; never over what is there."""
     dataset = Dataset.open(folder)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty")
     return WRITERS[format](track(dataset, "export", len(dataset)), out)
 

@@ -11,6 +11,11 @@ CHUNK = 1 << 20
 MAX_ENTRY_CHARACTERS = 256 << 20
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder, by name, without those that systems leave beside others: `._NAME`, `.DS_Store`, `.nfs...`."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def entries(path: Path) -> Iterator[Any]:
     """The entries of a JSON list or a JSON-lines file, one at a time: such lists can be larger than memory."""
     with open(path, encoding="utf-8-sig") as file:

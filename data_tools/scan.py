@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from laid_ds.data.record import KEY, MAX_JSON_BYTES, DataError, Record, parse
-from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE, padding, parse_tar_header, tar_header
+from laid_ds.data.tar import (
+    BLOCK,
+    END_OF_ARCHIVE,
+    MAGIC,
+    MAGIC_PLACE,
+    begins_as_of_others,
+    begins_as_ours,
+    padding,
+    parse_tar_header,
+    tar_header,
+)
 
-MAGIC = b"ustar\x0000crc32-"  # at byte 257 of each header
-MAGIC_PLACE = 257
 END_DAMAGED = "the end-of-archive blocks are missing or damaged"
 
 
@@ -30,6 +38,15 @@ class Scan:
 
     whole: list[Found] = field(default_factory=list)
     problems: list[DataError] = field(default_factory=list)
+
+
+def is_ours(path: Path, indexed: bool) -> bool:
+    """Whether this project wrote a shard: by its headers, or, where damage has left none, because the index names it."""
+    if path.stat().st_size == 0:
+        return indexed
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        head = data[:BLOCK]
+        return begins_as_ours(head) or (not begins_as_of_others(head) and (indexed or data.find(MAGIC) >= 0))
 
 
 def scan(path: Path) -> Scan:

@@ -1,6 +1,8 @@
 """Find what is wrong with a data set, make its index anew, and save what is whole."""
 
 import hashlib
+import itertools
+import json
 import mmap
 import os
 import zlib
@@ -10,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.console import track
-from data_tools.scan import END_DAMAGED, Found, scan
+from data_tools.inputs import visible
+from data_tools.scan import END_DAMAGED, Found, is_ours, scan
 from laid_ds.data import images
 from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, dataset_json, read_index
 from laid_ds.data.record import DataError, Origin, decode
 from laid_ds.data.tar import END_OF_ARCHIVE, split_sample
 from laid_ds.data.writer import publish, write_whole
+
+FOREIGN = "this project has not written the file, so it is left as it is; `laid-data build` makes shards of other people's data"
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -43,8 +48,9 @@ def verify(folder: Path, deep: bool, jobs: int) -> dict[str, Any]:
 
 
 def reindex(folder: Path, jobs: int) -> dict[str, Any]:
-    """Make the index files from the shards alone. A damaged shard is refused."""
-    names = _shard_names(folder)
+    """Make the index files from the shards alone. A damaged shard is refused; what others wrote is left alone and named."""
+    names, foreign = _ours(folder, _indexed_shards(folder, []))
+    _refuse_index_of_others(folder)
     scans = _in_parallel(lambda name: scan(folder / name), names, jobs, "index")
     for found in scans:
         if found.problems:
@@ -57,15 +63,20 @@ def reindex(folder: Path, jobs: int) -> dict[str, Any]:
     (folder / DATASET).unlink(missing_ok=True)
     write_whole(folder / INDEX, index)
     write_whole(folder / DATASET, dataset_json(shards, index))
-    return {"shards": len(shards), "samples": sum(map(len, shards))}
+    return {"shards": len(shards), "samples": sum(map(len, shards)), **({"left_alone": foreign} if foreign else {})}
 
 
 def repair(folder: Path, jobs: int) -> dict[str, Any]:
-    """Keep every whole sample. A damaged shard is written anew without the others and stays beside it as `NAME.damaged`."""
+    """Keep every whole sample. A damaged shard is written anew without the others and stays beside it as `NAME.damaged`.
+
+    What this project did not write is left alone and named.
+    """
     known = _indexed_shards(folder, [])
+    names, _ = _ours(folder, known)
+    _refuse_index_of_others(folder)
     kept: set[str] = set()
     problems: list[DataError] = []
-    for name in track(_shard_names(folder), "repair"):
+    for name in track(names, "repair"):
         keys, found = _repair_shard(folder, name)
         kept |= keys
         problems += found
@@ -98,18 +109,41 @@ def _indexed_shards(folder: Path, problems: list[DataError]) -> list[ShardIndex]
 
 
 def _shard_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.glob("*.tar"))
+    names = [path.name for path in visible(folder, "*.tar")]
     if not names:
         raise DataError(f"{folder} holds no shards")
     return names
 
 
+def _ours(folder: Path, known: Sequence[ShardIndex] | None) -> tuple[list[str], list[str]]:
+    """(shards that this project wrote, those of others). Raises DataError where there are only others'."""
+    indexed = {shard.name for shard in known or ()}
+    names = _shard_names(folder)
+    ours = [name for name in names if is_ours(folder / name, name in indexed)]
+    foreign = [name for name in names if name not in ours]
+    if not ours:
+        raise DataError(FOREIGN, shard=str(folder / foreign[0]))
+    return ours, foreign
+
+
+def _refuse_index_of_others(folder: Path) -> None:
+    """A sound `dataset.json` without our version is somebody's own, and would be written over."""
+    path = folder / DATASET
+    try:
+        fields = json.loads(path.read_bytes()) if path.is_file() else {"laid_version": 1}
+    except ValueError:
+        return  # damaged, or written over in part: made anew
+    if not (isinstance(fields, dict) and "laid_version" in fields):
+        raise DataError(f"{path} was not written by this project and is left as it is; move it, or the shards, to another folder")
+
+
 def _strangers(folder: Path, shards: Sequence[ShardIndex]) -> Iterator[DataError]:
     """Files that a reader of the index would never see."""
     known = {shard.name for shard in shards}
-    for path in sorted([*folder.glob("*.tar"), *folder.glob("*.tar.tmp")]):
+    for path in sorted([*visible(folder, "*.tar"), *visible(folder, "*.tar.tmp")]):
         if path.name not in known:
-            yield DataError("the shard is not in the index", shard=path.name)
+            foreign = path.suffix == ".tar" and not is_ours(path, indexed=False)
+            yield DataError(FOREIGN if foreign else "the shard is not in the index", shard=path.name)
 
 
 def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list[DataError]]:
@@ -117,6 +151,8 @@ def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list
     path = folder / shard.name
     if not path.exists():
         return 0, _all_lost(shard, "the shard is missing")
+    if not is_ours(path, indexed=True):
+        return 0, _all_lost(shard, f"in the shard's place lies another file: {FOREIGN}")
     problems = _check_offsets_file(folder, shard)
     if path.stat().st_size == 0:
         return 0, [*_all_lost(shard, "the shard is empty"), *problems]
@@ -165,6 +201,8 @@ def _check_offsets_file(folder: Path, shard: ShardIndex) -> list[DataError]:
 
 
 def _check_unindexed(path: Path) -> tuple[int, list[DataError]]:
+    if not is_ours(path, indexed=False):
+        return 0, [DataError(FOREIGN, shard=path.name)]
     found = scan(path)
     return len(found.whole), found.problems
 
@@ -189,10 +227,17 @@ def _repair_shard(folder: Path, name: str) -> tuple[set[str], list[DataError]]:
     path = folder / name
     found = scan(path)
     if found.problems:
-        os.replace(path, folder / f"{name}.damaged")
+        aside = _aside(path)
+        os.replace(path, aside)
         if found.whole:
-            _copy_whole(folder / f"{name}.damaged", found.whole, path)
+            _copy_whole(aside, found.whole, path)
     return {sample.key for sample in found.whole}, found.problems
+
+
+def _aside(path: Path) -> Path:
+    """NAME.damaged, or NAME.damaged.2, ... where an earlier repair has left one."""
+    names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged.{number}" for number in itertools.count(2)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
 def _copy_whole(damaged: Path, whole: Sequence[Found], path: Path) -> None:

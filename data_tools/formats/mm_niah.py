@@ -15,7 +15,7 @@ import numpy as np
 from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
 from data_tools.formats.visual_haystacks import plain, write_images
 from data_tools.image_root import ImageRoot
-from data_tools.inputs import entries
+from data_tools.inputs import entries, visible
 from laid_ds.data.record import DataError, Sample, Turn, record_of
 
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -105,7 +105,7 @@ def _entries_of(sample: Sample, names: list[str], first_id: int) -> Iterable[Ent
 
 def score(folder: Path) -> dict[str, Any]:
     """Each file `{model}_{task}.jsonl`: scores by context length as the benchmark bins them, and the strict share of exact answers."""
-    files = sorted(folder.glob("*.jsonl"))
+    files = visible(folder, "*.jsonl")
     if not files:
         raise DataError(f"{folder} holds no answers (*.jsonl)")
     tasks = {path.stem.rpartition("_")[2]: score_lines(list(entries(path)), "counting" in path.name) for path in files}

@@ -11,7 +11,7 @@ from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_
 from data_tools.formats.mm_niah import is_exact, needles_among
 from data_tools.formats.visual_haystacks import ANSWERS, plain
 from data_tools.image_root import ImageRoot
-from data_tools.inputs import entries, read_json
+from data_tools.inputs import entries, read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn
 
 FORM = " Write your answer in the following format:\nAnswer: [answer]\n\n{context}\n\nQuestion: {question}"
@@ -78,7 +78,7 @@ def _sample(
 
 def score(path: Path) -> dict[str, Any]:
     """Each results file: `{"data": [{output, answer}]}` or JSON lines of the same. The task is in the file's name."""
-    files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
+    files = sorted([*visible(path, "*.json"), *visible(path, "*.jsonl")]) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no results (*.json, *.jsonl)")
     return {"benchmark": "mmlongbench", "results": {file.stem: score_entries(_results(file), rule_for(file.name)) for file in files}}

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.formats.fields import Entry, take, take_strings
 from data_tools.image_root import ImageRoot
-from data_tools.inputs import read_json
+from data_tools.inputs import read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn, describe
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
@@ -101,7 +101,7 @@ def score(folder: Path, seed: int = 0) -> dict[str, Any]:
     groups = sorted(folder.glob("*_images"), key=lambda path: (len(path.name), path.name)) or [folder]
     results = {}
     for group in groups:
-        entries = [read_json(path) for path in sorted(group.glob("*.json"))]
+        entries = [read_json(path) for path in visible(group, "*.json")]
         if not entries:
             raise DataError(f"{group} holds no results (*.json)")
         results[group.name.removesuffix("_images")] = score_entries(entries, seed)

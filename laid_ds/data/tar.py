@@ -6,6 +6,8 @@ from laid_ds.data.record import MAX_JSON_BYTES, DataError, Record, Sample, encod
 
 BLOCK = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+MAGIC = b"ustar\x0000crc32-"  # in each header that this project writes
+MAGIC_PLACE = 257
 MAX_SAMPLE_BYTES = (1 << 31) - (1 << 20)  # one pread
 
 
@@ -15,7 +17,7 @@ def tar_header(name: str, num_bytes: int, crc32: int) -> bytes:
     fields = {
         0: name.encode("ascii"),
         100: b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % num_bytes + b"00000000000\0" + b" " * 8 + b"0",
-        257: b"ustar\x0000" + b"crc32-%08x" % crc32,
+        MAGIC_PLACE: MAGIC + b"%08x" % crc32,
         329: b"0000000\0" * 2,
     }
     for place, value in fields.items():
@@ -34,6 +36,21 @@ def parse_tar_header(header: bytes) -> tuple[str, int, int]:
     if tar_header(name, num_bytes, crc32) != header:
         raise DataError("tar header is damaged or not written by this project")
     return name, num_bytes, crc32
+
+
+def begins_as_ours(head: bytes) -> bool:
+    """Whether a file whose first bytes these are begins with a header of this project, damaged or not."""
+    return head[MAGIC_PLACE : MAGIC_PLACE + len(MAGIC)] == MAGIC
+
+
+def begins_as_of_others(head: bytes) -> bool:
+    """Whether a file begins as an archive that another program wrote: compressed, or with a tar header whose checksum holds."""
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+        return True
+    text = head[148:156].strip(b" \0")
+    if len(head) < BLOCK or begins_as_ours(head) or not text or text.strip(b"01234567"):
+        return False
+    return int(text, 8) == sum(head[:148]) + sum(head[156:BLOCK]) + 8 * ord(" ")
 
 
 def padding(num_bytes: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, check_size, dataset_json
 from laid_ds.data.record import DataError, Sample, record_of
-from laid_ds.data.tar import END_OF_ARCHIVE, pack_sample
+from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE, begins_as_ours, pack_sample
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -25,6 +25,11 @@ def publish(temporary: Path, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return begins_as_ours(file.read(BLOCK))
 
 
 class ShardWriter:
@@ -53,6 +58,7 @@ class ShardWriter:
         if (self.folder / INDEX).exists() and not resume:
             raise DataError(f"{self.folder} holds an unfinished data set: resume it or remove it")
         self.shards = self._whole_shards() if resume else []
+        self._refuse_files_in_the_way(resume)
         self.keys = {key.decode() for shard in self.shards for key in shard.keys.tolist()}
         self._rows: list[Row] = []  # of the shard that is being written
         self._num_bytes = 0
@@ -124,13 +130,23 @@ class ShardWriter:
             index.flush()
             os.fsync(index.fileno())
 
+    def _refuse_files_in_the_way(self, resume: bool) -> None:
+        """A shard that no index names is written over only where an interrupted run of this writer left it."""
+        whole = {shard.name for shard in self.shards}
+        for path in sorted(self.folder.glob(f"{self.prefix}-??????.tar")):
+            if path.name not in whole and not (resume and _is_ours(path)):
+                raise DataError(f"{path} lies where a shard would be written; give a new folder")
+
     def _whole_shards(self) -> list[ShardIndex]:
         """Shards of an interrupted run. A torn last line belongs to a shard that will be written again."""
         path = self.folder / INDEX
         if not path.exists():
             return []
         whole, _, torn = path.read_bytes().rpartition(b"\n")
-        shards = [ShardIndex.from_line(line) for line in whole.splitlines()]
+        try:
+            shards = [ShardIndex.from_line(line) for line in whole.splitlines()]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is damaged or not written by this project ({error!r}); give a new folder") from None
         if torn:
             write_whole(path, b"".join(shard.line() for shard in shards))
         for shard in shards:

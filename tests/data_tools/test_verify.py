@@ -17,6 +17,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.index import DATASET, INDEX
 from laid_ds.data.record import DataError
 from laid_ds.data.tar import END_OF_ARCHIVE
+from laid_ds.data.writer import ShardWriter
 
 SAMPLES = [make_sample(i, i % 3) for i in range(12)]
 FIRST, SECOND = "shard-000000.tar", "shard-000001.tar"
@@ -260,3 +261,113 @@ def test_the_end_is_checked_to_its_last_byte(folder):
             assert scan(folder / "other.tar").problems
     with tarfile.open(fileobj=io.BytesIO((folder / FIRST).read_bytes())) as stock:
         assert len(stock.getmembers()) == 6 + sum(len(sample.images) for sample in SAMPLES[:6])
+
+
+def write_as_webdataset(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in (("k0.webp", b"RIFF"), ("k0.txt", b"a cat"), ("k0.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size, info.uname = len(data), "bigdata"
+            archive.addfile(info, io.BytesIO(data))
+
+
+def write_as_pax(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "ä"}) as archive:
+        info = tarfile.TarInfo("ä" * 90 + ".json")
+        archive.addfile(info, io.BytesIO())
+
+
+def write_compressed(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("k0.json"), io.BytesIO())
+
+
+def write_around_ours(path: Path) -> None:
+    """A tar of others with one of our shards in it."""
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.parent.parent / "ours" / FIRST, "backup.tar")
+
+
+def write_no_tar(path: Path) -> None:
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+def write_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+OTHERS = [write_as_webdataset, write_as_pax, write_compressed, write_around_ours, write_no_tar, write_nothing]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("write", OTHERS)
+def test_what_others_wrote_is_left_alone_with_a_sentence(sound, tmp_path, write):
+    shutil.copytree(sound, tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    write(tmp_path / "theirs" / "shard-000000.tar")
+    before = bytes_of(tmp_path / "theirs")
+    for verb in (repair, reindex):
+        with pytest.raises(DataError, match=r"this project has not written the file, so it is left as it is; .*shard-000000.tar"):
+            verb(tmp_path / "theirs", 1)
+    (problem, _) = verify(tmp_path / "theirs", True, 1)["problems"][::-1]
+    assert "has not written the file" in problem["reason"]
+    with pytest.raises(DataError, match="lies where a shard would be written"):
+        ShardWriter(tmp_path / "theirs")
+    with pytest.raises(DataError, match="lies where a shard would be written"):
+        ShardWriter(tmp_path / "theirs", resume=True)
+    assert bytes_of(tmp_path / "theirs") == before
+
+
+@pytest.mark.parametrize("write", OTHERS)
+def test_beside_ours_what_others_wrote_is_named_and_left_alone(sound, tmp_path, write):
+    folder = Path(shutil.copytree(sound, tmp_path / "ours"))
+    write(folder / "theirs.tar")
+    before = bytes_of(folder)
+    (problem,) = verify(folder, False, 1)["problems"]
+    assert (problem["shard"], "has not written" in problem["reason"]) == ("theirs.tar", True)
+    assert reindex(folder, 1) == {"shards": 2, "samples": 12, "left_alone": ["theirs.tar"]}
+    assert bytes_of(folder) == before
+    flip(folder / FIRST, 700)
+    assert repair(folder, 1)["left_alone"] == ["theirs.tar"]
+    assert (folder / "theirs.tar").read_bytes() == before["theirs.tar"]
+    assert len(Dataset.open(folder)) == 11
+
+
+def test_a_file_of_others_in_a_shards_place_is_left_alone(folder):
+    write_as_webdataset(folder / SECOND)
+    before = (folder / SECOND).read_bytes()
+    assert all("in the shard's place lies another file" in problem["reason"] for problem in verify(folder, False, 1)["problems"])
+    assert len(repair(folder, 1)["lost"]) == 6
+    assert (folder / SECOND).read_bytes() == before
+    assert len(Dataset.open(folder)) == 6
+
+
+def test_an_index_of_others_is_left_alone(folder):
+    (folder / DATASET).write_text('{"__kind__": "wids-shard-index-v1", "shardlist": []}')
+    before = bytes_of(folder)
+    for verb in (repair, reindex):
+        with pytest.raises(DataError, match=r"dataset\.json was not written by this project and is left as it is"):
+            verb(folder, 1)
+    assert bytes_of(folder) == before
+
+
+def test_hidden_files_beside_shards_are_nobodys_shards(folder):
+    for name in ("._shard-000000.tar", ".DS_Store", ".nfs000000000001.tar", "._x.tar.tmp"):
+        (folder / name).write_bytes(b"\0\5\x16\7" + bytes(200))
+    before = bytes_of(folder)
+    assert verify(folder, True, 1)["sound"]
+    assert reindex(folder, 1) == {"shards": 2, "samples": 12}
+    assert repair(folder, 1) == {"shards": 2, "samples": 12, "lost": []}
+    assert len(list(Dataset.open(folder))) == 12
+    assert bytes_of(folder) == before
+
+
+def test_a_second_repair_keeps_what_the_first_put_aside(folder):
+    for name in (f"{FIRST}.damaged", f"{FIRST}.damaged.2"):
+        flip(folder / FIRST, 700)
+        damaged = (folder / FIRST).read_bytes()
+        repair(folder, 1)
+        assert (folder / name).read_bytes() == damaged
