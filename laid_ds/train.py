@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from laid_ds import config
     from laid_ds.data.record import DataError
+    from laid_ds.disk import DiskError
     from laid_ds.method.distill import NonFiniteLoss
     from laid_ds.run.loop import StoppedByOthers, train
     from laid_ds.runtime import distributed, engine
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, NonFiniteLoss) as error:
-        if distributed.rank() == 0 or isinstance(error, DataError | NonFiniteLoss):
+        if distributed.rank() == 0 or isinstance(error, DataError | DiskError | NonFiniteLoss):
             sys.stderr.write(f"laid: {error}\n")  # one write: ranks that speak together do not mix their words
         return 2
     except RuntimeError as error:

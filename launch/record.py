@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import laid_ds
+from laid_ds.disk import writing
 from launch.script import Target
 from launch.secrets import clean_environment, redact
 
@@ -24,6 +25,11 @@ STATE = "state.json"
 
 def write_record(target: Target, recipe: Path, resolved: dict[str, Any], script: str, environ: Mapping[str, str]) -> Path:
     """Fill the folder; returns the script's path."""
+    with writing(target.launch, "the record of the job"):
+        return _write_record(target, recipe, resolved, script, environ)
+
+
+def _write_record(target: Target, recipe: Path, resolved: dict[str, Any], script: str, environ: Mapping[str, str]) -> Path:
     folder = target.launch
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     if recipe.resolve() != (folder / "recipe.toml").resolve():

@@ -2,21 +2,28 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, check_size, dataset_json
 from laid_ds.data.record import DataError, Sample, record_of
 from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE, begins_as_ours, pack_sample
+from laid_ds.disk import DiskError, writing
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put a file at its final name with all its bytes on disk, or not at all."""
+    """Put a file at its final name with all its bytes on disk, or not at all. Raises DiskError when the disk takes no more."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    try:
+        with writing(path.parent, path.name, len(data)):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+    except DiskError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -75,22 +82,24 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._rows:
-            self._file.close()
-            self._temporary.unlink()
+            with suppress(OSError):  # on a full disk, of bytes that are thrown away anyway
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
             self._rows = []
 
     def write(self, sample: Sample) -> None:
-        """Append a sample; its key must be new to the whole set."""
+        """Append a sample; its key must be new to the whole set. Raises DiskError when the disk takes no more."""
         record = record_of(sample)
         if sample.key in self.keys:
             raise DataError("the key is already in this data set", key=sample.key)
         packed = pack_sample(sample, record)
         if self._rows and self._is_full(len(packed)):
             self._finish_shard()
-        if not self._rows:
-            self._start_shard()
-        self._append(packed)
-        self._rows.append(Row.of(sample.key, packed, record))
+        with writing(self.folder, f"sample {sample.key}", len(packed)):
+            if not self._rows:
+                self._start_shard()
+            self._rows.append(Row.of(sample.key, packed, record))
+            self._append(packed)
         self.keys.add(sample.key)
 
     def close(self) -> None:
@@ -116,12 +125,16 @@ class ShardWriter:
         self._num_bytes += len(data)
 
     def _finish_shard(self) -> None:
-        rows, self._rows = self._rows, []
+        with writing(self.folder, self._name):
+            self._write_end()
+        self._rows = []
+
+    def _write_end(self) -> None:
         with self._file as file:
             self._append(END_OF_ARCHIVE)
             file.flush()
             os.fsync(file.fileno())
-        shard = ShardIndex.of(self._name, self._num_bytes, self._digest.hexdigest(), rows)
+        shard = ShardIndex.of(self._name, self._num_bytes, self._digest.hexdigest(), self._rows)
         write_whole(self.folder / (shard.name + ".idx"), shard.energon_offsets())
         publish(self._temporary, self.folder / shard.name)
         self.shards.append(shard)

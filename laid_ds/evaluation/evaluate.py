@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
+from laid_ds.disk import writing
 from laid_ds.evaluation.haystack import ask, read_haystacks, survey
 from laid_ds.evaluation.report import read_results
 from laid_ds.evaluation.spectra import check_needles, needle_profile
@@ -124,8 +125,9 @@ def _check_writable(out: Path) -> None:
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    _partial(out).write_text(json.dumps(results, allow_nan=False))
-    os.replace(_partial(out), out)
+    with writing(out.parent, out.name):
+        _partial(out).write_text(json.dumps(results, allow_nan=False))
+        os.replace(_partial(out), out)
 
 
 def _partial(out: Path) -> Path:

@@ -12,7 +12,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.evaluation.haystack import Haystacks, Survey, ask, read_haystacks, survey
 from laid_ds.evaluation.window import relative_threshold, window_of
 from laid_ds.models.processor import Renderer
-from laid_ds.runtime import distributed
+from laid_ds.runtime import checkpoint, distributed
 
 FILE = "evaluation.jsonl"
 
@@ -55,7 +55,7 @@ def record(path: Path, step: int, accuracy: dict[int, float], chance: float, lef
     found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold}
     found |= {"window": images, "censored": censored}
     found |= {"left_out": {str(n): reason for n, reason in left_out.items()}} if left_out else {}
-    path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*earlier, found]))
+    checkpoint.write_durably(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*earlier, found]))
     return found
 
 

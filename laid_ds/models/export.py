@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from laid_ds.disk import DiskError, writing
 from laid_ds.models.attention import attention_layers
 from laid_ds.models.load import load_model
 from laid_ds.models.probe import probe
@@ -25,7 +26,7 @@ def write_student(
     stock: the folder the student was loaded from (config, processor, and any weights that were not trained);
     weights: the trained parameters under the model's own names; gains: decoder layer -> theta [H, P] or [1, P].
     The folder appears whole or not at all. Raises ValueError when `output` exists, a weight has no place in the model, or the model is
-    not what the table of families says, so that a gain would fold into something else.
+    not what the table of families says, so that a gain would fold into something else; DiskError when the disk has no room for it.
     """
     output = Path(output)
     if output.exists():
@@ -40,10 +41,15 @@ def write_student(
     model.config.use_cache = True
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    _copy_processor(Path(stock), partial)
-    (partial / "README.md").write_text(card)
-    os.replace(partial, output)
+    try:
+        with writing(output.parent, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())):
+            model.save_pretrained(partial)
+            _copy_processor(Path(stock), partial)
+            (partial / "README.md").write_text(card)
+            os.replace(partial, output)
+    except DiskError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def fold_gains(model: PreTrainedModel, gains: Mapping[int, Tensor]) -> None:

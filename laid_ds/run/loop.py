@@ -18,6 +18,7 @@ import torch
 from laid_ds.config import Run, as_tree
 from laid_ds.data.batch import Batch
 from laid_ds.data.record import DataError
+from laid_ds.disk import writing
 from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.method import schedule
@@ -162,7 +163,8 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
 def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLoss) -> None:
     """This rank's samples and tensors of a step that went wrong, in the run folder."""
     path = run.output / f"nonfinite_rank{distributed.rank()}.json"
-    torch.save(batches, path.with_suffix(".pt"))
+    with writing(run.output, path.with_suffix(".pt").name):
+        torch.save(batches, path.with_suffix(".pt"))
     checkpoint.write_durably(path, json.dumps({"step": step + 1, "error": str(error), "keys": [list(batch.keys) for batch in batches]}))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from laid_ds.config import Logging
+from laid_ds.disk import writing
 from laid_ds.runtime import distributed
 
 LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
@@ -56,7 +57,7 @@ class Reporter:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         record = {"step": step} | values | {"seconds": round(seconds, 4), "peak_bytes": peak_bytes()} | self._utilisation(values, seconds)
-        with (self.output / "metrics.jsonl").open("a") as lines:
+        with writing(self.output, "metrics.jsonl"), (self.output / "metrics.jsonl").open("a") as lines:
             lines.write(json.dumps(record) + "\n")
         for sink in self.sinks:
             sink(step, {name: value for name, value in record.items() if isinstance(value, int | float)})
@@ -101,8 +102,9 @@ def keep_until(path: Path, step: int) -> None:
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        os.replace(partial, path)
+        with writing(path.parent, path.name):
+            partial.write_text("".join(line + "\n" for line in lines))
+            os.replace(partial, path)
 
 
 def _progress(console: Console) -> Progress:

@@ -24,6 +24,7 @@ import torch
 from isal import isal_zlib
 
 from laid_ds.config import Checkpoint
+from laid_ds.disk import DiskError, no_room, writing
 from laid_ds.runtime import distributed
 from laid_ds.runtime.engine import load_universal, write_universal
 
@@ -101,17 +102,28 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def save(engine, output: Path, state: dict[str, Any], options: Checkpoint) -> Path:
-    """Save everything a resumed run needs; `state` must be the same on every rank and hold "step". Collective."""
+    """Save everything a resumed run needs; `state` must be the same on every rank and hold "step". Collective.
+
+    Raises ValueError (DiskError) when the disk has no room for it; the checkpoints before it stay as they are.
+    """
     name = f"step_{state['step']:06d}"
     target = folder(output) / name
     if distributed.rank() == 0:
         for stale in (target, _universal_of(target)):
             _remove(stale)  # the remains of a save that was killed, or of an abandoned continuation
     distributed.barrier()
-    engine.save_checkpoint(str(folder(output)), tag=name, save_latest=False)
-    torch.save(_random_state(), target / f"random_rank{distributed.rank()}.pt")
-    distributed.barrier()
-    _seal(target, state)
+    needed_bytes = next((saved.num_bytes for saved in reversed(all_saved(output))), None)  # as much as the one before it
+    _check_room(folder(output), f"checkpoint {name}", needed_bytes)
+    try:
+        with writing(folder(output), f"checkpoint {name}", needed_bytes):
+            engine.save_checkpoint(str(folder(output)), tag=name, save_latest=False)
+            torch.save(_random_state(), target / f"random_rank{distributed.rank()}.pt")
+            distributed.barrier()
+            _seal(target, state)
+    except DiskError:
+        if distributed.world_size() == 1:  # else other ranks may be writing there; the next save removes it
+            _remove(target)
+        raise
     if distributed.rank() == 0:
         write_durably(folder(output) / "latest", name)
         prune(output, options.keep_last, options.keep_every)
@@ -145,9 +157,14 @@ def universal(checkpoint: Path) -> Path:
     if distributed.rank() == 0 and not target.is_dir():
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        write_universal(checkpoint, partial / "whole")
-        for path in partial.rglob("*"):
-            _sync(path)
+        try:
+            with writing(target.parent, target.name, sum(_manifest(checkpoint)["files"].values())):
+                write_universal(checkpoint, partial / "whole")
+                for path in partial.rglob("*"):
+                    _sync(path)
+        except DiskError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         os.replace(partial, target)
         _sync(target.parent)
     distributed.barrier()
@@ -187,17 +204,30 @@ def go_back(output: Path) -> list[str]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file at once: whoever is killed, the old text or the new one is there."""
+    """Replace a file at once: whoever is killed, the old text or the new one is there. Raises DiskError when the disk takes no more."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        with writing(path.parent, path.name):
+            partial.write_text(text)
+            _sync(partial)
+            os.replace(partial, path)
+    except DiskError:
+        partial.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
+
+
+def _check_room(place: Path, what: str, needed_bytes: int | None) -> None:
+    """Refuse on all ranks together, before anything is written, what the disk has no room for. Collective."""
+    lacking = no_room(place, what, needed_bytes) if distributed.rank() == 0 and needed_bytes is not None else ""
+    (refused,) = distributed.largest([float(bool(lacking))])
+    if refused:
+        raise ValueError(lacking)
 
 
 def _seal(target: Path, state: dict[str, Any]) -> None:
     """Bring every file to the disk and write the manifest, which makes the folder a checkpoint. Collective."""
-    files = sorted(target.iterdir())
+    files = sorted(path for path in target.iterdir() if not path.name.startswith("."))  # systems leave others: .nfs..., ._NAME
     checksums = _in_turn(files, _synced_checksum)
     if distributed.rank() == 0:
         sizes = {path.name: path.stat().st_size for path in files}

@@ -1,0 +1,151 @@
+"""A disk that takes no more is one sentence that names it, whoever was writing; what was whole stays whole, nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laid_ds import disk
+from laid_ds.config import Checkpoint
+from laid_ds.data.writer import write_whole
+from laid_ds.disk import DiskError, no_room, writing
+from laid_ds.runtime import checkpoint
+
+HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+SMALL_DISK = pytest.mark.skipif(not HAS_NAMESPACES, reason="a mount namespace of its own cannot be made here (unshare -m needs root)")
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.ENOSPC, "is full, "),
+        (errno.EDQUOT, "is full for you: your quota is used up, "),
+        (errno.EROFS, "is read-only; choose another place"),
+    ],
+)
+def test_the_disk_is_named_with_what_is_needed_and_what_is_left(tmp_path, number, words):
+    with pytest.raises(DiskError) as error:
+        with writing(tmp_path / "not" / "yet", "checkpoint step_000002", 3_200_000_000):
+            raise OSError(number, os.strerror(number))
+    mount = next(path for path in (tmp_path, *tmp_path.parents) if os.path.ismount(path))
+    said = str(error.value)
+    assert said.startswith(f"checkpoint step_000002 (3.2 GB) cannot be written to {tmp_path / 'not' / 'yet'}: the disk at {mount} {words}")
+    assert (" left; make room there" in said) == (number != errno.EROFS)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), RuntimeError("unexpected pos 64 vs 0"), ValueError("no disk")])
+def test_what_is_not_the_disks_fault_is_passed_on(tmp_path, error):
+    with pytest.raises(type(error)) as found:
+        with writing(tmp_path, "it"):
+            raise error
+    assert found.value is error
+
+
+def test_room_is_looked_for(tmp_path):
+    assert no_room(tmp_path, "it", 1) == ""
+    assert "it (1,000,000,000.0 GB) cannot be written" in no_room(tmp_path, "it", 10**18)
+
+
+class Engine:
+    """Saves one file, or fails in the middle."""
+
+    failure: Exception | None = None
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "model_states.pt").write_bytes(b"model" * 1000)
+        if self.failure:
+            raise self.failure
+
+
+def test_a_checkpoint_without_room_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    checkpoint.save(Engine(), tmp_path, {"step": 2}, Checkpoint())
+    monkeypatch.setattr(disk, "_left", lambda folder: 4000)
+    with pytest.raises(ValueError, match=r"checkpoint step_000004 \(0\.0 MB\) cannot be written to .*: the disk at .* is full, 0\.0 MB"):
+        checkpoint.save(Engine(), tmp_path, {"step": 4}, Checkpoint())
+    assert checkpoint.latest(tmp_path).name == "step_000002"
+    assert not (tmp_path / "checkpoints" / "step_000004").exists()
+
+
+def test_a_checkpoint_that_fills_the_disk_leaves_the_one_before_it(tmp_path):
+    engine = Engine()
+    checkpoint.save(engine, tmp_path, {"step": 2}, Checkpoint())
+    engine.failure = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(DiskError, match="is full"):
+        checkpoint.save(engine, tmp_path, {"step": 4}, Checkpoint())
+    assert checkpoint.latest(tmp_path).name == "step_000002"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002"]
+
+
+def test_a_file_is_there_with_all_its_bytes_or_as_it_was(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError):
+        write_whole(tmp_path / "a", b"new")
+    with pytest.raises(DiskError):
+        checkpoint.write_durably(tmp_path / "a", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+WRITERS = {
+    "torch": 'torch.save(torch.zeros(1 << 20), folder / "x.pt")',
+    "safetensors": 'safetensors.torch.save_file({"x": torch.zeros(1 << 20)}, folder / "x.safetensors")',
+    "numpy": 'numpy.save(folder / "x.npy", numpy.zeros(1 << 20))',
+    "json": '(folder / "x.json").write_text("x" * (1 << 22))',
+}
+SAVE = """
+import sys
+from pathlib import Path
+import numpy, safetensors.torch, torch
+from laid_ds.disk import DiskError, writing
+folder = Path(sys.argv[1])
+try:
+    with writing(folder, "the file"):
+        {act}
+except DiskError as error:
+    print(error)
+"""
+ON_SMALL_DISK = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+
+
+@SMALL_DISK
+@pytest.mark.parametrize("library", WRITERS)
+def test_on_a_full_disk_every_library_gives_the_same_sentence(tmp_path, library):
+    python = [sys.executable, "-c", SAVE.format(act=WRITERS[library]), str(tmp_path)]
+    found = subprocess.run(["unshare", "-m", "sh", "-c", ON_SMALL_DISK, str(tmp_path), *python], capture_output=True, text=True)
+    assert found.stdout.startswith(f"the file cannot be written to {tmp_path}: the disk at {tmp_path} is full, "), found.stderr
+
+
+WRITE = """
+import sys; sys.path[:0] = [{tests!r}, {root!r}]
+from data_samples import make_sample
+from laid_ds.data.writer import ShardWriter
+from laid_ds.disk import DiskError
+try:
+    with ShardWriter({folder!r}, samples_per_shard=60) as writer:
+        for number in range(2000):
+            writer.write(make_sample(number, 2))
+except DiskError as error:
+    print(error)
+import os
+print(sorted(os.listdir({folder!r})))
+"""
+
+
+@SMALL_DISK
+def test_on_a_full_disk_a_writer_leaves_whole_shards_alone(tmp_path):
+    code = WRITE.format(tests=str(Path(__file__).parent / "data"), root=os.getcwd(), folder=str(tmp_path / "set"))
+    words = ["unshare", "-m", "sh", "-c", ON_SMALL_DISK, str(tmp_path), sys.executable, "-c", code]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert f"cannot be written to {tmp_path / 'set'}: the disk at {tmp_path} is full" in found.stdout, found.stderr
+    assert "shard-000000.tar" in found.stdout
+    assert ".tmp" not in found.stdout
