@@ -210,13 +210,14 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Remove checkpoints. Never the one that the run goes on from, unless --damaged finds it so. Not while the run is running."""
+    from laid_ds.run.folder import recorded
     from laid_ds.runtime import checkpoint
 
     _checkpoints(run)
     if damaged:
         removed = checkpoint.go_back(run)
     else:
-        options = json.loads((run / "run.json").read_text())["run"]["checkpoint"]
+        options = recorded(run)["run"]["checkpoint"]
         removed = checkpoint.prune(run, keep_last or options["keep_last"], keep_every or options.get("keep_every"))
     print(json.dumps({"removed": removed}) if as_json else f"removed: {', '.join(removed) or 'nothing'}")
 
@@ -237,6 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except ValueError as error:
         print(f"laid: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        print(f"laid: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

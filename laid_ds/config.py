@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from laid_ds.files import read_toml
+
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -265,10 +267,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
-    try:
-        tree = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tree = read_toml(path)
     for override in overrides:
         _apply(tree, override)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from laid_ds.config import Run
 from laid_ds.evaluation.window import curve
+from laid_ds.files import read_json, read_json_lines
 from laid_ds.method.losses import TERMS
 from laid_ds.models.export import write_student
 from laid_ds.models.lora import merge_lora
@@ -23,10 +24,10 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
     record = folder / "run.json"
     if not record.is_file():
         raise ValueError(f"no run at {folder} (no run.json)")
+    resolved = read_json(record)
     saved = checkpoint.of_step(folder, step) if step is not None else checkpoint.latest(folder)
     if saved is None:
         raise ValueError(f"the run at {folder} has no checkpoint yet")
-    resolved = json.loads(record.read_text())
     run = Run.model_validate(resolved["run"])
     weights = engine.checkpoint_weights(saved)
     model = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
@@ -61,15 +62,14 @@ def results(folder: Path, step: str) -> str:
             f"{held_out['window']:.1f} images (accuracy >= {held_out['threshold']:.3f})."
         )
     if (folder / "evaluation.json").is_file():
-        for name, model in json.loads((folder / "evaluation.json").read_text())["models"].items():
+        for name, model in read_json(folder / "evaluation.json")["models"].items():
             parts.append(f"Evaluated, {name}, accuracy by number of images: {_curve(curve(model['answers']))}.")
     return "\n\n".join(parts)
 
 
 def _last(path: Path, step: int) -> dict[str, Any] | None:
     """The last line of a JSON lines file that is not after a step."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default=None)
+    return max((line for line in read_json_lines(path) if line["step"] <= step), key=lambda line: line["step"], default=None)
 
 
 def _curve(accuracy: Mapping[Any, float]) -> str:

@@ -174,12 +174,13 @@ def _words(text: str) -> list[str]:
 
 
 def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
+    from laid_ds.files import read_text
     from launch.script import Target
     from launch.secrets import forms_of_secrets
 
     if not recipe.is_file():
         raise ValueError(f"no recipe at {recipe}")
-    found = forms_of_secrets(recipe.read_text())
+    found = forms_of_secrets(read_text(recipe))
     if found:
         raise ValueError(f"{recipe} holds {found[0]}, which would be copied into files; give it by an environment variable or a file")
     python = job.python or (sys.executable if job.container == "none" else "python3")
@@ -206,6 +207,11 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except ValueError as error:
         print(f"laid-launch: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        print(f"laid-launch: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from laid_ds.files import read_toml
 from launch.secrets import names_of_secrets
 
 
@@ -109,10 +109,7 @@ def read_job(site: Path | None, options: dict[str, Any]) -> Job:
 def _read_site(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no site file at {path}")
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    return read_toml(path)
 
 
 def _sentence(item: Any) -> str:

@@ -11,6 +11,7 @@ from laid_ds.config import Evaluation
 from laid_ds.data.dataset import Dataset
 from laid_ds.evaluation.haystack import Haystacks, Survey, ask, read_haystacks, survey
 from laid_ds.evaluation.window import relative_threshold, window_of
+from laid_ds.files import read_json_lines
 from laid_ds.models.processor import Renderer
 from laid_ds.runtime import checkpoint, distributed
 
@@ -67,7 +68,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_json_lines(path)
 
 
 def held_out(options: Evaluation) -> Survey:

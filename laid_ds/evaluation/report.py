@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
+from laid_ds.files import read_json, read_json_lines
 
 COLOURS = ("#111111", "#9a9a9a", "#c98a1b", "#3b7dd8", "#c2185b", "#2e8b57", "#6a4fb3", "#8c564b")
 STYLE = (
@@ -129,10 +130,7 @@ def join_results(found: dict[Path, dict[str, Any]]) -> dict[str, Any]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """A results file. Raises ValueError when it is none."""
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as results of `laid eval`: {error}") from None
+    results = read_json(path)
     if not is_results(results):
         raise ValueError(f"{path} does not hold results of `laid eval`")
     return results
@@ -210,7 +208,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # a run may be writing the last one
+    return read_json_lines(path)
 
 
 def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> str:

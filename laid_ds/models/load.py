@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from laid_ds.files import read_json
+
 transformers.utils.logging.disable_progress_bar()
 # Qwen's decoder says that sliding windows are not implemented for this attention; the mask implements them (tests/laws/test_tap.py).
 logging.getLogger("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").addFilter(
@@ -36,9 +38,10 @@ def sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
-    """The config of a model folder. Raises ValueError when there is none."""
+    """The config of a model folder. Raises ValueError when there is none, or what stands there is no JSON."""
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"no model at {path} (no config.json); give the folder that `save_pretrained` wrote")
+    read_json(Path(path) / "config.json", plain=True)  # transformers' own errors name neither line nor cause
     return AutoConfig.from_pretrained(path, local_files_only=True)
 
 

@@ -31,6 +31,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from laid_ds.files import read_json
 from laid_ds.models.chat import turn_text
 from laid_ds.models.load import model_class
 from laid_ds.models.processor import SampleLike, offline
@@ -141,10 +142,10 @@ def write_new_model(
     if not path.is_file():
         raise ValueError(f"no model config at {path}")
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
         processor = train_processor(corpus, vocabulary, tree, image_tokens)
         config = _with_tokens(tree, processor)
-    except (json.JSONDecodeError, KeyError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is not a usable model config: {error!r}") from None
     torch.manual_seed(seed)
     model = model_class(config).from_config(config)

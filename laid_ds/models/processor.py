@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from laid_ds.files import read_json
 from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say
 
 
@@ -87,10 +87,10 @@ def load_processor(path: str | Path) -> ProcessorMixin:
 def _processor_class(path: Path) -> str:
     """The name that the folder gives its processor, else that of its family. Raises ValueError when transformers has none of that name."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        name = json.loads((path / file).read_text()).get("processor_class") if (path / file).is_file() else None
+        name = read_json(path / file, plain=True).get("processor_class") if (path / file).is_file() else None
         if name is not None and issubclass(getattr(transformers, name, type(None)), ProcessorMixin):
             return name
-    config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+    config = read_json(path / "config.json", plain=True) if (path / "config.json").is_file() else {}
     if config.get("model_type") in PROCESSOR_MAPPING_NAMES:
         return PROCESSOR_MAPPING_NAMES[config["model_type"]]
     raise ValueError(

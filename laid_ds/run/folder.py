@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from laid_ds.config import Run, as_tree
+from laid_ds.disk import nearest, writing
+from laid_ds.files import read_json
 from laid_ds.runtime import checkpoint, distributed
 from laid_ds.runtime.stop import DONE, STOP, clear
 
@@ -22,19 +26,50 @@ SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change t
 
 
 def check_output(run: Run) -> None:
-    """Raises ValueError unless the folder is new, or belongs to this very run and is unfinished."""
+    """Raises ValueError unless the folder is new and can be made, or belongs to this very run and is unfinished."""
+    _check_can_be_made(run.output)
     record = run.output / "run.json"
     if (run.output / DONE).is_file():
         raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
     if record.is_file():
-        differing = _differences(_with_defaults(json.loads(record.read_text())["run"]), as_tree(run))
+        differing = _differences(_with_defaults(recorded(run.output)["run"]), as_tree(run))
         differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
         if differing:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
             )
-    elif run.output.is_dir() and any(path.name not in MAY_BE_THERE for path in run.output.iterdir()):
+    elif run.output.is_dir() and any(_is_anothers(path.name) for path in run.output.iterdir()):
         raise ValueError(f"{run.output} is not empty and holds no run; give another output=...")
+
+
+def recorded(output: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises ValueError when there is none or it is damaged."""
+    path = output / "run.json"
+    if not path.is_file():
+        raise ValueError(f"no run at {output} (no run.json)")
+    record = read_json(path)
+    if not isinstance(record.get("run"), dict):
+        raise ValueError(f"{path} holds no run; give another output=... or remove the folder")
+    return record
+
+
+def _is_anothers(name: str) -> bool:
+    """Systems leave hidden files anywhere; they belong to nobody."""
+    return name not in MAY_BE_THERE and not name.startswith(".")
+
+
+def _check_can_be_made(output: Path) -> None:
+    """Raises ValueError unless files can be written into the folder, or into the nearest one above it that exists."""
+    try:
+        place = nearest(output)
+        if output.is_symlink() and not output.exists():
+            raise ValueError(f"output {output} is a link to nothing; give another output=...")
+        if not place.is_dir():
+            raise ValueError(f"output {output} cannot be made: {place} is a file, not a folder; give another output=...")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written: {error.strerror} ({error.filename}); give another output=...") from None
 
 
 def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +87,8 @@ def open_output(run: Run, started: float) -> None:
     record = run.output / "run.json"
     distributed.barrier()
     if distributed.rank() == 0:
-        run.output.mkdir(parents=True, exist_ok=True)
+        with writing(run.output, "the run"):
+            run.output.mkdir(parents=True, exist_ok=True)
         clear(run.output, started)
         if not record.is_file():
             resolved = {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
@@ -70,7 +106,7 @@ def _check_global_batch(run: Run) -> None:
     record = run.output / "run.json"
     if not record.is_file():
         return
-    began = json.loads(record.read_text())
+    began = recorded(run.output)
     shares = began["run"]["data"]["micro_batch"], began["run"]["optimizer"]["accumulation"], began["world_size"]
     now = run.data.micro_batch, run.optimizer.accumulation, distributed.world_size()
     if math.prod(shares) != math.prod(now):

@@ -6,7 +6,6 @@ The JSON files hold mechanics; learning rate, batch, clip and precision come fro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from laid_ds.config import Run
+from laid_ds.files import line_of, read_json, read_text
 
 RUN_KEYS = {
     "train_batch_size": "data.micro_batch and optimizer.accumulation",
@@ -62,13 +62,11 @@ def read_deepspeed(path: Path, dtype: str, run: Run, trains: bool) -> dict[str, 
     """The engine config: the JSON's mechanics with the run's values filled in. Raises ValueError for a missing file or a key of the run."""
     if not path.is_file():
         raise ValueError(f"no DeepSpeed config at {path}; ready ones are in ds_configs/")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     for key in RUN_KEYS:
         if key in config:
             raise ValueError(f"{path} sets {key!r}, which belongs to the recipe ({RUN_KEYS[key]}); remove it from the JSON")
+    _refuse_auto(path, config)
     config["train_micro_batch_size_per_gpu"] = run.data.micro_batch
     config["bf16"] = {"enabled": dtype == "bfloat16"}
     if trains:
@@ -76,6 +74,17 @@ def read_deepspeed(path: Path, dtype: str, run: Run, trains: bool) -> dict[str, 
         config["gradient_clipping"] = run.optimizer.clip
         config["zero_allow_untested_optimizer"] = True
     return config
+
+
+def _refuse_auto(path: Path, tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if value == "auto":
+            line = line_of(read_text(path), key)
+            raise ValueError(
+                f'{path}, line {line}: {key!r} is "auto", which transformers\' Trainer alone fills in; give a value or leave it out'
+            )
+        if isinstance(value, dict):
+            _refuse_auto(path, value)
 
 
 def parameter_groups(student: nn.Module, run: Run) -> list[dict[str, Any]]:

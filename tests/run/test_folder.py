@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,54 @@ def test_a_finished_run_and_a_foreign_folder_are_left_alone(recorded, world, tmp
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         check_output(world.run(tmp_path / "foreign"))
+
+
+def below_a_file(folder):
+    (folder / "file").write_text("x")
+    return folder / "file" / "run"
+
+
+def a_file(folder):
+    (folder / "run").write_text("x")
+    return folder / "run"
+
+
+def a_link_to_nothing(folder):
+    (folder / "run").symlink_to(folder / "nothing")
+    return folder / "run"
+
+
+def too_long_a_name(folder):
+    return folder / ("x" * 300)
+
+
+def where_nothing_can_be_made(folder):
+    return Path("/proc/1/run")
+
+
+@pytest.mark.parametrize("place", [below_a_file, a_file, a_link_to_nothing, too_long_a_name, where_nothing_can_be_made])
+def test_an_output_that_cannot_be_made_is_one_sentence(world, tmp_path, place):
+    output = place(tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_output(world.run(output))
+    assert str(error.value).startswith(f"output {output} ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root: a user without its rights is needed")
+def test_an_output_without_permission_is_one_sentence(world, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match="cannot be written: Permission denied"):
+        check_output(world.run(tmp_path / "closed" / "run"))
+
+
+def test_looking_whether_an_output_can_be_made_makes_nothing(world, tmp_path):
+    check_output(world.run(tmp_path / "a" / "b" / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_files_that_systems_leave_are_nobodys(world, tmp_path):
+    run = world.run(tmp_path / "run")
+    run.output.mkdir()
+    (run.output / ".DS_Store").write_text("x")
+    check_output(run)
