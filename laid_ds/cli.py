@@ -22,7 +22,7 @@ def train(
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.run.build import check, data_notes
+    from laid_ds.run.check import check, data_notes
     from laid_ds.run.folder import check_output
     from laid_ds.runtime.local import launch
 

@@ -38,6 +38,8 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     deepspeed: Path
     """JSON with this engine's mechanics (see ds_configs/)."""
+    trust_remote_code: bool = False
+    """Run the code that lies in the folder (auto_map) with your rights; without it such a folder is refused."""
 
 
 class Lora(Section):

@@ -41,6 +41,7 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
         run.student.dtype,
         output,
         model_card(run, resolved["versions"], saved.name, results(folder, saved.name)),
+        run.student.trust_remote_code,
     )
 
 

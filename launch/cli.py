@@ -189,7 +189,7 @@ def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
 
 def _check(run: Run) -> None:
     """What `laid train` refuses, too, before any process starts."""
-    from laid_ds.run.build import check
+    from laid_ds.run.check import check
     from laid_ds.run.folder import check_output
 
     check_output(run)

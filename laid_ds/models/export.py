@@ -19,7 +19,13 @@ from laid_ds.models.rope_gain import fold
 
 
 def write_student(
-    stock: str | Path, weights: Mapping[str, Tensor], gains: Mapping[int, Tensor], dtype: str, output: str | Path, card: str
+    stock: str | Path,
+    weights: Mapping[str, Tensor],
+    gains: Mapping[int, Tensor],
+    dtype: str,
+    output: str | Path,
+    card: str,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write model, processor and model card to `output`.
 
@@ -31,7 +37,7 @@ def write_student(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
-    model = load_model(stock, "float32")
+    model = load_model(stock, "float32", trust_remote_code=trust_remote_code)
     unknown = model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"the checkpoint holds weights that the model at {stock} has no place for: {unknown[:3]}")
@@ -44,7 +50,7 @@ def write_student(
     try:
         with writing(output.parent, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())):
             model.save_pretrained(partial)
-            _copy_processor(Path(stock), partial)
+            _copy_small(Path(stock), partial, (".json", ".jinja", ".txt", ".model") + ((".py",) if trust_remote_code else ()))
             (partial / "README.md").write_text(card)
             os.replace(partial, output)
     except DiskError:
@@ -59,9 +65,10 @@ def fold_gains(model: PreTrainedModel, gains: Mapping[int, Tensor]) -> None:
         fold(layers[layer], theta, layout)
 
 
-def _copy_processor(stock: Path, output: Path) -> None:
-    """Everything small beside the weights that `output` does not have yet: tokenizer, processor and chat template, as they were."""
+def _copy_small(stock: Path, output: Path, suffixes: tuple[str, ...]) -> None:
+    """Everything small beside the weights that `output` does not have yet: tokenizer, processor and chat template, as they were; and the
+    code that a trusted folder runs."""
     for path in sorted(stock.iterdir()):
-        small = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
+        small = path.suffix in suffixes and not path.name.endswith(".index.json")
         if small and not (output / path.name).exists():
             shutil.copyfile(path, output / path.name)

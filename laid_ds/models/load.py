@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from laid_ds.files import read_json
+from laid_ds.models.folder import check_folder, check_weights, first_paragraph
 
 transformers.utils.logging.disable_progress_bar()
 # Qwen's decoder says that sliding windows are not implemented for this attention; the mask implements them (tests/laws/test_tap.py).
 logging.getLogger("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").addFilter(
     lambda record: "Sliding Window Attention is enabled" not in record.getMessage()
 )
+
+# Its table of weights that do not fit is said here in one sentence.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
 @contextmanager
@@ -37,35 +42,58 @@ def sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
-    """The config of a model folder. Raises ValueError when there is none, or what stands there is no JSON."""
+def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model folder. Raises ValueError when there is none, or when the folder is not a plain model (folder.py)."""
+    check_folder(path, trust_remote_code)
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"no model at {path} (no config.json); give the folder that `save_pretrained` wrote")
     read_json(Path(path) / "config.json", plain=True)  # transformers' own errors name neither line nor cause
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ImportError, TypeError, ValueError, StrictDataclassError) as error:  # what transformers raises on wrong values
+        raise ValueError(f"the config at {path} cannot be used: {first_paragraph(error)}") from None
 
 
 def model_class(config: PretrainedConfig) -> type:
     """The auto class that makes the whole vision-language model of a config; a few families are listed as language models only."""
     known = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if known else AutoModelForCausalLM
+    own = getattr(config, "auto_map", None) or {}
+    return AutoModelForImageTextToText if known or "AutoModelForImageTextToText" in own else AutoModelForCausalLM
 
 
-def load_model(path: str | Path, dtype: str = "float32", deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: str = "float32", deepspeed_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The vision-language model of a folder, in evaluation mode, on the CPU or partitioned.
 
-    Raises ValueError when the folder is no model, or when the weights lack or exceed what the model needs.
+    Raises ValueError when the folder is no plain model (folder.py), or when the weights lack or exceed what the model needs.
     """
-    config = load_config(path)
     with sharded_loading(deepspeed_config):
-        try:
-            model, report = model_class(config).from_pretrained(
-                path, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
-            )
-        except OSError as error:
-            raise ValueError(f"the model at {path} cannot be loaded: {error}") from None
-    wrong = {name: sorted(report[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
+        model = _from_pretrained(path, trust_remote_code, dtype=getattr(torch, dtype))
+    model.config.use_cache = False
+    return model
+
+
+def open_model(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same model on the meta device: of the weights only the headers are read, and what `load_model` refuses is refused."""
+    return _from_pretrained(path, trust_remote_code, dtype=torch.float32, device_map="meta")
+
+
+def _from_pretrained(path: str | Path, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    config = load_config(path, trust_remote_code)
+    check_weights(path)
+    try:
+        model, report = model_class(config).from_pretrained(
+            path,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, with the others
+            **options,
+        )
+    except (OSError, ImportError) as error:
+        raise ValueError(f"the model at {path} cannot be loaded: {first_paragraph(error)}") from None
+    wrong = {name: sorted(map(str, report[name]))[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
     if wrong:
         raise ValueError(f"the weights at {path} do not fit the model's config: {wrong}")
-    model.config.use_cache = False
     return model

@@ -41,6 +41,12 @@ def check_peft() -> None:
         raise ValueError("student.lora needs the extra: pip install 'laid-ds[lora]'")
 
 
+def factor_elements(model: PreTrainedModel, options: Lora) -> int:
+    """Elements of all factors beside this model's layers. Raises ValueError for a target that is no linear layer of the decoder."""
+    layers = [model.get_submodule(name) for name in _targets(model, options.targets)]
+    return sum(options.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
 def merge_lora(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Weights under peft's names -> those of the stock model, in fp32: W + scale B A, with scale = alpha / rank."""
     merged = {name.replace(BASE, "."): tensor.float() for name, tensor in weights.items() if not name.endswith((A, B))}

@@ -16,12 +16,16 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from laid_ds.files import read_json
 from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say
+from laid_ds.models.folder import check_folder, first_paragraph
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 class SampleLike(Protocol):
@@ -69,24 +73,67 @@ def offline(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     return made
 
 
-def load_processor(path: str | Path) -> ProcessorMixin:
+def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of a model folder, of whatever family. Raises ValueError when the folder holds none, or none for images and text."""
     path = Path(path)
+    check_folder(path, trust_remote_code)
     if not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} holds no processor (no tokenizer_config.json); copy the processor files of the model there")
-    name = _processor_class(path)
+    _check_sees(path)
+    stock = _own_class(path) if trust_remote_code else None
+    stock = stock or getattr(transformers, _processor_class(path))
     try:
-        processor = offline(getattr(transformers, name)).from_pretrained(path)
+        processor = offline(stock).from_pretrained(path, **({"trust_remote_code": True} if trust_remote_code else {}))
     except ImportError as error:
-        raise ValueError(f"the {name} at {path} needs a package that is not installed: {error}") from None
+        raise ValueError(f"the {stock.__name__} at {path} needs a package that is not installed: {first_paragraph(error)}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:  # what transformers raises on files that are missing or lack something
+        raise ValueError(
+            f"the {stock.__name__} at {path} cannot be loaded: {first_paragraph(error)}; copy all processor files of the model there"
+        ) from None
+    _check_tokenizer(processor, path)
     if type(processor.image_processor).__name__.removesuffix("Fast") == "Qwen2VLImageProcessor":  # torchvision's, where that is installed
         processor.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     return processor
 
 
+def check_chat_template(processor: ProcessorMixin, path: str | Path) -> None:
+    """Raises ValueError when a processor does not say how a conversation becomes text."""
+    if processor.chat_template is None:
+        elsewhere = "; the tokenizer's own stands in tokenizer_config.json" if processor.tokenizer.chat_template else ""
+        raise ValueError(f"the processor at {path} has no chat template{elsewhere}: copy the model's as {path}/chat_template.jinja")
+
+
+def _check_sees(path: Path) -> None:
+    """Raises ValueError when no file says how images become tensors."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    found = [read_json(path / name, plain=True) for name in names if (path / name).is_file()]
+    if not any("image_processor_type" in tree or "image_processor" in tree or "image_mean" in tree for tree in found):
+        raise ValueError(
+            f"{path} does not say how images are processed (no preprocessor_config.json, and no image_processor in processor_config.json);"
+            " copy the processor files of the model there"
+        )
+
+
+def _check_tokenizer(processor: ProcessorMixin, path: Path) -> None:
+    """Raises ValueError when the words are not there: transformers makes a tokenizer of nothing but special tokens without them."""
+    files = sorted(set(processor.tokenizer.vocab_files_names.values()) | {"tokenizer.json"})
+    if not any((path / name).is_file() for name in files):
+        raise ValueError(f"{path} holds no vocabulary (none of {', '.join(files)}); copy the processor files of the model there")
+
+
+def _own_class(path: Path) -> type[ProcessorMixin] | None:
+    """The processor class in the folder's own code, where it names one."""
+    for file in PROCESSOR_FILES:
+        tree = read_json(path / file, plain=True) if (path / file).is_file() else {}
+        name = tree.get("auto_map", {}).get("AutoProcessor")
+        if name is not None:
+            return get_class_from_dynamic_module(name, str(path), local_files_only=True)
+    return None
+
+
 def _processor_class(path: Path) -> str:
     """The name that the folder gives its processor, else that of its family. Raises ValueError when transformers has none of that name."""
-    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+    for file in PROCESSOR_FILES:
         name = read_json(path / file, plain=True).get("processor_class") if (path / file).is_file() else None
         if name is not None and issubclass(getattr(transformers, name, type(None)), ProcessorMixin):
             return name
@@ -110,6 +157,33 @@ def check_same_tokenizer(student: ProcessorMixin, teacher: ProcessorMixin) -> in
             f"the tokenizers differ in {len(differing)} tokens (first: {differing[:3]}); student and teacher must share one tokenizer"
         )
     return len(student.tokenizer)
+
+
+def check_same_pictures(student: ProcessorMixin, teacher: ProcessorMixin) -> None:
+    """Raises ValueError when the two processors make other numbers of the same pixels: the teacher is shown the student's."""
+    names = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
+    for name in names:
+        ours, theirs = (getattr(processor.image_processor, name, None) for processor in (student, teacher))
+        if ours != theirs:
+            raise ValueError(
+                f"student and teacher process images differently ({name} is {ours} and {theirs}), and the teacher is shown the student's:"
+                " take a pair that agrees"
+            )
+
+
+def check_tokens(processor: ProcessorMixin, config: PretrainedConfig, rows: int, path: str | Path) -> None:
+    """Raises ValueError when the model at `path`, whose head has `rows` rows, lacks tokens of the tokenizer, or knows its images by
+    another token than the processor writes."""
+    if len(processor.tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(processor.tokenizer)} tokens, the head of the model at {path} only {rows}; do they belong?"
+        )
+    known = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if known not in (None, processor.image_token_id):
+        raise ValueError(
+            f"the model at {path} finds its images at token {known} (config.json), the processor writes {processor.image_token_id}"
+            f" ({processor.image_token}); take the processor that belongs to it"
+        )
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
     if not path.is_file():
         raise ValueError(f"no model config at {path}; give one with --student-config or --teacher-config (recipes/configs/ holds some)")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (json.JSONDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a usable model config: {error}") from None
 

@@ -11,19 +11,17 @@ import torch
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.haystack import describe_windows
 from laid_ds.data.images import Pixels
 from laid_ds.data.order import Packing
-from laid_ds.data.stream import Stream, budgeted_lengths
-from laid_ds.evaluation.progress import held_out
-from laid_ds.evaluation.window import notes_on
+from laid_ds.data.record import DataError
+from laid_ds.data.stream import Stream
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, layer_pairs
 from laid_ds.method.distill import Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
-from laid_ds.models.family import check_packable, trainable
-from laid_ds.models.load import PreTrainedModel, load_config, load_model
-from laid_ds.models.lora import add_lora, check_peft
+from laid_ds.models.family import trainable
+from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
+from laid_ds.models.lora import add_lora
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
@@ -51,11 +49,11 @@ class Training:
 def build(run: Run) -> Training:
     """Load both models sharded, connect them, start the engines and the stream. Raises ValueError for anything that does not fit."""
     dataset = Dataset.open(list(run.data.shards))
-    processor = load_processor(run.student.path)
+    processor = load_processor(run.student.path, run.student.trust_remote_code)
     vocabulary = len(processor.tokenizer)
     if run.teacher is not None:
-        check_same_tokenizer(processor, load_processor(run.teacher.path))
-    pairs = _pairs(run)
+        check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
+    pairs = build_pairs(run)
     student, align = build_student(run, pairs, vocabulary)
     teacher = build_teacher(run, pairs, vocabulary) if run.taught else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
@@ -66,7 +64,7 @@ def build(run: Run) -> Training:
 def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align | None]:
     """The engine around the student and its Align, and the Align (None without a teacher)."""
     mechanics = engine.read_deepspeed(run.student.deepspeed, run.student.dtype, run, trains=True)
-    model = load_model(run.student.path, run.student.dtype, mechanics)
+    model = load_model(run.student.path, run.student.dtype, mechanics, run.student.trust_remote_code)
     if run.student.gradient_checkpointing:
         enable_checkpointing(model, offload=run.student.gradient_checkpointing == "offload")
     if run.student.freeze_vision:
@@ -86,7 +84,7 @@ def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
     """Mixtures and gains for this pair of models."""
     shape = attention_shape(student.config)
     gains = gain_shapes(student) if run.gain.enabled else {}
-    teacher = load_config(run.teacher.path)
+    teacher = config_of(run.teacher)
     trainable(teacher)  # its logits are taken from the head alone, too
     return Align(run.align, pairs, shape, attention_shape(teacher), gains, getattr(torch, run.student.dtype))
 
@@ -94,62 +92,71 @@ def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
 def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
     """The engine around the frozen teacher."""
     mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
-    model = load_model(run.teacher.path, run.teacher.dtype, mechanics)
+    model = load_model(run.teacher.path, run.teacher.dtype, mechanics, run.teacher.trust_remote_code)
     tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.teacher))
     listen(model, tap)
     return engine.teacher_engine(Teacher(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
 
 
+def config_of(model: Model) -> PretrainedConfig:
+    """The config in a model's folder. Raises ValueError when there is none that may be used."""
+    return load_config(model.path, model.trust_remote_code)
+
+
 def _asks_lse(run: Run, model: Model) -> bool:
     """Whether matching takes the log-sum-exp from attention, which has it anyway: it then need not find it again."""
-    return run.losses.match > 0 and gives_lse(load_config(model.path), getattr(torch, model.dtype))
+    return run.losses.match > 0 and gives_lse(config_of(model), getattr(torch, model.dtype))
 
 
 def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
     """Samples to tensors, with position ids where samples are to share a row."""
-    positions = position_rule(load_config(run.student.path)) if run.data.tokens_per_pack is not None else None
+    positions = position_rule(config_of(run.student)) if run.data.tokens_per_pack is not None else None
     return Renderer(processor, Pixels(run.data.decoder, run.data.resizer), positions=positions)
+
+
+def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
+    """What a data worker makes of the samples at their positions; per_step: samples per optimizer step over all ranks."""
+    return Prepare(
+        render=renderer,
+        pad_token=renderer.processor.tokenizer.pad_token_id,
+        seed=run.seed,
+        global_batch=per_step,
+        image_range=partial(schedule.image_range, steps=run.steps, data=run.data),
+        questions=run.data.questions,
+        packs=run.data.tokens_per_pack is not None,
+    )
 
 
 def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
     """This rank's endless stream of batches."""
     data, world = run.data, distributed.world_size()
     per_step = data.micro_batch * world * run.optimizer.accumulation
-    prepare = Prepare(
-        render=renderer,
-        pad_token=renderer.processor.tokenizer.pad_token_id,
-        seed=run.seed,
-        global_batch=per_step,
-        image_range=partial(schedule.image_range, steps=run.steps, data=data),
-        questions=data.questions,
-        packs=data.tokens_per_pack is not None,
-    )
     return Stream(
         dataset,
         micro_batch=data.micro_batch,
         rank=distributed.rank(),
         world_size=world,
         seed=run.seed,
-        prepare=prepare,
+        prepare=build_prepare(run, renderer, per_step),
         shuffle=data.shuffle,
         weights=data.weights,
-        packing=_packing(run, dataset, renderer, per_step),
+        packing=build_packing(run, dataset, renderer, per_step),
         on_bad=data.on_bad,
         workers=data.workers,
     )
 
 
-def _packing(run: Run, dataset: Dataset, renderer: Renderer, packs_per_step: int = 1) -> Packing | None:
+def build_packing(run: Run, dataset: Dataset, renderer: Renderer, packs_per_step: int = 1) -> Packing | None:
     """How packs are planned, in the student's tokens, by what it makes of some samples spread over the data; on the safe side."""
     data = run.data
     if data.tokens_per_pack is None:
         return None
     chosen = sorted({i * len(dataset) // COUNTED for i in range(COUNTED)}, key=lambda i: dataset.lengths[i])
-    records = {i: dataset.record(i) for i in chosen}
+    counted = {i: _count(renderer, dataset, i) for i in chosen}
     scale = 1.0
     if data.count_tokens == "estimate":  # short samples may be off by more, but by few tokens
-        scale = max(renderer.count(records[i]) / int(dataset.lengths[i]) for i in chosen[len(chosen) // 2 :])
-    of_image = [renderer.image_length(image.width, image.height) for record in records.values() for image in record.images]
+        scale = max(counted[i][0] / int(dataset.lengths[i]) for i in chosen[len(chosen) // 2 :])
+    of_image = [length for _, lengths in counted.values() for length in lengths]
     return Packing(
         data.tokens_per_pack,
         group=packs_per_step,
@@ -160,61 +167,18 @@ def _packing(run: Run, dataset: Dataset, renderer: Renderer, packs_per_step: int
     )
 
 
-def _pairs(run: Run) -> Pairs:
+def _count(renderer: Renderer, dataset: Dataset, i: int) -> tuple[int, list[int]]:
+    """Tokens of sample i, and of each of its images. Raises DataError, naming it, when it cannot be rendered."""
+    record = dataset.record(i)
+    try:
+        return renderer.count(record), [renderer.image_length(image.width, image.height) for image in record.images]
+    except ValueError as error:
+        raise DataError(str(error)).at(dataset.origin(i)) from error
+
+
+def build_pairs(run: Run) -> Pairs:
     """The layer pairs to compare; none when attention is not compared."""
     if run.teacher is None or not run.losses.listens:
         return ()
-    layers = [load_config(path).get_text_config().num_hidden_layers for path in (run.student.path, run.teacher.path)]
+    layers = [config_of(model).get_text_config().num_hidden_layers for model in (run.student, run.teacher)]
     return layer_pairs(run.align.pairs, *layers)
-
-
-def data_notes(run: Run) -> list[str]:
-    """What a user should know of what the data allow, one sentence each. Raises ValueError where they do not allow what the run asks."""
-    dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
-    of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
-    of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
-    return of_training + of_evaluation
-
-
-def check(run: Run) -> None:
-    """What can be refused before a process is started: shards, engine files, models, tokenizers. Raises ValueError with the first thing
-    that is wrong."""
-    dataset = Dataset.open(list(run.data.shards))
-    data_notes(run)
-    processors = []
-    for model, trains in ((run.student, True), (run.teacher, False)):
-        if model is not None:
-            engine.read_deepspeed(model.deepspeed, model.dtype, run, trains)
-            family = trainable(load_config(model.path))
-            if family.image_blocks and run.losses.match > 0:
-                raise ValueError(f"{model.path}: image tokens of {family.model_type} see each other both ways; set losses.match = 0")
-            processors.append(load_processor(model.path))
-    if len(processors) == 2:
-        check_same_tokenizer(*processors)
-    if run.data.tokens_per_pack is not None:
-        _check_packs(run, dataset, build_renderer(run, processors[0]))
-    if run.student.lora is not None:
-        _check_lora(run)
-    _pairs(run)
-
-
-def _check_lora(run: Run) -> None:
-    """Raises ValueError without peft, and for compared keys that the factors cannot move."""
-    check_peft()
-    targets = run.student.lora.targets
-    if any(layer == 0 for layer, _ in _pairs(run)) and "k_proj" not in targets:
-        raise ValueError(
-            f"the keys of layer 0 are compared, and LoRA on {list(targets)} cannot move them: add k_proj to student.lora.targets, or leave"
-            " layer 0 out of align.pairs"
-        )
-
-
-def _check_packs(run: Run, dataset: Dataset, renderer: Renderer) -> None:
-    """Raises ValueError unless every sample fits a pack, and both models keep the samples of a row apart and number positions alike."""
-    budgeted_lengths(dataset, _packing(run, dataset, renderer))
-    found = [check_packable(load_config(model.path)) for model in (run.student, run.teacher) if model is not None]
-    if len({(family.positions, family.positions == "1d" or family.model_type) for family in found}) > 1:
-        raise ValueError(
-            f"student ({found[0].model_type}) and teacher ({found[1].model_type}) number positions in their own ways, and one packed row"
-            " serves both: leave out data.tokens_per_pack"
-        )

@@ -20,7 +20,8 @@ from laid_ds.models.load import load_config
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
-from laid_ds.run.build import build_renderer, build_stream, check
+from laid_ds.run.build import build_renderer, build_stream
+from laid_ds.run.check import check
 from tests.laws.test_resume import killed, lines, whole_run
 from tests.support.processes import run_ranks
 from tests.support.training import plain_steps, rank_steps

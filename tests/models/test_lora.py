@@ -14,7 +14,8 @@ from laid_ds.models.attention import decoder, listen
 from laid_ds.models.lora import add_lora, merge_lora
 from laid_ds.models.rope_gain import responder
 from laid_ds.plan import lora_parameters, read_pair
-from laid_ds.run.build import build, check
+from laid_ds.run.build import build
+from laid_ds.run.check import check
 from laid_ds.runtime import checkpoint, distributed, engine
 from tests.laws.test_resume import killed, lines, whole_run
 from tests.support.processes import run_ranks

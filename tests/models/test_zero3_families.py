@@ -21,7 +21,8 @@ from laid_ds.models.attention import Tap, attention_shape, listen
 from laid_ds.models.family import family
 from laid_ds.models.load import load_model, model_class
 from laid_ds.models.rope_gain import gain_shapes, responder
-from laid_ds.run.build import build_student, build_teacher, check
+from laid_ds.run.build import build_student, build_teacher
+from laid_ds.run.check import check
 from laid_ds.runtime import distributed, engine
 from tests.laws.test_resume import whole_run
 from tests.models.family_models import inputs, tiny_model

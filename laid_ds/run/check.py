@@ -1,0 +1,210 @@
+"""What `laid train` refuses before a process is started, so that what it accepts also runs: engine files, model folders down to the
+headers of their weights, real samples rendered as a worker would, and room on the disk. Nothing is loaded and nothing is written.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+
+from laid_ds.config import Model, Run
+from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.haystack import describe_windows
+from laid_ds.data.record import DataError
+from laid_ds.data.stream import budgeted_lengths
+from laid_ds.evaluation.progress import held_out
+from laid_ds.evaluation.window import notes_on
+from laid_ds.models.attention import vision_tower
+from laid_ds.models.family import check_packable, trainable
+from laid_ds.models.load import PreTrainedModel, open_model
+from laid_ds.models.lora import check_peft, factor_elements
+from laid_ds.models.processor import (
+    ProcessorMixin,
+    Renderer,
+    check_chat_template,
+    check_same_pictures,
+    check_same_tokenizer,
+    check_tokens,
+    load_processor,
+)
+from laid_ds.plan import BYTES, OPTIMIZER_BYTES, read_pair
+from laid_ds.run.build import build_align, build_packing, build_pairs, build_prepare, build_renderer, config_of
+from laid_ds.runtime import checkpoint, engine
+
+SAMPLES = 64  # of each source that are rendered
+IMAGES = 640  # of all sources that are rendered, after the first few samples: some 30 s of photographs
+LEAST_SAMPLES = 4
+
+
+def check(run: Run) -> None:
+    """Raises ValueError with the first thing that is wrong."""
+    dataset = Dataset.open(list(run.data.shards))
+    data_notes(run)
+    processor = _check_folders(run)
+    pairs = build_pairs(run)
+    if run.student.lora is not None:
+        _check_lora(run)
+    student = _open(run.student, processor)
+    if run.taught:
+        _open(run.teacher, processor)
+    trained = _trained_elements(run, student)
+    if run.teacher is not None:
+        trained += sum(parameter.numel() for parameter in build_align(run, pairs, student).parameters())
+    if run.logging.peak_tflops:
+        read_pair(run)
+    renderer = build_renderer(run, processor)
+    if run.data.tokens_per_pack is not None:
+        _check_packs(run, dataset, renderer)
+    check_samples(run, dataset, renderer)
+    check_room(run, trained, student.num_parameters() - trained)
+
+
+def data_notes(run: Run) -> list[str]:
+    """What a user should know of what the data allow, one sentence each. Raises ValueError where they do not allow what the run asks."""
+    dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
+    of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
+    of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
+    return of_training + of_evaluation
+
+
+def _check_folders(run: Run) -> ProcessorMixin:
+    """The small files of both models: engines, configs, processors, tokenizers. Returns the student's processor."""
+    processors = []
+    for model, trains in ((run.student, True), (run.teacher, False)):
+        if model is not None:
+            engine.read_deepspeed(model.deepspeed, model.dtype, run, trains)
+            family = trainable(config_of(model))
+            if family.image_blocks and run.losses.match > 0:
+                raise ValueError(f"{model.path}: image tokens of {family.model_type} see each other both ways; set losses.match = 0")
+            processors.append(load_processor(model.path, model.trust_remote_code))
+    check_chat_template(processors[0], run.student.path)
+    if len(processors) == 2:
+        check_same_tokenizer(*processors)
+        check_same_pictures(*processors)
+    return processors[0]
+
+
+def _open(model: Model, processor: ProcessorMixin) -> PreTrainedModel:
+    """The model on the meta device. Raises ValueError when its weights do not load, or lack tokens that the processor writes."""
+    opened = open_model(model.path, model.trust_remote_code)
+    check_tokens(processor, opened.config, opened.get_output_embeddings().weight.shape[0], model.path)
+    return opened
+
+
+def _trained_elements(run: Run, student: PreTrainedModel) -> int:
+    """How many elements of the student, or of factors beside it, the optimizer moves."""
+    if run.student.lora is not None:
+        return factor_elements(student, run.student.lora)
+    frozen = vision_tower(student).num_parameters() if run.student.freeze_vision else 0
+    return student.num_parameters() - frozen
+
+
+def _check_lora(run: Run) -> None:
+    """Raises ValueError without peft, and for compared keys that the factors cannot move."""
+    check_peft()
+    targets = run.student.lora.targets
+    if any(layer == 0 for layer, _ in build_pairs(run)) and "k_proj" not in targets:
+        raise ValueError(
+            f"the keys of layer 0 are compared, and LoRA on {list(targets)} cannot move them: add k_proj to student.lora.targets, or leave"
+            " layer 0 out of align.pairs"
+        )
+
+
+def _check_packs(run: Run, dataset: Dataset, renderer: Renderer) -> None:
+    """Raises ValueError unless every sample fits a pack, and both models keep the samples of a row apart and number positions alike."""
+    found = [check_packable(config_of(model)) for model in (run.student, run.teacher) if model is not None]
+    if len({(family.positions, family.positions == "1d" or family.model_type) for family in found}) > 1:
+        raise ValueError(
+            f"student ({found[0].model_type}) and teacher ({found[1].model_type}) number positions in their own ways, and one packed row"
+            " serves both: leave out data.tokens_per_pack"
+        )
+    budgeted_lengths(dataset, build_packing(run, dataset, renderer))
+
+
+def check_samples(run: Run, dataset: Dataset, renderer: Renderer) -> None:
+    """Render samples spread over each source, with windows from all over the run. Raises DataError for the first that cannot be rendered
+    or has no answer to learn from, and ValueError for a source none of whose windows has one.
+
+    Where bad samples are to be replaced (`data.on_bad`), a source is refused only when all that were looked at are bad.
+    """
+    prepare = build_prepare(run, renderer, run.data.micro_batch * run.optimizer.accumulation)
+    first, most = 0, IMAGES // len(run.data.shards)
+    for source, sizes in zip(run.data.shards, dataset.source_shard_sizes, strict=True):
+        _check_source(run, dataset, prepare, source, _spread(first, int(sizes.sum())), most)
+        first += int(sizes.sum())
+
+
+def _spread(first: int, number: int) -> list[int]:
+    """At most SAMPLES of `number` indices from `first` on, evenly apart, the first and last among them, in a mixed order."""
+    chosen = np.unique(np.linspace(first, first + number - 1, min(SAMPLES, number)).round().astype(int)).tolist()
+    random.Random(number).shuffle(chosen)
+    return chosen
+
+
+def _check_source(run: Run, dataset: Dataset, prepare: Prepare, source: str, indices: list[int], most_images: int) -> None:
+    images, answered, refused = 0, 0, []
+    for turn, index in enumerate(indices):
+        if turn >= LEAST_SAMPLES and images >= most_images:
+            break
+        position = turn * run.steps // len(indices) * prepare.global_batch + turn % prepare.global_batch
+        try:
+            supervised, num_images = _rendered(dataset, prepare, position, index)
+        except DataError as error:
+            if run.data.on_bad == "raise":
+                raise
+            refused.append(error)
+            continue
+        images, answered = images + num_images, answered + supervised
+    looked_at = turn + (turn < len(indices))
+    if len(refused) == looked_at:
+        raise DataError(f"all {looked_at} samples of {source} that were looked at are bad, the first: {refused[0]}")
+    if not answered:
+        raise ValueError(
+            f"none of the {looked_at} windows of {source} that were looked at holds an answer to learn from (data.images ="
+            f" {list(run.data.images)}): the images that its questions need do not fit; let data.images end higher"
+        )
+
+
+def _rendered(dataset: Dataset, prepare: Prepare, position: int, index: int) -> tuple[bool, int]:
+    """Whether the sample at this position of the stream has a supervised token, and its images. Raises DataError when it can have none."""
+    sample = dataset.read(index)
+    batch = _alone(prepare, position, sample)
+    if batch.supervised.any():
+        return True, batch.num_images
+    if prepare.image_range(position // prepare.global_batch) is not None:
+        batch = _alone(replace(prepare, image_range=lambda step: None), position, sample)
+        if batch.supervised.any():  # only this window has no room for a question
+            return False, batch.num_images
+    raise DataError(
+        "the sample has no answer to learn from (no supervised token): give it an assistant turn, or leave it out of the shards"
+    ).at(sample.origin)
+
+
+def _alone(prepare: Prepare, position: int, sample):
+    """The batch of one sample."""
+    return prepare([[(position, sample)]] if prepare.packs else [(position, sample)])
+
+
+def check_room(run: Run, trained: int, frozen: int) -> None:
+    """Raises ValueError unless the disk has room for the checkpoints that come next: two of a new run, one where two are there.
+
+    trained, frozen: elements. A checkpoint holds fp32 weights and two moments of what is trained, and the rest in its own dtype.
+    """
+    each = OPTIMIZER_BYTES * trained + BYTES[run.student.dtype] * max(frozen, 0)
+    saves = -(-run.steps // run.checkpoint.every_steps)
+    number = max(1, min(2, saves) - len(checkpoint.all_saved(run.output)))
+    place = next(folder for folder in (run.output, *run.output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if number * each > free:
+        raise ValueError(
+            f"the disk of {place.absolute()} has {_size(free)} left, and {number} checkpoint{'s' * (number > 1)} of this run take"
+            f" {_size(number * each)} ({_size(number * each - free)} more): make room, or give another output=..."
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.2f} MB"
