@@ -147,6 +147,9 @@ def render_named(render: Callable[[Sample], Rendered], sample: Sample) -> Render
         raise error.at(sample.origin) from None
     except ValueError as error:
         raise DataError(str(error), key=sample.key).at(sample.origin) from error
+    except Exception as error:
+        error.add_note(f"while rendering {sample.origin or sample.key}")
+        raise
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,15 @@ class Prepare:
     """Whether items are packs: one list of pairs, to lie in one row."""
 
     def __call__(self, items: list) -> Batch:
+        return self.batch(self.windows(items))
+
+    def windows(self, items: list) -> list[Sample]:
+        """The samples as they are to be seen."""
         pairs: list[tuple[int, Sample]] = [pair for packed in items for pair in packed] if self.packs else items
-        samples = [self._window(position, sample) for position, sample in pairs]
+        return [self._window(position, sample) for position, sample in pairs]
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """The tensors of these samples: padded rows, or one row."""
         rendered, keys = [render_named(self.render, sample) for sample in samples], [sample.key for sample in samples]
         return pack(rendered, keys) if self.packs else collate(rendered, keys, self.pad_token)
 

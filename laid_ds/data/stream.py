@@ -4,6 +4,7 @@ A slot is what one place of a micro-batch holds: a sample or, with packing, a pa
 over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [0, B)`, so no rank ever has fewer steps than another.
 """
 
+import copy
 import json
 import logging
 import zlib
@@ -60,6 +61,7 @@ class Stream:
         if on_bad not in ("raise", "replace"):
             raise ValueError(f'on_bad {on_bad!r} is neither "raise" nor "replace"')
         self.dataset, self.seed, self.shuffle, self.weights, self.packing = dataset, seed, shuffle, weights, packing
+        self.prepare = prepare
         self.micro_batch, self.rank, self.world_size, self.workers = micro_batch, rank, world_size, workers
         self.lengths = budgeted_lengths(dataset, packing) if packing else dataset.lengths
         self._reader = _Reader(dataset, prepare, self.lengths if packing else None, seed, on_bad)
@@ -114,9 +116,12 @@ class Stream:
                 raise ValueError(f"the order changed: the state was saved with {name} {state['order'].get(name)!r}, this run has {value!r}")
         self._epoch, self._offset, self._position = state["epoch"], state["offset"], state["position"]
 
-    def peek(self, k: int) -> Any:
-        """What `prepare` makes of the k-th slot from where the stream stands: the same on every rank. The stream does not move."""
-        prepared, _, failure = self._reader[[self._slot(*self._seek(self._epoch, self._offset + k))]]
+    def peek(self, k: int, prepare: Callable[[list], Any] | None = None) -> Any:
+        """What `prepare` (or another such function) makes of the k-th slot from where the stream stands: the same on every rank. The stream
+        does not move."""
+        reader = copy.copy(self._reader)
+        reader.prepare = prepare or reader.prepare
+        prepared, _, failure = reader[[self._slot(*self._seek(self._epoch, self._offset + k))]]
         if failure is not None:
             raise failure
         return prepared

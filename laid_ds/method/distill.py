@@ -126,7 +126,8 @@ def train_step(
     """
     weights = {term: getattr(losses, term) for term in counted_by if getattr(losses, term) > 0}
     counts = _step_counts(batches)
-    ask = Ask({term: weight / counts[counted_by[term]] for term, weight in weights.items()}, omega)
+    divisors = {term: max(counts[counted_by[term]], 1) for term in weights}  # a step without an answer has sums of 0 and no rows
+    ask = Ask({term: weight / divisors[term] for term, weight in weights.items()}, omega)
     totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
         loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the shown logits are gone before the backward
@@ -134,7 +135,7 @@ def train_step(
         _refuse_non_finite(sums, batch)  # before the optimizer moves
         student.step()
         totals = {term: totals[term] + sums[term].item() for term in totals}
-    means = {term: total / counts[counted_by[term]] for term, total in zip(totals, distributed.add(totals.values()), strict=True)}
+    means = {term: total / divisors[term] for term, total in zip(totals, distributed.add(totals.values()), strict=True)}
     fill = counts["tokens"] / counts.pop("places")  # the share of what was computed that is no padding
     return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts | {"fill": fill}
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import describe_windows
-from laid_ds.data.record import DataError
+from laid_ds.data.record import DataError, Sample
 from laid_ds.data.stream import budgeted_lengths
 from laid_ds.evaluation.progress import held_out
 from laid_ds.evaluation.window import notes_on
@@ -146,22 +145,21 @@ def _spread(first: int, number: int) -> list[int]:
 
 
 def _check_source(run: Run, dataset: Dataset, prepare: Prepare, source: str, indices: list[int], most_images: int) -> None:
-    images, answered, refused = 0, 0, []
+    looked_at, images, answered, refused = 0, 0, 0, []
     for turn, index in enumerate(indices):
         if turn >= LEAST_SAMPLES and images >= most_images:
             break
+        looked_at += 1
         position = turn * run.steps // len(indices) * prepare.global_batch + turn % prepare.global_batch
         try:
-            supervised, num_images = _rendered(dataset, prepare, position, index)
+            supervised, num_images = _rendered(prepare, position, dataset.read(index))
+            images, answered = images + num_images, answered + supervised
         except DataError as error:
             if run.data.on_bad == "raise":
                 raise
             refused.append(error)
-            continue
-        images, answered = images + num_images, answered + supervised
-    looked_at = turn + (turn < len(indices))
     if len(refused) == looked_at:
-        raise DataError(f"all {looked_at} samples of {source} that were looked at are bad, the first: {refused[0]}")
+        raise ValueError(f"all {looked_at} samples of {source} that were looked at are bad, the first: {refused[0] if refused else 'none'}")
     if not answered:
         raise ValueError(
             f"none of the {looked_at} windows of {source} that were looked at holds an answer to learn from (data.images ="
@@ -169,24 +167,16 @@ def _check_source(run: Run, dataset: Dataset, prepare: Prepare, source: str, ind
         )
 
 
-def _rendered(dataset: Dataset, prepare: Prepare, position: int, index: int) -> tuple[bool, int]:
+def _rendered(prepare: Prepare, position: int, sample: Sample) -> tuple[bool, int]:
     """Whether the sample at this position of the stream has a supervised token, and its images. Raises DataError when it can have none."""
-    sample = dataset.read(index)
-    batch = _alone(prepare, position, sample)
+    batch = prepare.batch(prepare.windows([[(position, sample)]] if prepare.packs else [(position, sample)]))
     if batch.supervised.any():
         return True, batch.num_images
-    if prepare.image_range(position // prepare.global_batch) is not None:
-        batch = _alone(replace(prepare, image_range=lambda step: None), position, sample)
-        if batch.supervised.any():  # only this window has no room for a question
-            return False, batch.num_images
-    raise DataError(
-        "the sample has no answer to learn from (no supervised token): give it an assistant turn, or leave it out of the shards"
-    ).at(sample.origin)
-
-
-def _alone(prepare: Prepare, position: int, sample):
-    """The batch of one sample."""
-    return prepare([[(position, sample)]] if prepare.packs else [(position, sample)])
+    if prepare.batch([sample]).supervised.any():  # only this window has no room for a question
+        return False, batch.num_images
+    spoken = any(turn.role == "assistant" for turn in sample.turns)
+    cause = "none of the tokens of its assistant turns is one" if spoken else "it has no assistant turn"
+    raise DataError(f"the sample has no answer to learn from: {cause}; mend it, or leave it out of the shards").at(sample.origin)
 
 
 def check_room(run: Run, trained: int, frozen: int) -> None:

@@ -40,13 +40,13 @@ def first_look(run: Run, student: Any, teacher: Any | None, batches: list[Batch]
     Raises ValueError when a model cannot take the batch (image tokens and image features that do not agree, among others), and when the
     teacher's answers are no better than guesses (`teacher.check_answers`).
     """
-    rows = sum(int(batch.supervised.sum()) for batch in batches)
+    rows = max(sum(int(batch.supervised.sum()) for batch in batches), 1)
     student.eval()
-    student_nats = sum(_student_nats(run, student, batch) for batch in batches) / rows
+    own_nats = sum(student_nats(run, student, batch) for batch in batches) / rows
     student.train()
     if teacher is None:
-        return Seen(student_nats, None, None)
-    nats, cut = (sum(column) / rows for column in zip(*(_teacher_nats(run, teacher, batch, vocabulary) for batch in batches), strict=True))
+        return Seen(own_nats, None, None)
+    nats, cut = (sum(column) / rows for column in zip(*(teacher_nats(run, teacher, batch, vocabulary) for batch in batches), strict=True))
     limit = SURE_SHARE * math.log(vocabulary)
     if run.teacher.check_answers and not nats <= limit:
         keys = [key for batch in batches for key in batch.keys]
@@ -54,18 +54,19 @@ def first_look(run: Run, student: Any, teacher: Any | None, batches: list[Batch]
             f"the teacher {run.teacher.path} does not know the answers of {keys}: {nats:.2f} nats per token, a guess over the vocabulary "
             f"costs {math.log(vocabulary):.2f}; is it the right model and data? teacher.check_answers = false lets it teach all the same"
         )
-    return Seen(student_nats, nats, cut)
+    return Seen(own_nats, nats, cut)
 
 
-def _student_nats(run: Run, student: Any, batch: Batch) -> float:
+def student_nats(run: Run, student: Any, batch: Batch) -> float:
+    """What the answers of a batch cost the student: the sum of its cross-entropy. Raises ValueError when it cannot take the batch."""
     try:
         return student(batch, None, Ask({"sft": 1.0}, Omega()))[1]["sft"].item()
     except ValueError as error:
         raise _misfit("student", run.student.path, batch, error) from None
 
 
-def _teacher_nats(run: Run, teacher: Any, batch: Batch, vocabulary: int) -> tuple[float, float]:
-    """Sums over rows of the cross-entropy on the shared vocabulary and of the probability beyond it."""
+def teacher_nats(run: Run, teacher: Any, batch: Batch, vocabulary: int) -> tuple[float, float]:
+    """Sums over rows of the teacher's cross-entropy on the shared vocabulary and of its probability beyond it. Raises ValueError too."""
     try:
         logits = teacher(batch, every_logit=True).logits.rows.float()
     except ValueError as error:

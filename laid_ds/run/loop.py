@@ -29,6 +29,7 @@ from laid_ds.run.check import data_notes
 from laid_ds.run.first_look import BATCHES, Seen, first_look
 from laid_ds.run.folder import open_output, versions
 from laid_ds.run.metrics import Reporter
+from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import checkpoint, distributed, engine
 from laid_ds.runtime.stop import DONE, REQUEUE, StopRequest
 
@@ -49,6 +50,8 @@ def train(run: Run, stop: StopRequest) -> None:
         reporter.say(note)
     if first == 0:
         reporter.say(str(look(run, training)))
+        for sentence in sight(run, training):
+            reporter.say(sentence)
     stop.listen_to_ctrl_c()
     try:
         finished, reason = loop(run, training, reporter, first, stop)
@@ -144,6 +147,13 @@ def look(run: Run, training: Training) -> Seen:
     """The first look at the batches that come first."""
     batches = [training.stream.peek(k).to(training.student.device) for k in range(BATCHES)]
     return first_look(run, training.student, training.teacher, batches, training.vocabulary)
+
+
+def sight(run: Run, training: Training) -> list[str]:
+    """What the first batches say of whether the models see their images."""
+    device = training.student.device
+    pairs = ((own.to(device), others.to(device)) for own, others in doubles(training.stream))
+    return look_at_images(run, training.student, training.teacher, pairs, training.vocabulary)
 
 
 def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
