@@ -1,18 +1,21 @@
 """From encoded bytes to pixels. One choice of decoder and resizer serves teacher and student, and is recorded with the run.
 
-"exact" gives the pixels of `PIL.Image.open(...).convert("RGB")`, the path of the stock processors, and takes a faster decoder only for
-kinds of files on which that decoder, as installed, agrees bit for bit.
+"exact" gives the pixels that the stock processors are given, those of `transformers.image_utils.load_image`: the file opened by PIL, turned
+upright as its EXIF or XMP says, then `convert("RGB")`, whatever its depth and transparency. It takes a faster decoder only for kinds of
+files on which that decoder, as installed, agrees bit for bit.
 """
 
 import importlib.util
 import io
+import struct
+import zlib
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from laid_ds.data.record import DataError, describe
 
@@ -20,6 +23,10 @@ DECODERS = ("exact", "pil", "fast")
 RESIZERS = ("pil", "torch")
 MAX_SIDE = 16_384
 MAX_PIXELS = 64 << 20
+PIL_ERRORS = (  # on damaged files
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,16 @@ class Pixels:
         return asdict(self)
 
     def decode(self, data: bytes) -> Image.Image:
-        """RGB pixels. An image beyond the limits is refused by its header, before anything is decompressed."""
+        """Upright RGB pixels. An image beyond the limits is refused by its header, before anything is decompressed."""
         info = describe(data)
         check_limits(info.width, info.height, self.max_side, self.max_pixels)
         if info.fmt != "jpg" or self.decoder == "pil" or (self.decoder == "exact" and not simplejpeg_equals_pil()):
-            return _decode_pil(data)
-        return _decode_jpeg(data, exact=self.decoder == "exact")
+            image = upright(data)
+        else:
+            image = _decode_jpeg(data, exact=self.decoder == "exact")
+        if image.size != (info.width, info.height):  # a record would promise another length than the text has
+            raise DataError(f"image of {info.width} x {info.height} pixels by its header, {image.width} x {image.height} when decoded")
+        return image
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Bicubic, with antialias."""
@@ -74,11 +85,12 @@ def check_decodable(data: bytes, name: str) -> None:
         raise DataError(f"{name}: {error.reason}") from None
 
 
-def _decode_pil(data: bytes) -> Image.Image:
+def upright(data: bytes) -> Image.Image:
+    """RGB pixels of any file that PIL knows, turned as it says. Raises DataError for one that is damaged."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:  # what PIL raises on bad files
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except PIL_ERRORS as error:
         raise DataError(f"image cannot be decoded: {error}") from None
 
 
@@ -89,10 +101,21 @@ def _decode_jpeg(data: bytes, exact: bool) -> Image.Image:
     try:
         _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("YCbCr", "Gray", "RGB"):
-            return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=not exact, fastupsample=not exact))
+            pixels = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=not exact, fastupsample=not exact))
+            return _turned_like(data, pixels)
     except ValueError:
         pass  # PIL says what is wrong, or reads it
-    return _decode_pil(data)
+    return upright(data)
+
+
+def _turned_like(data: bytes, pixels: Image.Image) -> Image.Image:
+    """Pixels of a file, turned as PIL would turn them."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except PIL_ERRORS as error:
+        raise DataError(f"image cannot be decoded: {error}") from None
+    return ImageOps.exif_transpose(pixels)
 
 
 @cache
@@ -104,7 +127,7 @@ def has_simplejpeg() -> bool:
 @cache
 def simplejpeg_equals_pil() -> bool:
     """Whether the two decoders, as installed, agree bit for bit on every kind of JPEG that is given to the faster one."""
-    return has_simplejpeg() and all(_decode_jpeg(data, exact=True).tobytes() == _decode_pil(data).tobytes() for data in _probe_jpegs())
+    return has_simplejpeg() and all(_decode_jpeg(data, exact=True).tobytes() == upright(data).tobytes() for data in _probe_jpegs())
 
 
 def _probe_jpegs() -> list[bytes]:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from laid_ds.data.header import FORMATS, read_header
+
 VERSION = 1
 MAX_IMAGES = 1000  # member names hold three digits
 MAX_JSON_BYTES = 64 << 20
 ROLES = ("system", "user", "assistant")
-FORMATS = ("jpg", "png", "webp", "gif")
 IMAGE_FIELDS = {"w", "h", "fmt", "bytes", "crc32"}
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")  # stock readers cut a member name at its first dot
 
@@ -63,6 +64,8 @@ class Turn:
     """Images that this turn's question needs."""
     choices: tuple[str, ...] = ()
     """The answers to choose from, word for word, where the question has such a list."""
+    supervised: bool = True
+    """Whether the words of an assistant turn are to be learned; without, they are only read."""
 
     @property
     def text(self) -> str:
@@ -72,7 +75,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the record declares about one encoded image."""
+    """What the record declares about one encoded image; width and height are those of the upright picture."""
 
     width: int
     height: int
@@ -115,8 +118,11 @@ class Record:
 
 
 def describe(image: bytes) -> ImageInfo:
-    """Format and size from the header bytes alone; nothing is decompressed."""
-    fmt, width, height = _image_header(image)
+    """Format and upright size from the header bytes alone; no pixel is decompressed."""
+    try:
+        fmt, width, height = read_header(image)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if width < 1 or height < 1:
         raise DataError(f"{fmt} image of {width} x {height} pixels")
     return ImageInfo(width, height, fmt, len(image), zlib.crc32(image))
@@ -164,9 +170,12 @@ def encode_record(record: Record, key: str) -> bytes:
     if record.fixed:
         fields["fixed"] = list(record.fixed)
     try:
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        data = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"meta cannot be written as JSON: {error}", key=key) from error
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"record of {len(data)} bytes; the limit is {MAX_JSON_BYTES}", key=key)
+    return data
 
 
 def decode(data: bytes, images: Sequence[bytes], origin: Origin, *, check_images: bool = True) -> Sample:
@@ -255,6 +264,8 @@ def _check_turn(turn: Turn, num_images: int) -> None:
     for choice in turn.choices:
         _expect_text(choice, "choice")
     _expect(turn.role == "user" or not (turn.needles or turn.choices), "needles and choices belong to a user turn")
+    _expect(isinstance(turn.supervised, bool), f"supervised is {str(turn.supervised)[:40]!r}, not true or false")
+    _expect(turn.supervised or turn.role == "assistant", "only an assistant turn can be left out of what is learned (supervised false)")
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
@@ -263,16 +274,19 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         fields["needles"] = list(turn.needles)
     if turn.choices:
         fields["choices"] = list(turn.choices)
+    if not turn.supervised:
+        fields["supervised"] = False
     return fields
 
 
 def _turn_from_json(fields: Any) -> Turn:
-    _expect_keys(fields, {"role", "segments"}, {"needles", "choices"}, "turn")
+    _expect_keys(fields, {"role", "segments"}, {"needles", "choices", "supervised"}, "turn")
     return Turn(
         role=fields["role"],
         segments=tuple(_segment_from_json(value) for value in _expect_list(fields["segments"], "segments")),
         needles=tuple(_expect_list(fields.get("needles", []), "needles")),
         choices=tuple(_expect_list(fields.get("choices", []), "choices")),
+        supervised=fields.get("supervised", True),
     )
 
 
@@ -338,42 +352,3 @@ def _expect_keys(fields: Any, required: set[str], optional: set[str], name: str)
 
 def _no_constant(name: str) -> None:
     raise DataError(f"{name} is not a JSON number")
-
-
-def _image_header(data: bytes) -> tuple[str, int, int]:
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
-        return "png", int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg", *_jpeg_size(data)
-    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
-        return "gif", int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
-        return "webp", *_webp_size(data)
-    raise DataError(f"not a {', '.join(FORMATS)} image (first bytes {data[:8].hex() or 'none'})")
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    place = 2
-    while place + 9 <= len(data):
-        if data[place] != 0xFF:
-            raise DataError(f"jpg image with a broken marker at byte {place}")
-        marker = data[place + 1]
-        if marker == 0xFF:  # fill byte
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            return int.from_bytes(data[place + 7 : place + 9]), int.from_bytes(data[place + 5 : place + 7])
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4])
-    raise DataError("jpg image without a frame header")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    raise DataError(f"webp image with an unknown chunk {kind!r}")

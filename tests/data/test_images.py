@@ -1,23 +1,26 @@
 """Laws of pixels: the default path gives PIL's pixels bit for bit; limits are checked before anything is decompressed."""
 
 import io
+import zlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from data_samples import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from transformers.image_utils import load_image
 
 from laid_ds.data import images
 from laid_ds.data.images import Pixels
-from laid_ds.data.record import DataError
+from laid_ds.data.record import DataError, describe
 
 
 def stock(data: bytes) -> Image.Image:
-    """The path of the stock processors."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """The path of the stock processors from a file to pixels."""
+    return load_image(Image.open(io.BytesIO(data)))
 
 
 def saved(mode: str, fmt: str, size=(67, 45), **options) -> bytes:
@@ -52,6 +55,72 @@ def test_the_default_pixels_are_those_of_the_stock_path(data, decoder):
     decoded = Pixels(decoder).decode(data)
     assert decoded.mode == "RGB"
     assert decoded.tobytes() == stock(data).tobytes()
+
+
+MODES = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "L", "LA", "1", "I;16"), "WEBP": ("RGB", "RGBA")}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fmt, mode", [(fmt, mode) for fmt, modes in MODES.items() for mode in modes])
+def test_a_turned_picture_is_upright_as_the_stock_path_turns_it(fmt, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert_upright(saved(mode, fmt, exif=exif), orientation)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_transparency_is_dropped_as_the_stock_path_drops_it(mode):
+    assert_upright(saved(mode, "PNG", transparency=b"\0\x80" if mode == "P" else 3 if mode == "L" else (1, 2, 3)), 1)
+
+
+def tiff_directory(order: str, kind: int, value: int) -> bytes:
+    number = partial(int.to_bytes, byteorder=order)
+    entry = number(0x0112, 2) + number(kind, 2) + number(1, 4) + number(value, {3: 2, 4: 4}[kind]).ljust(4, b"\0")
+    return {"little": b"II", "big": b"MM"}[order] + number(42, 2) + number(8, 4) + number(1, 2) + entry + number(0, 4)
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_either_byte_order_is_read(fmt, order, kind):
+    assert_upright(saved("RGB", fmt, exif=b"Exif\0\0" + tiff_directory(order, kind, 6)), 6)
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "WEBP"])
+def test_an_orientation_in_xmp_counts_where_exif_has_none(fmt):
+    assert_upright(saved("RGB", fmt, xmp=XMP), 8)
+    assert_upright(saved("RGB", fmt, xmp=XMP, exif=b"Exif\0\0" + tiff_directory("big", 3, 1)), 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_orientation_in_the_texts_of_a_png_counts(packed):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", XMP.decode(), zip=packed)
+    assert_upright(saved("RGB", "PNG", pnginfo=texts), 8)
+    texts = PngImagePlugin.PngInfo()
+    profile = b"Exif\0\0" + tiff_directory("little", 3, 5)
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(profile):8}\n{profile.hex()}\n", zip=packed)
+    assert_upright(saved("RGB", "PNG", pnginfo=texts), 5)
+
+
+def test_an_orientation_behind_the_pixels_counts():
+    data, end = saved("RGB", "PNG"), 12  # the last chunk, IEND, has 12 bytes
+    content = b"eXIf" + tiff_directory("big", 3, 6)
+    chunk = (len(content) - 4).to_bytes(4) + content + zlib.crc32(content).to_bytes(4)
+    assert_upright(data[:-end] + chunk + data[-end:], 6)
+
+
+def assert_upright(data: bytes, orientation: int) -> None:
+    """Both decoders give the stock pixels, and the record says their size."""
+    expected = stock(data)
+    assert (expected.size == (45, 67)) == (orientation >= 5)
+    info = describe(data)
+    assert (info.width, info.height) == expected.size
+    for decoder in ("exact", "pil"):
+        assert Pixels(decoder).decode(data).tobytes() == expected.tobytes()
 
 
 def test_the_faster_decoder_is_used_only_where_it_was_seen_to_agree(monkeypatch):

@@ -38,6 +38,13 @@ def test_what_a_record_says_of_windows_is_written_only_where_it_is_not_the_defau
     assert decode(encode(sample), sample.images, ORIGIN) == replace(sample, origin=ORIGIN)
 
 
+def test_an_answer_that_is_not_learned_says_so_and_others_say_nothing():
+    learned, read = Turn("assistant", ("a",)), Turn("assistant", ("b",), supervised=False)
+    data = encode(Sample("sample-00001", (learned, read)))
+    assert decode(data, (), ORIGIN).turns == (learned, read)
+    assert [turn.get("supervised") for turn in json.loads(data)["turns"]] == [None, False]
+
+
 @pytest.mark.parametrize("fmt, name", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")])
 def test_image_size_is_read_from_the_header(fmt, name):
     info = describe(picture(0, fmt, width=37, height=19))
@@ -54,6 +61,8 @@ BAD = {
     "boolean image": {"turns": [{"role": "user", "segments": [{"i": True}]}]},
     "needle out of range": {"turns": [{"role": "user", "segments": [{"i": 0}, {"i": 1}], "needles": [5]}]},
     "needle of an answer": {"turns": [{"role": "assistant", "segments": [{"i": 0}, {"i": 1}], "needles": [0]}]},
+    "supervised no truth value": {"turns": [{"role": "assistant", "segments": [{"i": 0}, {"i": 1}], "supervised": 0}]},
+    "a question cannot be unsupervised": {"turns": [{"role": "user", "segments": [{"i": 0}, {"i": 1}], "supervised": False}]},
     "image never shown": {"turns": [{"role": "user", "segments": [{"i": 0}]}]},
     "segment of two kinds": {"turns": [{"role": "user", "segments": [{"i": 0, "t": "x"}]}]},
     "tokens no object": {"tokens": [1]},
