@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,10 +16,10 @@ from data_tools.formats import documents, folder, llava, mm_niah, mmlongbench, v
 from data_tools.formats.fields import Entry
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
+from data_tools.processor_check import check_with
 from laid_ds.data.haystack import names_a_place, why_whole
-from laid_ds.data.images import check_decodable
 from laid_ds.data.index import DATASET
-from laid_ds.data.record import DataError, Sample, record_of
+from laid_ds.data.record import DataError, Sample, check_key, encode
 from laid_ds.data.writer import ShardWriter, write_whole
 
 Reader = Callable[[Entry, str, ImageRoot], Sample]
@@ -50,10 +50,18 @@ class Build:
     source_name: str = ""
     samples_per_shard: int = 256
     bytes_per_shard: int = 512 << 20
-    decode: bool = False
-    """Decode every image, not only read its header."""
     skip_bad: bool = False
     """Go on after a bad entry, which `rejected.jsonl` then names."""
+    decode: bool = True
+    """Decode every image to its last row, not only read its header."""
+    shrink: bool = False
+    """Scale down images beyond the limits, which are else refused."""
+    keep_rest: bool = False
+    """A document may lose images that cannot be read."""
+    ignore: tuple[str, ...] = ()
+    """Fields of an entry to leave out."""
+    processor: Path | None = None
+    """Model folder whose processor must be able to take every sample."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the format's reader."""
     haystack: bool = False
@@ -63,7 +71,8 @@ class Build:
         """The build, and the contents of its source, as `build.json` holds them."""
         with open(self.source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        fields = {**self.__dict__, "source": self.source.name, "images": self.images.name, "source_sha256": digest}
+        names = {"source": self.source.name, "images": self.images.name, "processor": self.processor and self.processor.name}
+        fields = {**self.__dict__, **names, "source_sha256": digest}
         if not self.haystack:  # as builds without it were written
             del fields["haystack"]
         return json.dumps(fields, indent=1).encode() + b"\n"
@@ -71,7 +80,8 @@ class Build:
 
 def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     """Write the data set."""
-    root = ImageRoot(plan.images)
+    check_key(f"{plan.prefix}-{0:08d}")
+    root = ImageRoot(plan.images, decode=plan.decode, shrink=plan.shrink, keep_rest=plan.keep_rest)
     facts = plan.facts()
     if resume and (out / DATASET).exists() and _same_build(out, facts):
         return {"folder": str(out), "already_complete": True}
@@ -80,18 +90,26 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
         write_whole(out / PLAN, facts)
     first = _entries_done(writer)
     rejected = _rejected_before(out, first)
+    changes: Counter[str] = Counter()
     work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
-    numbered = islice(enumerate(entries(plan.source)), first, None)
+    numbered = islice(enumerate(entries(plan.source, keep_going=plan.skip_bad)), first, None)
     with writer, ThreadPoolExecutor(jobs) as pool:
-        for number, sample in track(_ordered(pool, work, numbered, jobs * READ_AHEAD), f"build {out.name}"):
-            if isinstance(sample, DataError):
-                _reject(plan, out, number, sample)
+        for read in track(_ordered(pool, work, numbered, jobs * READ_AHEAD), f"build {out.name}"):
+            if read.error:
+                _reject(plan, out, read.number, read.error)
                 rejected += 1
             else:
-                writer.write(sample)
+                writer.write(read.sample)
+                changes += read.changes
         if not writer.samples_done:
             raise DataError(f"{plan.source} holds no good entries ({rejected} rejected)")
-    return {"folder": str(out), "shards": len(writer.shards), "samples": writer.samples_done, "rejected": rejected}
+    return {
+        "folder": str(out),
+        "shards": len(writer.shards),
+        "samples": writer.samples_done,
+        "rejected": rejected,
+        **dict(sorted(changes.items())),
+    }
 
 
 def _same_build(out: Path, facts: bytes) -> bool:
@@ -110,22 +128,35 @@ def _entries_done(writer: ShardWriter) -> int:
     return int(writer.shards[-1].keys[-1].decode().rpartition("-")[2]) + 1
 
 
-def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tuple[int, Any]], tuple[int, Sample | DataError]]:
-    def read(numbered: tuple[int, Any]) -> tuple[int, Sample | DataError]:
+@dataclass(frozen=True)
+class Read:
+    """What became of an entry: a sample, with what was done to its images, or an error."""
+
+    number: int
+    sample: Sample | None = None
+    changes: Counter[str] = field(default_factory=Counter)
+    error: DataError | None = None
+
+
+def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tuple[int, Any]], Read]:
+    check = check_with(plan.processor) if plan.processor else None
+
+    def read(numbered: tuple[int, Any]) -> Read:
         number, entry = numbered
-        key = f"{plan.prefix}-{number:08d}"
+        if isinstance(entry, DataError):
+            return Read(number, error=entry)
+        key, images = f"{plan.prefix}-{number:08d}", root.anew()
         try:
-            sample = reader(entry, key, root)
+            sample = reader(_without(entry, plan.ignore), key, images)
             sample = replace(sample, source=plan.source_name or sample.source, licence=plan.licence or sample.licence)
             if plan.haystack:
                 sample = _as_haystack(sample)
-            record_of(sample)
-            if plan.decode:
-                for index, image in enumerate(sample.images):
-                    check_decodable(image, f"image {index}")
+            encode(sample)
+            if check:
+                check(sample)
         except DataError as error:
-            return number, DataError(f"{plan.source.name}, entry {number}: {error.reason}", key=key)
-        return number, sample
+            return Read(number, error=DataError(f"{plan.source.name}, entry {number}: {error.reason}", key=key))
+        return Read(number, sample, images.changes)
 
     return read
 
@@ -137,6 +168,10 @@ def _as_haystack(sample: Sample) -> Sample:
     if reason:
         raise DataError(f"--haystack says that images may be left out and moved, and the sample {reason}; build it without --haystack")
     return said
+
+
+def _without(entry: Any, ignored: Sequence[str]) -> Any:
+    return {name: value for name, value in entry.items() if name not in ignored} if isinstance(entry, dict) else entry
 
 
 def _ordered(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator[Any]:

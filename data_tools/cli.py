@@ -52,6 +52,11 @@ ShardMegabytes = Annotated[int, option("Most MiB in a shard (one sample may be l
 Resume = Annotated[bool, option("Go on where an interrupted run stopped.", "--resume")]
 Images = Annotated[Path, option("Folder under which the images lie.", show_default=False)]
 Prefix = Annotated[str, option("Start of the keys; the number of the entry follows.")]
+Decode = Annotated[bool, option("Decode every image to its last row, not only its header.", "--decode/--no-decode")]
+Shrink = Annotated[bool, option("Scale down images beyond the limits, which are else refused.", "--shrink")]
+KeepRest = Annotated[bool, option("obelics, mmc4: a document may lose images that cannot be read.", "--keep-rest")]
+Ignore = Annotated[list[str] | None, option("Field of the entries to leave out; may be given again.", show_default=False)]
+Processor = Annotated[Path | None, option("Refuse what the processor of this model folder cannot take.", show_default=False)]
 SkipBad = Annotated[bool, option("Go on after bad entries; rejected.jsonl names each.", "--skip-bad")]
 Licence = Annotated[str, option("Licence to record with each sample.")]
 CORES = os.cpu_count() or 1
@@ -68,9 +73,13 @@ def build(
     source_name: Annotated[str, option("Source to record with each sample.")] = "",
     samples: ShardSamples = 256,
     megabytes: ShardMegabytes = 512,
-    decode: Annotated[bool, option("Decode every image, not only its header.", "--decode")] = False,
     haystack: Annotated[bool, option("Every question stays true whichever images are left out or moved.", "--haystack")] = False,
     skip_bad: SkipBad = False,
+    decode: Decode = True,
+    shrink: Shrink = False,
+    keep_rest: KeepRest = False,
+    ignore: Ignore = None,
+    processor: Processor = None,
     resume: Resume = False,
     jobs: Jobs = CORES,
     json: Json = False,
@@ -81,7 +90,8 @@ def build(
     """
     from data_tools import build
 
-    plan = build.Build(format, source, images, prefix, licence, source_name, samples, megabytes << 20, decode, skip_bad, haystack=haystack)
+    bounds, more = (samples, megabytes << 20), (skip_bad, decode, shrink, keep_rest, tuple(ignore or ()), processor)
+    plan = build.Build(format, source, images, prefix, licence, source_name, *bounds, *more, haystack=haystack)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
 
 
@@ -96,6 +106,10 @@ def import_(
     seed: Seed = 0,
     depth: Annotated[float | None, option("vhs: place of the needle in [0, 1]; without it images are shuffled.")] = None,
     skip_bad: SkipBad = False,
+    decode: Decode = True,
+    shrink: Shrink = False,
+    ignore: Ignore = None,
+    processor: Processor = None,
     resume: Resume = False,
     jobs: Jobs = CORES,
     json: Json = False,
@@ -107,7 +121,9 @@ def import_(
     from data_tools import build
 
     options = {"seed": seed, "depth": depth} if format == "vhs" else {}
-    plan = build.Build(format, source, images, prefix, licence, skip_bad=skip_bad, options=options)
+    ignored = tuple(ignore or ())
+    more = {"skip_bad": skip_bad, "decode": decode, "shrink": shrink, "ignore": ignored, "processor": processor, "options": options}
+    plan = build.Build(format, source, images, prefix, licence, **more)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
 
 
@@ -153,6 +169,7 @@ def index(folder: Folder, jobs: Jobs = CORES, json: Json = False) -> None:
 def verify(
     folder: Folder,
     deep: Annotated[bool, option("Also read every record and decode every image.", "--deep")] = False,
+    processor: Annotated[Path | None, option("With --deep: name what its processor cannot take.", show_default=False)] = None,
     jobs: Jobs = CORES,
     json: Json = False,
 ) -> None:
@@ -162,7 +179,7 @@ def verify(
     """
     from data_tools import verify
 
-    report = verify.verify(folder, deep, jobs)
+    report = verify.verify(folder, deep, jobs, processor)
     show(report, json)
     raise typer.Exit(0 if report["sound"] else 1)
 

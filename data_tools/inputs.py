@@ -1,14 +1,20 @@
-"""Entries of other people's files: of a JSON list or of JSON lines. All of it is untrusted."""
+"""Entries of other people's files: a JSON list, such a list as `{"data": [...]}`, or JSON lines; plain or gzip. All of it is untrusted."""
 
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, TextIO
 
+from data_tools.formats.fields import check_fields
 from laid_ds.data.record import DataError
 
 CHUNK = 1 << 20
 MAX_ENTRY_CHARACTERS = 256 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+WRAPPER = "data"
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
@@ -16,57 +22,164 @@ def visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
-def entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list or a JSON-lines file, one at a time: such lists can be larger than memory."""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-            file.seek(0)
-            yield from _list_entries(file, path) if start == "[" else _line_entries(file, path)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+def entries(path: Path, *, keep_going: bool = False) -> Iterator[Any]:
+    """The entries of a file, one at a time: lists and lines can be larger than memory (a wrapped list is read as a whole).
+
+    Raises DataError with file, line or entry, and what is there. With `keep_going` a bad line is yielded as its error and the next follows.
+    """
+    try:
+        with _open(path) as file:
+            start = _first_byte(file, path)
+            if start == b"[":
+                yield from _list_entries(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
+            else:
+                yield from _line_entries(file, path, keep_going)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged or cut off (gzip): {error}") from None
 
 
 def read_json(path: Path) -> Any:
     """A JSON file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}") from None
+        return _loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error.reason}") from None
 
 
-def _line_entries(file, path: Path) -> Iterator[Any]:
+def _open(path: Path) -> BinaryIO:
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
+
+
+def _first_byte(file: BinaryIO, path: Path) -> bytes:
+    """The first byte that is no space, behind a mark; the file is at its start again."""
+    head = file.read(len(BYTE_ORDER_MARK))
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} begins with a UTF-16 byte order mark ({head[:2].hex()}); save it as UTF-8")
+    byte = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    while not byte and (more := file.read(CHUNK)):
+        byte = more.lstrip()[:1]
+    file.seek(0)
+    return byte
+
+
+def _line_entries(file: BinaryIO, path: Path, keep_going: bool) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            entry = _loads(_decoded(line))
+        except DataError as error:
+            if number == 1 and (wrapped := _wrapped_list(line + file.read(), path)) is not None:
+                yield from wrapped
+                return
+            error = DataError(f"{path}, line {number}: {error.reason}")
+            if not keep_going:
+                raise error from None
+            entry = error
+        if number == 1 and _is_wrapper(entry) and not file.read(1).strip():
+            yield from _unwrapped(entry, path)
+            return
+        yield entry
 
 
-def _list_entries(file, path: Path) -> Iterator[Any]:
-    decoder, text, number = json.JSONDecoder(), file.read(CHUNK).lstrip()[1:], 0
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _is_wrapper(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get(WRAPPER), list)
+
+
+def _wrapped_list(text: bytes, path: Path) -> list | None:
+    """The list of a wrapper over several lines, or None for what is none."""
+    try:
+        value = _loads(_decoded(text))
+    except DataError:
+        return None
+    return _unwrapped(value, path) if _is_wrapper(value) else None
+
+
+def _unwrapped(value: dict, path: Path) -> list:
+    try:
+        check_fields(value, {WRAPPER})
+    except DataError as error:
+        raise DataError(f"{path}, beside its list {WRAPPER!r}: {error.reason}") from None
+    return value[WRAPPER]
+
+
+def _list_entries(file: TextIO, path: Path) -> Iterator[Any]:
+    text, number = _read(file, CHUNK, path, 0).lstrip()[1:], 0
     while True:
         text = text.lstrip()
         if text.startswith("]"):
-            if (text[1:] + file.read(CHUNK)).strip():
-                raise DataError(f"{path}: there is more after the end of the list")
+            if rest := (text[1:] + _read(file, CHUNK, path, number)).strip():
+                raise DataError(f"{path}: after the end of the list there is {rest[:40]!r}")
             return
         try:
-            entry, end = decoder.raw_decode(text)
+            entry, end = DECODER.raw_decode(text)
             after = text[end:].lstrip()
             if not after:
-                raise ValueError("the list does not end")
+                raise ValueError("the file is cut off: the list does not end")
+        except DataError as error:
+            raise DataError(f"{path}, entry {number}: {error.reason}") from None
         except (ValueError, RecursionError) as error:
-            more = file.read(max(CHUNK, len(text)))
+            more = _read(file, max(CHUNK, len(text)), path, number)
             if not more or len(text) > MAX_ENTRY_CHARACTERS or isinstance(error, RecursionError):
-                raise DataError(f"{path}, entry {number}: {error}") from None
+                raise DataError(f"{path}, entry {number}: {_reason(error, text)}") from None
             text += more
             continue
         if not after.startswith((",", "]")):
-            raise DataError(f"{path}, entry {number}: a comma or the end of the list must follow")
+            raise DataError(f"{path}, entry {number}: a comma or the end of the list must follow, not {after[:40]!r}")
         yield entry
         number += 1
         text = after.removeprefix(",")
+
+
+def _read(file: TextIO, characters: int, path: Path, number: int) -> str:
+    try:
+        return file.read(characters)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, entry {number} or soon after it, is not UTF-8: {error.reason}") from None
+
+
+def _loads(text: str) -> Any:
+    """One JSON value. Raises DataError with what is there."""
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(_reason(error, text)) from None
+
+
+def _reason(error: Exception, text: str) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if text.startswith("\ufeff"):
+        return "a byte order mark stands inside the file"
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+        return f"{error.msg}: the text is cut off after {text.rstrip()[-40:]!r}"
+    return f"{error.msg} at character {error.pos}: {text[error.pos : error.pos + 40]!r}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise DataError(f"{name} is not a JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"field {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from data_tools.console import track
 from data_tools.inputs import visible
+from data_tools.processor_check import Check, check_with
 from data_tools.scan import END_DAMAGED, Found, is_ours, scan
 from laid_ds.data import images
 from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, dataset_json, read_index
-from laid_ds.data.record import DataError, Origin, decode
+from laid_ds.data.record import DataError, Origin, decode, describe, parse
 from laid_ds.data.tar import END_OF_ARCHIVE, split_sample
 from laid_ds.data.writer import publish, write_whole
 
@@ -25,8 +26,12 @@ FOREIGN = "this project has not written the file, so it is left as it is; `laid-
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def verify(folder: Path, deep: bool, jobs: int) -> dict[str, Any]:
-    """Every byte of every shard against the index; `deep` also reads each record and decodes each image."""
+def verify(folder: Path, deep: bool, jobs: int, processor: Path | None = None) -> dict[str, Any]:
+    """Every byte of every shard against the index; `deep` also reads each record and decodes each image, and has the processor of a model
+    folder take each sample."""
+    if processor and not deep:
+        raise ValueError(f"--processor {processor} needs --deep, which reads the samples")
+    check = check_with(processor) if processor else None
     problems: list[DataError] = []
     shards = _indexed_shards(folder, problems)
     if shards is None:
@@ -34,7 +39,7 @@ def verify(folder: Path, deep: bool, jobs: int) -> dict[str, Any]:
         reports = _in_parallel(lambda name: _check_unindexed(folder / name), names, jobs, "verify")
     else:
         problems += _strangers(folder, shards)
-        reports = _in_parallel(lambda shard: _check_shard(folder, shard, deep), shards, jobs, "verify")
+        reports = _in_parallel(lambda shard: _check_shard(folder, shard, deep, check), shards, jobs, "verify")
     whole = 0
     for num_whole, found in reports:
         whole += num_whole
@@ -146,7 +151,7 @@ def _strangers(folder: Path, shards: Sequence[ShardIndex]) -> Iterator[DataError
             yield DataError(FOREIGN if foreign else "the shard is not in the index", shard=path.name)
 
 
-def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list[DataError]]:
+def _check_shard(folder: Path, shard: ShardIndex, deep: bool, check: Check | None) -> tuple[int, list[DataError]]:
     """Whole samples of an indexed shard, and its problems."""
     path = folder / shard.name
     if not path.exists():
@@ -159,7 +164,7 @@ def _check_shard(folder: Path, shard: ShardIndex, deep: bool) -> tuple[int, list
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if hashlib.sha256(data).hexdigest() == shard.sha256 and not deep:
             return len(shard), problems
-        bad = list(_bad_samples(data, shard, deep))
+        bad = list(_bad_samples(data, shard, deep, check))
         end = int(shard.offsets[-1])
         if data[end:] != END_OF_ARCHIVE:
             problems.append(DataError(END_DAMAGED, shard=shard.name, key=shard.origin(len(shard) - 1).key, offset=end))
@@ -170,7 +175,7 @@ def _all_lost(shard: ShardIndex, reason: str) -> list[DataError]:
     return [DataError(reason).at(shard.origin(i)) for i in range(len(shard))]
 
 
-def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool) -> Iterator[DataError]:
+def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool, check: Check | None) -> Iterator[DataError]:
     for i, (end, crc32) in enumerate(zip(shard.offsets[1:].tolist(), shard.crc32.tolist(), strict=True)):
         origin = shard.origin(i)
         packed = data[origin.offset : end]
@@ -179,16 +184,20 @@ def _bad_samples(data: mmap.mmap, shard: ShardIndex, deep: bool) -> Iterator[Dat
         elif zlib.crc32(packed) != crc32:
             yield DataError("the sample's bytes do not match its crc32").at(origin)
         elif deep:
-            yield from _bad_content(packed, origin)
+            yield from _bad_content(packed, origin, check)
 
 
-def _bad_content(packed: bytes, origin: Origin) -> Iterator[DataError]:
+def _bad_content(packed: bytes, origin: Origin, check: Check | None) -> Iterator[DataError]:
     """What is wrong with a sample whose bytes are those that were written."""
     try:
         text, *parts = split_sample(packed)
         sample = decode(bytes(text), [bytes(part) for part in parts], origin)
-        for index, image in enumerate(sample.images):
+        for index, (image, info) in enumerate(zip(sample.images, parse(bytes(text)).images, strict=True)):
             images.check_decodable(image, f"image {index}")
+            if describe(image) != info:
+                raise DataError(f"image {index} is declared as {info}, but is {describe(image)}; build the set anew")
+        if check:
+            check(sample)
     except DataError as error:
         yield error.at(origin)
 

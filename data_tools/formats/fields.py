@@ -1,12 +1,50 @@
-"""Fields of an entry, checked as they are taken, and texts with image marks."""
+"""Fields of an entry, checked as they are taken. What says nothing about learning may stand beside them; the rest is refused by name."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from laid_ds.data.record import DataError, Segment
-
-IMAGE_MARK = "<image>"
+from laid_ds.data.record import DataError
 
 Entry = dict[str, Any]
+
+NAMES = (
+    "id idx index uid uuid key __key__ hash sha256 md5 source dataset dataset_name data_source origin split subset category topic "
+    "domain task type task_type question_type answer_type difficulty language lang url urls file_name filename width height "
+    "image_width image_height image_size image_sizes size num_images num_turns licence license author model model_name timestamp "
+    "date created_at updated_at version meta metadata general_metadata"
+)
+SAYS_NOTHING = frozenset(NAMES.split())
+"""Where an entry comes from and what it looks like. Every name that ends in _id belongs to it."""
+
+SAYS_MORE = {
+    **dict.fromkeys(("kto_tag", "label", "labels", "chosen", "rejected", "rejected_response", "preference", "rank"), "a preference"),
+    **dict.fromkeys(("reward", "rewards", "score", "scores"), "a reward"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), "the use of tools"),
+    **dict.fromkeys(("video", "videos"), "videos"),
+    **dict.fromkeys(("audio", "audios"), "sound"),
+    **dict.fromkeys(("objects", "bbox", "bboxes", "boxes", "masks", "ref"), "places in images"),
+    "system": "a system prompt",
+    **dict.fromkeys(("loss", "weight", "train", "loss_scale", "mask"), "what is to be learned"),
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "a train of thought"),
+}
+"""Names that are known to mean something which a sample cannot hold."""
+
+
+def check_fields(entry: Entry, known: Iterable[str], *, others: bool = False) -> None:
+    """Refuse by name a field that is not `known` and could change what must be learned. Empty fields (null, "", [], {}) say nothing.
+    `others`: fields nobody knows may stay, because the sample's meta keeps the entry."""
+    for name, value in entry.items():
+        if name in known or name in SAYS_NOTHING or name.endswith("_id") or is_empty(value):
+            continue
+        if name in SAYS_MORE:
+            raise DataError(f"field {name[:60]!r} says {SAYS_MORE[name]}, which this format cannot learn")
+        if not others:
+            raise DataError(f"field {name[:60]!r} is not known and might change what is to be learned; remove it, or name it to --ignore")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing: null, "", [], {}, or a list of nulls."""
+    return value is None or value in ("", [], {}) or (isinstance(value, list) and all(item is None for item in value))
 
 
 def take(entry: Any, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
@@ -31,41 +69,24 @@ def take_strings(entry: Any, name: str, default: list | None = None) -> list[str
     return values
 
 
-def image_names(entry: Entry) -> list[str]:
-    """The names in `images`, or in `image`, which may be one name or a list."""
-    names = take(entry, "images", (str, list), take(entry, "image", (str, list), []))
-    names = [names] if isinstance(names, str) else names
-    if not all(isinstance(name, str) for name in names):
-        raise DataError("image names must be text")
-    return names
+def take_one_of(entry: Any, names: Iterable[str]) -> Any:
+    """The one of several fields that is not empty, None if all are. Two of them would be two sayings of one thing."""
+    given = [name for name in names if not is_empty(entry.get(name))]
+    if len(given) > 1:
+        raise DataError(f"fields {' and '.join(map(repr, given))} are both given; one of them must go")
+    return entry[given[0]] if given else None
+
+
+def take_images(entry: Entry) -> list[Any]:
+    """The images in `image` or `images`, each as `ImageRoot.read` takes it."""
+    images = take_one_of(entry, ("image", "images"))
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    for place, image in enumerate(images):
+        if not isinstance(image, (str, dict)) or not image:
+            raise DataError(f"image {place} is {image!r}"[:80] + "; it must be a file name, a data: URL, or an object with path or bytes")
+    return images
 
 
 def identity(entry: Entry) -> dict[str, Any]:
     """What the entry calls itself, for the sample's meta."""
     return {"id": entry["id"]} if entry.get("id") is not None else {}
-
-
-def interleave(texts: list[str], num_images: int) -> list[tuple[Segment, ...]]:
-    """Replace the image marks in consecutive texts by image indices. Every mark has an image and every image a mark, except: one mark, or
-    none, stands for all images together."""
-    marks = sum(text.count(IMAGE_MARK) for text in texts)
-    if marks == num_images:
-        return _interleave(texts, [[index] for index in range(num_images)])
-    if marks == 1:
-        return _interleave(texts, [list(range(num_images))])
-    if marks == 0:
-        first, *others = _interleave(texts, [])
-        return [(*range(num_images), *first), *others]
-    raise DataError(f"{marks} {IMAGE_MARK} marks for {num_images} images")
-
-
-def _interleave(texts: list[str], groups: list[list[int]]) -> list[tuple[Segment, ...]]:
-    remaining = iter(groups)
-    turns: list[tuple[Segment, ...]] = []
-    for text in texts:
-        head, *tails = text.split(IMAGE_MARK)
-        segments: list[Segment] = [head]
-        for tail in tails:
-            segments += [*next(remaining), tail]
-        turns.append(tuple(segment for segment in segments if segment != "") or ("",))
-    return turns

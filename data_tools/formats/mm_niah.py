@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
+from data_tools.formats.fields import Entry, check_fields, take, take_strings
+from data_tools.formats.marks import IMAGE_MARK, interleave
 from data_tools.formats.visual_haystacks import plain, write_images
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, visible
@@ -28,11 +29,14 @@ TASKS = 6
 def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     """One line, with the benchmark's own prompt."""
     names, meta = take_strings(entry, "images_list"), take(entry, "meta", dict)
+    check_fields(entry, (), others=True)
     context, question = take(entry, "context", str), take(entry, "question", str)
     marks = (context + question).count(IMAGE_MARK)
     if marks != len(names):
         raise DataError(f"{marks} {IMAGE_MARK} marks for {len(names)} images")
     choices, choice_images = take_strings(meta, "choices", []), take_strings(meta, "choices_image_path", [])
+    if choices and choice_images:
+        raise DataError("fields 'choices' and 'choices_image_path' are both given; one of them must go")
     letters = tuple(chr(ord("A") + number) for number in range(len(choices or choice_images)))
     offered = choices or [IMAGE_MARK] * len(choice_images)
     lines = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, offered, strict=True))
@@ -43,7 +47,7 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     needles = needles_among(in_context, needle_names)
     in_text = bool(needle_names) and all(isinstance(needle, str) and needle in context for needle in needle_names)
     turns = (Turn("user", segments, needles, letters), Turn("assistant", (_answer_text(entry, letters),)))
-    images, fixed = tuple(root.read(name) for name in shown), tuple(range(len(in_context), len(shown)))
+    images, fixed = root.read_all(shown), tuple(range(len(in_context), len(shown)))
     facts = {"mm_niah": entry, "image_paths": shown}
     return Sample(key, turns, images, "MM-NIAH", meta=facts, haystack=bool(needles) or in_text, fixed=fixed)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.fields import IMAGE_MARK, Entry, interleave, take, take_strings
+from data_tools.formats.fields import Entry, check_fields, take, take_strings
+from data_tools.formats.marks import IMAGE_MARK, interleave
 from data_tools.formats.mm_niah import is_exact, needles_among
 from data_tools.formats.visual_haystacks import ANSWERS, plain
 from data_tools.image_root import ImageRoot
@@ -28,6 +29,7 @@ DEFAULT_CYCLE = (0, 1, 1, 0)
 def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     """A line of a `vh_*.jsonl` (ctxs are image paths) or of a MM-NIAH file (ctxs are paragraphs)."""
     contexts = take(entry, "ctxs", list)
+    check_fields(entry, (), others=True)
     if contexts and all(isinstance(context, str) for context in contexts):
         return _read_haystack(entry, contexts, key, root)
     return _read_interleaved(entry, contexts, key, root)
@@ -72,8 +74,7 @@ def _sample(
         raise DataError(f"{text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(names)} images")
     (segments,) = interleave([text], len(names))
     turns = (Turn("user", segments, needles, choices), Turn("assistant", (answer,)))
-    images = tuple(root.read(name) for name in names)
-    return Sample(key, turns, images, "MMLongBench", meta={"mmlongbench": entry, "image_paths": names})
+    return Sample(key, turns, root.read_all(names), "MMLongBench", meta={"mmlongbench": entry, "image_paths": names})
 
 
 def score(path: Path) -> dict[str, Any]:

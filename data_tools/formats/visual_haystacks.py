@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.formats.fields import Entry, take, take_strings
+from data_tools.formats.fields import Entry, check_fields, take, take_strings
+from data_tools.formats.marks import IMAGE_MARK, refuse_foreign_marks
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn, describe
@@ -26,17 +27,20 @@ RESAMPLES = 100
 def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth: float | None = None) -> Sample:
     """One entry. `depth` in [0, 1] puts the needle there (single-needle entries); without it all images are shuffled."""
     said = take(entry, "conversations", list)
-    if len(said) < 2:
-        raise DataError("conversations must hold a question and its answer")
+    check_fields(entry, (), others=True)
+    if len(said) != 2:
+        raise DataError(f"conversations must hold a question and its answer, not {len(said)} turns")
     question, answer = take(said[0], "value", str), take(said[1], "value", str)
     if answer not in ANSWERS:
         raise DataError(f"answer {answer[:40]!r} is neither yes nor no")
+    refuse_foreign_marks(question)
+    if IMAGE_MARK in question:
+        raise DataError(f"the question holds {IMAGE_MARK}; its images are those of pos_image and neg_image")
     positive, negative = take_strings(entry, "pos_image"), take_strings(entry, "neg_image", [])
     names = _ordered(positive, negative, random.Random(f"{seed}:{key}"), depth)
     needles = tuple(index for index, name in enumerate(names) if name in positive)
     turns = (Turn("user", (*range(len(names)), PROMPT + question), needles, ANSWERS), Turn("assistant", (answer,)))
-    images = tuple(root.read(name) for name in names)
-    return Sample(key, turns, images, "Visual Haystacks", meta={"vhs": entry, "image_paths": names})
+    return Sample(key, turns, root.read_all(names), "Visual Haystacks", meta={"vhs": entry, "image_paths": names})
 
 
 def _ordered(positive: list[str], negative: list[str], rng: random.Random, depth: float | None) -> list[str]:

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.formats import mm_niah, visual_haystacks
-from data_tools.formats.fields import interleave
+from data_tools.formats.marks import interleave
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
 from laid_ds.data.haystack import why_whole
@@ -52,7 +52,7 @@ def test_one_mark_stands_for_all_images_and_relevant_ones_are_needles(pictures):
 def test_documents_are_interleaved_as_they_say(pictures):
     assert read("obelics", OBELICS, pictures).turns[0].segments == ("before", 0, "after", 1)
     mmc4 = read("mmc4", MMC4, pictures)
-    assert mmc4.turns[0].segments == (0, "one", 1, "two")
+    assert mmc4.turns[0].segments == (0, "one ", 1, "two")
     assert mmc4.images == (picture(1), picture(3))
 
 
