@@ -82,6 +82,7 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     """Write the data set."""
     check_key(f"{plan.prefix}-{0:08d}")
     root = ImageRoot(plan.images, decode=plan.decode, shrink=plan.shrink, keep_rest=plan.keep_rest)
+    work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
     facts = plan.facts()
     if resume and (out / DATASET).exists() and _same_build(out, facts):
         return {"folder": str(out), "already_complete": True}
@@ -91,7 +92,6 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     first = _entries_done(writer)
     rejected = _rejected_before(out, first)
     changes: Counter[str] = Counter()
-    work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
     numbered = islice(enumerate(entries(plan.source, keep_going=plan.skip_bad)), first, None)
     with writer, ThreadPoolExecutor(jobs) as pool:
         for read in track(_ordered(pool, work, numbered, jobs * READ_AHEAD), f"build {out.name}"):
@@ -147,7 +147,7 @@ def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tupl
             return Read(number, error=entry)
         key, images = f"{plan.prefix}-{number:08d}", root.anew()
         try:
-            sample = reader(_without(entry, plan.ignore), key, images)
+            sample = reader(_without(entry, plan.ignore) if plan.ignore else entry, key, images)
             sample = replace(sample, source=plan.source_name or sample.source, licence=plan.licence or sample.licence)
             if plan.haystack:
                 sample = _as_haystack(sample)
@@ -170,8 +170,13 @@ def _as_haystack(sample: Sample) -> Sample:
     return said
 
 
-def _without(entry: Any, ignored: Sequence[str]) -> Any:
-    return {name: value for name, value in entry.items() if name not in ignored} if isinstance(entry, dict) else entry
+def _without(value: Any, ignored: Sequence[str], depth: int = 5) -> Any:
+    """An entry without these fields, nor its turns (in a list) and their parts (in a list of each turn)."""
+    if depth and isinstance(value, dict):
+        return {name: _without(inner, ignored, depth - 1) for name, inner in value.items() if name not in ignored}
+    if depth and isinstance(value, list):
+        return [_without(inner, ignored, depth - 1) for inner in value]
+    return value
 
 
 def _ordered(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator[Any]:

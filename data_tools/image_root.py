@@ -102,7 +102,7 @@ class ImageRoot:
         if self.shrink and (max(width, height) > MAX_SIDE or width * height > MAX_PIXELS):
             self.changes["images_shrunk"] += 1
             return _shrunk(upright(data), "JPEG" if fmt == "jpg" else "PNG")
-        check_limits(width, height)
+        _check_limits(width, height)
         if fmt not in FORMATS:
             self.changes[f"images_re_encoded_{fmt}"] += 1
             return _encoded(upright(data), "PNG")
@@ -144,6 +144,13 @@ def _kind(data: bytes) -> tuple[str, int, int]:
                 return image.format.lower(), *image.size
         except PIL_ERRORS:
             raise error from None
+
+
+def _check_limits(width: int, height: int) -> None:
+    try:
+        check_limits(width, height)
+    except DataError as error:
+        raise DataError(f"{error.reason}; --shrink scales it down") from None
 
 
 def _shrunk(image: Image.Image, fmt: str) -> bytes:

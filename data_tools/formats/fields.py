@@ -34,11 +34,11 @@ def check_fields(entry: Entry, known: Iterable[str], *, others: bool = False) ->
     """Refuse by name a field that is not `known` and could change what must be learned. Empty fields (null, "", [], {}) say nothing.
     `others`: fields nobody knows may stay, because the sample's meta keeps the entry."""
     for name, value in entry.items():
-        if name in known or name in SAYS_NOTHING or name.endswith("_id") or is_empty(value):
+        if name in known or name in SAYS_NOTHING or is_empty(value):
             continue
         if name in SAYS_MORE:
             raise DataError(f"field {name[:60]!r} says {SAYS_MORE[name]}, which this format cannot learn")
-        if not others:
+        if not (others or name.endswith("_id")):
             raise DataError(f"field {name[:60]!r} is not known and might change what is to be learned; remove it, or name it to --ignore")
 
 

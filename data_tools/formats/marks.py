@@ -10,7 +10,7 @@ from laid_ds.data.record import DataError, Segment
 
 IMAGE_MARK = "<image>"
 FOREIGN_MARK = re.compile(
-    r"(?!<image>)<\|?(?:image|img|video|audio|speech|ImageHere|image-placeholder|(?:image|video|audio)[ _-]?\d+)\|?>", re.IGNORECASE
+    r"(?!(?-i:<image>))<\|?(?:image|img|video|audio|speech|ImageHere|image-placeholder|(?:image|video|audio)[ _-]?\d+)\|?>", re.IGNORECASE
 )
 
 
