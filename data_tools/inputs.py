@@ -32,7 +32,10 @@ def entries(path: Path, *, keep_going: bool = False) -> Iterator[Any]:
             start = _first_byte(file, path)
             if start == b"[":
                 yield from _list_entries(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
+            elif start == b"{" and (wrapped := _wrapped_list(file, path)) is not None:
+                yield from wrapped
             else:
+                file.seek(0)
                 yield from _line_entries(file, path, keep_going)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged or cut off (gzip): {error}") from None
@@ -74,16 +77,9 @@ def _line_entries(file: BinaryIO, path: Path, keep_going: bool) -> Iterator[Any]
         try:
             entry = _loads(_decoded(line))
         except DataError as error:
-            if number == 1 and (wrapped := _wrapped_list(line + file.read(), path)) is not None:
-                yield from wrapped
-                return
-            error = DataError(f"{path}, line {number}: {error.reason}")
+            entry = DataError(f"{path}, line {number}: {error.reason}")
             if not keep_going:
-                raise error from None
-            entry = error
-        if number == 1 and _is_wrapper(entry) and not file.read(1).strip():
-            yield from _unwrapped(entry, path)
-            return
+                raise entry from None
         yield entry
 
 
@@ -94,25 +90,29 @@ def _decoded(line: bytes) -> str:
         raise DataError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _is_wrapper(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get(WRAPPER), list)
-
-
-def _wrapped_list(text: bytes, path: Path) -> list | None:
-    """The list of a wrapper over several lines, or None for what is none."""
+def _wrapped_list(file: BinaryIO, path: Path) -> list | None:
+    """The list of `{"data": [...]}`, on one line or on several, or None for a file of lines."""
+    line = next(line for line in file if line.removeprefix(BYTE_ORDER_MARK).strip()).removeprefix(BYTE_ORDER_MARK)
     try:
-        value = _loads(_decoded(text))
+        value = _loads(_decoded(line))
+        more = next((line for line in file if line.strip()), None)
     except DataError:
+        value, more = _whole(line + file.read()), None
+    if more is not None or not isinstance(value, dict) or not isinstance(value.get(WRAPPER), list):
         return None
-    return _unwrapped(value, path) if _is_wrapper(value) else None
-
-
-def _unwrapped(value: dict, path: Path) -> list:
     try:
         check_fields(value, {WRAPPER})
     except DataError as error:
         raise DataError(f"{path}, beside its list {WRAPPER!r}: {error.reason}") from None
     return value[WRAPPER]
+
+
+def _whole(text: bytes) -> Any:
+    """One value over several lines, None where it is not."""
+    try:
+        return _loads(_decoded(text))
+    except DataError:
+        return None
 
 
 def _list_entries(file: TextIO, path: Path) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 """Laws of files that others made: text is read as JSON reads it or refused; no name leads out of the image root; bombs are seen early."""
 
+import contextlib
+import gzip
 import io
 import json
 import struct
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.image_root import ImageRoot
-from data_tools.inputs import entries
+from data_tools.inputs import entries, read_json
 from laid_ds.data.record import DataError
 
 
@@ -74,3 +76,67 @@ def test_a_list_is_read_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, ch
     for indent in (None, 2):
         (tmp_path / "e.json").write_text(json.dumps(whole, indent=indent, ensure_ascii=False))
         assert list(entries(tmp_path / "e.json")) == whole
+
+
+FOUND = [{"a": 1}, {"b": ["é", {"c": None}]}]
+LINES = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in FOUND)
+SPELLINGS = {
+    "list": json.dumps(FOUND),
+    "lines": LINES,
+    "lines without a last end": LINES.rstrip(),
+    "lines with empty ones": "\n" + LINES.replace("\n", "\r\n\r\n"),
+    "wrapped": json.dumps({"data": FOUND}),
+    "wrapped, over several lines": json.dumps({"version": 1, "data": FOUND, "more": None}, indent=1, ensure_ascii=False),
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("text", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_entries_are_the_same_in_every_spelling(tmp_path, text, pack, mark):
+    (tmp_path / "e").write_bytes(pack(mark + text.encode()))
+    assert list(entries(tmp_path / "e")) == FOUND
+
+
+def test_a_single_entry_may_have_a_list_named_data_among_others(tmp_path):
+    (tmp_path / "e").write_text('{"data": [1]}\n{"data": [2]}\n')
+    assert list(entries(tmp_path / "e")) == [{"data": [1]}, {"data": [2]}]
+
+
+BROKEN = {
+    "line cut off": (b'{"a": 1}\n{"b": "x', "line 2: Unterminated string.* cut off after"),
+    "list cut off": (b'[{"a": 1}, {"b": "x', "entry 1: Unterminated string.* cut off after"),
+    "list without end": (b'[{"a": 1}', "entry 0: the file is cut off: the list does not end"),
+    "list without end behind a comma": (b'[{"a": 1},', "entry 1: .*cut off after"),
+    "more after the list": (b'[{"a": 1}] {"b"', "after the end of the list there is '{\"b\"'"),
+    "no comma": (b'[{"a": 1} {"b": 2}]', 'entry 0: a comma or the end of the list must follow, not \'{"b": 2}'),
+    "NaN in a line": (b'{"a": 1}\n{"b": NaN}\n', "line 2: NaN is not a JSON number"),
+    "NaN in a list": (b'[{"a": 1}, {"b": -Infinity}, {"c": 1}]', "entry 1: -Infinity is not a JSON number"),
+    "a field twice": (b'{"image": "a", "image": "b"}\n', "line 1: field 'image' is given twice"),
+    "a field twice in a list": (b'[{"image": "a", "image": "b"}]', "entry 0: field 'image' is given twice"),
+    "single quotes": (b"{'a': 1}\n", "line 1: Expecting property name.*: \"'a': 1"),
+    "UTF-16": ("[1]".encode("utf-16"), "begins with a UTF-16 byte order mark"),
+    "a mark inside": (b'{"a": 1}\n\xef\xbb\xbf{"b": 1}\n', "line 2: a byte order mark stands inside the file"),
+    "Latin-1 in a line": (b'{"a": 1}\n{"b": "\xe9"}\n', "line 2: it is not UTF-8"),
+    "Latin-1 in a list": (b'[{"a": 1}, {"b": "\xe9"}]', "entry 0 or soon after it, is not UTF-8"),
+    "an object that is no list": (b'{\n"a": 1\n}\n', "line 1: "),
+    "more beside the wrapped list": (b'{"data": [], "tools": ["x"]}', "beside its list 'data': field 'tools'"),
+    "gzip cut off": (gzip.compress(b'{"a": 1}\n' * 100)[:-9], "damaged or cut off"),
+    "gzip damaged": (gzip.compress(b'{"a": 1}\n')[:12] + b"\xff" * 20, "damaged or cut off"),
+}
+
+
+@pytest.mark.parametrize("data, message", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_file_is_refused_with_its_place_and_what_is_there(tmp_path, data, message):
+    (tmp_path / "e.json").write_bytes(data)
+    with pytest.raises(DataError, match=f"e.json.*{message}"):
+        list(entries(tmp_path / "e.json"))
+
+
+@given(data=st.binary(max_size=40), start=st.sampled_from([b"", b"[", b"{", b"\x1f\x8b\x08\0", b"\xef\xbb\xbf", b'{"data":[']))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_read_or_refused(tmp_path, data, start):
+    (tmp_path / "e").write_bytes(start + data)
+    for read in (lambda path: list(entries(path)), lambda path: list(entries(path, keep_going=True)), read_json):
+        with contextlib.suppress(DataError):
+            read(tmp_path / "e")
