@@ -8,7 +8,6 @@ import binascii
 import copy
 import io
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +24,6 @@ RE_ENCODED = ("BMP", "DIB", "TIFF", "AVIF")
 DATA_URL = "data:"
 DICT_FIELDS = {"path", "bytes", "width", "height", "id", "format"}
 JPEG_QUALITY = 95
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limits are ours, and a picture beyond them is refused
 
 
 class ImageRoot:

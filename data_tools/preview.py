@@ -82,4 +82,6 @@ def _turn(turn: Turn) -> dict[str, Any]:
         shown["needles"] = list(turn.needles)
     if turn.choices:
         shown["choices"] = list(turn.choices)
+    if not turn.supervised:
+        shown["supervised"] = False
     return shown

@@ -37,6 +37,8 @@ def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth:
     if IMAGE_MARK in question:
         raise DataError(f"the question holds {IMAGE_MARK}; its images are those of pos_image and neg_image")
     positive, negative = take_strings(entry, "pos_image"), take_strings(entry, "neg_image", [])
+    if not positive or set(positive) & set(negative):
+        raise DataError("pos_image must name the needles, and neg_image none of them")
     names = _ordered(positive, negative, random.Random(f"{seed}:{key}"), depth)
     needles = tuple(index for index, name in enumerate(names) if name in positive)
     turns = (Turn("user", (*range(len(names)), PROMPT + question), needles, ANSWERS), Turn("assistant", (answer,)))
@@ -58,14 +60,18 @@ def _ordered(positive: list[str], negative: list[str], rng: random.Random, depth
 def write_files(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
     """Entries by number of images, and the images under `out/images`. An imported sample gives its own entry back."""
     by_count: dict[str, list[Entry]] = {}
+    left_out = 0
     for sample in samples:
         names = write_images(sample, out / "images")
-        for entry in _entries_of(sample, names):
+        found = list(_entries_of(sample, names))
+        left_out += not found
+        for entry in found:
             oracle = not entry["neg_image"]
             by_count.setdefault("oracle" if oracle else str(len(names)), []).append(entry)
     for count, found in by_count.items():
         (out / f"visual_haystack_{count}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1))
-    return {"folder": str(out), "entries": {count: len(found) for count, found in sorted(by_count.items())}}
+    counts = {count: len(found) for count, found in sorted(by_count.items())}
+    return {"folder": str(out), "entries": counts, "samples_without_yes_or_no": left_out}
 
 
 def _entries_of(sample: Sample, names: list[str]) -> Iterable[Entry]:

@@ -8,6 +8,7 @@ files on which that decoder, as installed, agrees bit for bit.
 import importlib.util
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,6 +28,9 @@ PIL_ERRORS = (  # on damaged files
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limits are ours
+warnings.filterwarnings("ignore", message="Palette images with Transparency")  # dropped by rule, in every mode
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ def saved(mode: str, fmt: str, size=(67, 45), **options) -> bytes:
     return file.getvalue()
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
 KINDS = {
     **{
         f"jpeg {mode} {subsampling} {'progressive' if progressive else 'baseline'}": saved(
@@ -46,6 +49,8 @@ KINDS = {
     "webp": saved("RGB", "WEBP"),
     "webp lossless": saved("RGBA", "WEBP", lossless=True),
     "gif": saved("P", "GIF"),
+    **{f"{fmt} turned": saved("RGB", fmt, exif=TURNED) for fmt in ("JPEG", "PNG", "WEBP")},
+    **{f"{fmt} turned by xmp": saved("RGB", fmt, xmp=XMP) for fmt in ("JPEG", "WEBP")},
 }
 
 
@@ -84,9 +89,6 @@ def tiff_directory(order: str, kind: int, value: int) -> bytes:
 @pytest.mark.parametrize("kind", [3, 4])
 def test_either_byte_order_is_read(fmt, order, kind):
     assert_upright(saved("RGB", fmt, exif=b"Exif\0\0" + tiff_directory(order, kind, 6)), 6)
-
-
-XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "WEBP"])

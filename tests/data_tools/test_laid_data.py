@@ -135,6 +135,28 @@ def test_benchmarks_come_in_go_out_and_are_scored(laid_data, source, tmp_path):
     assert laid_data("score", "vhs", tmp_path / "results", "--json").json["results"]["3"]["strict_accuracy"] == 1
 
 
+def test_the_choices_of_build_reach_it(laid_data, tmp_path):
+    root, lines = tmp_path / "images", tmp_path / "lines.jsonl"
+    root.mkdir()
+    (root / "cut.jpg").write_bytes(picture(0, width=200, height=150)[:-4000])
+    Image.new("RGB", (20_000, 10)).save(root / "long.bmp")
+    entry = {"question": "?", "answer": "a"}
+    lines.write_text(json.dumps({**entry, "images": "cut.jpg"}) + "\n" + json.dumps({**entry, "images": "long.bmp", "hint": 1}))
+    assert "entry 0: image 'cut.jpg': image cannot be decoded" in laid_data("build", "folder", lines, tmp_path / "a", "--images", root).err
+    build = ("build", "folder", lines, tmp_path / "b", "--images", root, "--no-decode", "--shrink", "--ignore", "hint", "--json")
+    assert laid_data(*build).json == {"folder": str(tmp_path / "b"), "shards": 1, "samples": 2, "rejected": 0, "images_shrunk": 1}
+    lines.write_text(json.dumps({"texts": ["a", None, None], "images": [None, "gone.png", "long.bmp"]}))
+    documents = laid_data("build", "obelics", lines, tmp_path / "c", "--images", root, "--shrink", "--keep-rest", "--json").json
+    assert (documents["samples"], documents["images_lost"]) == (1, 1)
+
+
+def test_an_answer_that_is_not_learned_is_shown(laid_data, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": [{"role": "assistant", "content": "draft", "loss": False}]}]))
+    laid_data("build", "llava", tmp_path / "chat.json", tmp_path / "set", "--images", tmp_path)
+    shown = laid_data("cat", tmp_path / "set", "sample-00000000", "--json").json
+    assert shown["turns"] == [{"role": "assistant", "text": "draft", "supervised": False}]
+
+
 BAD = {
     "no such folder": (["info", "{tmp}/none"], "it has no dataset.json"),
     "no shards": (["verify", "{tmp}/images"], "holds no shards"),
@@ -145,6 +167,12 @@ BAD = {
     "another format": (["build", "llava", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images"], "entry 0: neither conversations"),
     "full folder": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/set", "--images", "{tmp}/images"], "already holds a finished data set"),
     "broken json": (["build", "folder", "{tmp}/broken.json", "{tmp}/new", "--images", "{tmp}/images"], "entry 1:"),
+    "prefix": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--prefix", "a.b"], "key 'a.b-00000000'"),
+    "processor without deep": (["verify", "{tmp}/set", "--processor", "{tmp}/model"], "needs --deep"),
+    "no processor": (
+        ["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--processor", "{tmp}/model"],
+        "holds no processor",
+    ),
     "shares": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train=0.9"], "sum to 0.9"),
     "shares form": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train"], "not of the form"),
     "same set twice": (["merge", "{tmp}/set", "{tmp}/set", "--out", "{tmp}/new"], "the key is also in shard"),

@@ -10,6 +10,7 @@ import pytest
 from data_samples import make_sample, write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_tools.scan import scan
 from data_tools.verify import reindex, repair, verify
@@ -371,3 +372,17 @@ def test_a_second_repair_keeps_what_the_first_put_aside(folder):
         damaged = (folder / FIRST).read_bytes()
         repair(folder, 1)
         assert (folder / name).read_bytes() == damaged
+
+
+def test_a_record_that_declares_another_size_than_its_image_has_is_found(tmp_path, monkeypatch):
+    """As sets do that were written before turned pictures were upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+    monkeypatch.setattr("laid_ds.data.header.QUARTER_TURNS", ())
+    write_dataset(tmp_path / "set", [replace(SAMPLES[2], images=(file.getvalue(), file.getvalue()))])
+    monkeypatch.undo()
+    assert verify(tmp_path / "set", False, 1)["sound"]
+    (problem,) = verify(tmp_path / "set", True, 1)["problems"]
+    assert "image 0 is declared as" in problem["reason"]

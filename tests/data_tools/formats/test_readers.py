@@ -184,3 +184,36 @@ def test_only_known_needles_make_a_mmlongbench_line_a_haystack(pictures):
 def test_folder_lines_may_say_that_they_are_haystacks(pictures):
     sample = read("folder", {**FOLDER, "needles": [], "haystack": True, "fixed": [1]}, pictures)
     assert (sample.haystack, sample.fixed) == (True, (1,))
+
+
+REFUSED = {
+    "more turns": ("vhs", {**VHS, "conversations": VHS["conversations"] * 2}, "a question and its answer, not 4 turns"),
+    "no needle": ("vhs", {**VHS, "pos_image": []}, "pos_image must name the needles"),
+    "a needle among the others": ("vhs", {**VHS, "neg_image": ["p0.jpg"]}, "and neg_image none of them"),
+    "a mark in the question": ("vhs", {**VHS, "conversations": [{"value": "<image>?"}, {"value": "yes"}]}, "the question holds <image>"),
+    "a system prompt": ("vhs", {**VHS, "system": "x"}, "'system' says a system prompt"),
+    "videos": ("mm-niah", {**NIAH, "videos": ["x"]}, "'videos' says videos"),
+    "two kinds of choices": ("mm-niah", {**NIAH, "meta": {**NIAH["meta"], "choices": ["a", "b"]}}, "'choices' and 'choices_image_path'"),
+    "sound": ("mmlongbench", {**LONGBENCH, "audios": ["x"]}, "'audios' says sound"),
+    "an answer that cannot be chosen": ("folder", {**FOLDER, "answer": "maybe"}, "answer 'maybe' is none of the choices"),
+    "an unknown field": ("folder", {**FOLDER, "hint": "x"}, "field 'hint' is not known"),
+    "a mark without image": ("folder", {**FOLDER, "images": [], "needles": [], "question": "<image>?"}, "1 <image> marks for 0 images"),
+    "another mark": ("folder", {**FOLDER, "question": "<video>?"}, "the mark <video>"),
+    "no choice of that number": ("mm-niah", {**NIAH, "answer": 2}, "answer 2 is the number of no choice"),
+}
+
+
+@pytest.mark.parametrize("format, entry, message", REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_format_cannot_say_is_refused(pictures, format, entry, message):
+    with pytest.raises(DataError, match=message):
+        read(format, entry, pictures)
+
+
+def test_our_own_lines_may_have_a_system_prompt(pictures):
+    assert read("folder", {**FOLDER, "system": "Be brief."}, pictures).turns[0] == Turn("system", ("Be brief.",))
+
+
+def test_an_export_says_how_many_samples_it_cannot_hold(tmp_path, pictures):
+    dataset = build_set(tmp_path / "set", "folder", [FOLDER, {**FOLDER, "answer": "a dot", "choices": []}], pictures)
+    report = visual_haystacks.write_files(dataset, tmp_path / "out")
+    assert (report["entries"], report["samples_without_yes_or_no"]) == ({"2": 1}, 1)
