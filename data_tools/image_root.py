@@ -75,7 +75,7 @@ class ImageRoot:
             kind, _, text = source.partition(",")
             if not kind.endswith(";base64"):
                 raise DataError(f"image {source[:40]!r} is a data: URL without base64")
-            return kind, _from_base64(text, kind)
+            return kind[:200], _from_base64(text, kind)
         if isinstance(source, str):
             path = self._path(source)
             if path.stat().st_size > MAX_IMAGE_BYTES:  # before it is read
@@ -97,12 +97,14 @@ class ImageRoot:
         """The image as a shard can hold it."""
         fmt, width, height = _kind(data)
         if self.shrink and (max(width, height) > MAX_SIDE or width * height > MAX_PIXELS):
+            shrunk = _shrunk(upright(data), "JPEG" if fmt == "jpg" else "PNG")
             self.changes["images_shrunk"] += 1
-            return _shrunk(upright(data), "JPEG" if fmt == "jpg" else "PNG")
+            return shrunk
         _check_limits(width, height)
         if fmt not in FORMATS:
+            encoded = _encoded(upright(data), "PNG")
             self.changes[f"images_re_encoded_{fmt}"] += 1
-            return _encoded(upright(data), "PNG")
+            return encoded
         if self.decode:
             Pixels(decoder="pil").decode(data)
         return data

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ CHUNK = 1 << 20
 MAX_ENTRY_CHARACTERS = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WRAPPER = "data"
+SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
@@ -116,31 +118,38 @@ def _whole(text: bytes) -> Any:
 
 
 def _list_entries(file: TextIO, path: Path) -> Iterator[Any]:
-    text, number = _read(file, CHUNK, path, 0).lstrip()[1:], 0
+    text, number = "", 0
+    while "[" not in text:  # only space stands before it
+        text = _read(file, CHUNK, path, number)
+    place = text.index("[") + 1
     while True:
-        text = text.lstrip()
-        if text.startswith("]"):
-            if rest := (text[1:] + _read(file, CHUNK, path, number)).strip():
+        place = _behind_space(text, place)
+        if text.startswith("]", place):
+            if rest := (text[place + 1 :] + _read(file, CHUNK, path, number)).strip():
                 raise DataError(f"{path}: after the end of the list there is {rest[:40]!r}")
             return
         try:
-            entry, end = DECODER.raw_decode(text)
-            after = text[end:].lstrip()
-            if not after:
+            entry, end = DECODER.raw_decode(text, place)
+            end = _behind_space(text, end)
+            if end == len(text):
                 raise ValueError("the file is cut off: the list does not end")
         except DataError as error:
             raise DataError(f"{path}, entry {number}: {error.reason}") from None
         except (ValueError, RecursionError) as error:
-            more = _read(file, max(CHUNK, len(text)), path, number)
-            if not more or len(text) > MAX_ENTRY_CHARACTERS or isinstance(error, RecursionError):
-                raise DataError(f"{path}, entry {number}: {_reason(error, text)}") from None
-            text += more
+            more = _read(file, max(CHUNK, len(text) - place), path, number)
+            if not more or len(text) - place > MAX_ENTRY_CHARACTERS or isinstance(error, RecursionError):
+                raise DataError(f"{path}, entry {number}: {_reason(error, text, place)}") from None
+            text, place = text[place:] + more, 0
             continue
-        if not after.startswith((",", "]")):
-            raise DataError(f"{path}, entry {number}: a comma or the end of the list must follow, not {after[:40]!r}")
+        if text[end] not in ",]":
+            raise DataError(f"{path}, entry {number}: a comma or the end of the list must follow, not {text[end : end + 40]!r}")
         yield entry
         number += 1
-        text = after.removeprefix(",")
+        place = end + 1 if text[end] == "," else end
+
+
+def _behind_space(text: str, place: int) -> int:
+    return SPACE.match(text, place).end()
 
 
 def _read(file: TextIO, characters: int, path: Path, number: int) -> str:
@@ -160,14 +169,15 @@ def _loads(text: str) -> Any:
         raise DataError(_reason(error, text)) from None
 
 
-def _reason(error: Exception, text: str) -> str:
+def _reason(error: Exception, text: str, start: int = 0) -> str:
+    """What is wrong with a value that begins at `start`, and what stands there."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     if text.startswith("\ufeff"):
         return "a byte order mark stands inside the file"
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
         return f"{error.msg}: the text is cut off after {text.rstrip()[-40:]!r}"
-    return f"{error.msg} at character {error.pos}: {text[error.pos : error.pos + 40]!r}"
+    return f"{error.msg} at its character {error.pos - start}: {text[error.pos : error.pos + 40]!r}"
 
 
 def _no_constant(name: str) -> NoReturn:

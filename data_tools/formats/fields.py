@@ -16,6 +16,7 @@ NAMES = (
 SAYS_NOTHING = frozenset(NAMES.split())
 """Where an entry comes from and what it looks like. Every name that ends in _id belongs to it."""
 
+EMPTY_TEXTS = ("[]", "{}", "null")
 SAYS_MORE = {
     **dict.fromkeys(("kto_tag", "label", "labels", "chosen", "rejected", "rejected_response", "preference", "rank"), "a preference"),
     **dict.fromkeys(("reward", "rewards", "score", "scores"), "a reward"),
@@ -31,10 +32,10 @@ SAYS_MORE = {
 
 
 def check_fields(entry: Entry, known: Iterable[str], *, others: bool = False) -> None:
-    """Refuse by name a field that is not `known` and could change what must be learned. Empty fields (null, "", [], {}) say nothing.
-    `others`: fields nobody knows may stay, because the sample's meta keeps the entry."""
+    """Refuse by name a field that is not `known` and could change what must be learned. An empty field (null, "", [], {}, or
+    these as text) says nothing. `others`: fields nobody knows may stay, because the sample's meta keeps the entry."""
     for name, value in entry.items():
-        if name in known or name in SAYS_NOTHING or is_empty(value):
+        if name in known or name in SAYS_NOTHING or is_empty(value) or value in EMPTY_TEXTS:
             continue
         if name in SAYS_MORE:
             raise DataError(f"field {name[:60]!r} says {SAYS_MORE[name]}, which this format cannot learn")

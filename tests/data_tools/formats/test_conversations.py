@@ -37,7 +37,7 @@ SAME = {
     "images beside a null image": talk(ASKED, ANSWERED, image=None, images=["p0.jpg"]),
     "fields that say nothing": talk(ASKED, ANSWERED, image="p0.jpg", width=3, source="here", metadata={"a": 1}, picture_id=5),
     "empty fields": talk(
-        ASKED, ANSWERED, image="p0.jpg", videos=[], tools="", system="", kto_tag=None, objects={}, audios=[None], other=None
+        ASKED, ANSWERED, image="p0.jpg", videos=[], tools="[]", functions="", system="", kto_tag=None, objects={}, audios=[None], other=None
     ),
     "a turn that is learned": {
         "images": ["p0.jpg"],

@@ -186,6 +186,56 @@ def test_folder_lines_may_say_that_they_are_haystacks(pictures):
     assert (sample.haystack, sample.fixed) == (True, (1,))
 
 
+PLACES = st.lists(st.integers(0, 5), min_size=1, max_size=6)
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=6)
+
+
+def shown(sample) -> str:
+    """What a sample's question reads as, an image as its number in the names of the pictures."""
+    by_bytes = {picture(number): f"[{number}]" for number in range(6)}
+    return "".join(part if isinstance(part, str) else by_bytes[sample.images[part]] for part in sample.turns[0].segments)
+
+
+@given(images=PLACES, texts=st.lists(WORDS, min_size=7, max_size=7), answer=WORDS, needles=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_line_of_ours_means_what_it_says(pictures, images, texts, answer, needles):
+    asked = needles.draw(st.lists(st.sampled_from(range(len(images))), unique=True))
+    names = [f"p{number}.jpg" for number in images]
+    texts = texts[: len(images) + 1]
+    marked = {"question": "<image>".join(texts), "images": names, "answer": answer, "needles": asked}
+    sample = read("folder", marked, pictures)
+    assert shown(sample) == texts[0] + "".join(f"[{number}]{text}" for number, text in zip(images, texts[1:], strict=True))
+    assert (sample.turns[0].needles, sample.turns[1]) == (tuple(asked), Turn("assistant", (answer,)))
+    bare = read("folder", {**marked, "question": "".join(texts)}, pictures)
+    assert shown(bare) == "".join(f"[{number}]" for number in images) + "".join(texts)
+
+
+@given(order=st.permutations(range(6)), needles=st.integers(1, 5), question=WORDS, seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_haystack_knows_its_needles(pictures, order, needles, question, seed):
+    names = [f"p{number}.jpg" for number in order]
+    conversations = [{"from": "human", "value": question}, {"from": "gpt", "value": "no"}]
+    entry = {"conversations": conversations, "pos_image": names[:needles], "neg_image": names[needles:]}
+    sample = visual_haystacks.read_entry(entry, "key", ImageRoot(pictures), seed=seed)
+    assert {sample.images[needle] for needle in sample.turns[0].needles} == {picture(number) for number in order[:needles]}
+    assert sorted(sample.images) == sorted(picture(number) for number in range(6))
+    assert (sample.turns[0].text.endswith(question), sample.turns[1].text) == (True, "no")
+    line = {"ctxs": names, "question": question, "answer": "No"}
+    assert shown(read("mmlongbench", line, pictures)).split("[answer]")[1].startswith("\n\n" + "\n".join(f"[{number}]" for number in order))
+
+
+@given(images=PLACES, texts=st.lists(WORDS, min_size=7, max_size=7), question=WORDS, number=st.integers(0, 2))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_interleaved_line_reads_in_its_order(pictures, images, texts, question, number):
+    names, texts = [f"p{image}.jpg" for image in images], texts[: len(images) + 1]
+    meta = {"needles": [], "choices": ["a", "b", "c"]}
+    entry = {"images_list": names, "context": "<image>".join(texts), "question": question, "answer": number, "meta": meta}
+    sample = read("mm-niah", entry, pictures)
+    context = texts[0] + "".join(f"[{image}]{text}" for image, text in zip(images, texts[1:], strict=True))
+    assert shown(sample).startswith(f"{context}\n{question}\nA. a\nB. b\nC. c\n")
+    assert sample.turns[1].text == "ABC"[number]
+
+
 REFUSED = {
     "more turns": ("vhs", {**VHS, "conversations": VHS["conversations"] * 2}, "a question and its answer, not 4 turns"),
     "no needle": ("vhs", {**VHS, "pos_image": []}, "pos_image must name the needles"),
