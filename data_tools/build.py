@@ -34,6 +34,7 @@ FORMATS: dict[str, Reader] = {
     "mm-niah": mm_niah.read_entry,
     "mmlongbench": mmlongbench.read_entry,
 }
+DOCUMENTS = ("obelics", "mmc4")
 PLAN, REJECTED = "build.json", "rejected.jsonl"
 READ_AHEAD = 4
 
@@ -80,6 +81,7 @@ class Build:
 
 def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     """Write the data set."""
+    _refuse_what_changes_nothing(plan)
     check_key(f"{plan.prefix}-{0:08d}")
     root = ImageRoot(plan.images, decode=plan.decode, shrink=plan.shrink, keep_rest=plan.keep_rest)
     work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
@@ -110,6 +112,14 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
         "rejected": rejected,
         **dict(sorted(changes.items())),
     }
+
+
+def _refuse_what_changes_nothing(plan: Build) -> None:
+    """An option that a format does not know is a misunderstanding."""
+    if plan.keep_rest and plan.format not in DOCUMENTS:
+        raise ValueError(f"--keep-rest is for documents ({', '.join(DOCUMENTS)}), not for {plan.format}")
+    if plan.options and plan.format != "vhs":
+        raise ValueError(f"--{next(iter(plan.options))} is for vhs, not for {plan.format}")
 
 
 def _same_build(out: Path, facts: bytes) -> bool:

@@ -103,7 +103,7 @@ def import_(
     images: Images,
     prefix: Prefix = "sample",
     licence: Licence = "",
-    seed: Seed = 0,
+    seed: Annotated[int | None, option("vhs: seed of the order of images; 0 unless given.", min=0, show_default=False)] = None,
     depth: Annotated[float | None, option("vhs: place of the needle in [0, 1]; without it images are shuffled.")] = None,
     skip_bad: SkipBad = False,
     decode: Decode = True,
@@ -120,7 +120,7 @@ def import_(
     """
     from data_tools import build
 
-    options = {"seed": seed, "depth": depth} if format == "vhs" else {}
+    options = {name: value for name, value in (("seed", seed), ("depth", depth)) if value is not None}
     ignored = tuple(ignore or ())
     more = {"skip_bad": skip_bad, "decode": decode, "shrink": shrink, "ignore": ignored, "processor": processor, "options": options}
     plan = build.Build(format, source, images, prefix, licence, **more)

@@ -168,6 +168,12 @@ BAD = {
     "full folder": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/set", "--images", "{tmp}/images"], "already holds a finished data set"),
     "broken json": (["build", "folder", "{tmp}/broken.json", "{tmp}/new", "--images", "{tmp}/images"], "entry 1:"),
     "prefix": (["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--prefix", "a.b"], "key 'a.b-00000000'"),
+    "keep rest": (
+        ["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--keep-rest"],
+        "--keep-rest is for documents",
+    ),
+    "depth": (["import", "mm-niah", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--depth", "0"], "--depth is for vhs"),
+    "seed": (["import", "llava", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--seed", "1"], "--seed is for vhs"),
     "processor without deep": (["verify", "{tmp}/set", "--processor", "{tmp}/model"], "needs --deep"),
     "no processor": (
         ["build", "folder", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--processor", "{tmp}/model"],
