@@ -190,7 +190,7 @@ def test_what_was_left_out_is_said_recorded_and_reported(world, tmp_path, capsys
         (["a=STUDENT", "b=nowhere"], "no model at nowhere"),
         (["=STUDENT"], "models are given as NAME=FOLDER"),
         (["a=STUDENT", "--dtype", "float16"], "--dtype 'float16' is none of float32, bfloat16"),
-        (["a=STUDENT", "--out", "SHARDS"], "cannot be read as results"),
+        (["a=STUDENT", "--out", "SHARDS"], "cannot be read"),
         (["a=STUDENT", "--out", "SHARDS/dataset.json"], "does not hold results of `laid eval`"),
         (["a=STUDENT", "--out", "SHARDS/dataset.json/e.json"], "the results cannot be written to"),
     ],
