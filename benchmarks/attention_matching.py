@@ -1,6 +1,7 @@
 """Attention matching against dense autograd and against its own matrix products.
 
 python -m benchmarks.attention_matching --tokens 4096 --json     time and memory at one length, on the CPU
+python -m benchmarks.attention_matching --student-window 512 --json     the same for a student that sees less than its teacher
 python -m benchmarks.attention_matching --slope --json           added peak memory at 2k, 4k, 8k and 16k tokens
 python -m benchmarks.attention_matching --step --json            what one layer adds to a training step of two small models
 python -m benchmarks.attention_matching --device cuda --json     GPU times of chunked and fused (needs an NVIDIA GPU and Triton)
@@ -25,8 +26,8 @@ OMEGAS = {
 }
 
 
-def inputs(tokens: int, omega: str = "uniform") -> dict:
-    """Arguments of attention_matching with B = 1 and T = S = tokens."""
+def inputs(tokens: int, omega: str = "uniform", student_window: int | None = None) -> dict:
+    """Arguments of attention_matching with B = 1 and T = S = tokens; the teacher sees all."""
     torch.manual_seed(0)
     x = {}
     for side, (heads, key_heads) in HEADS.items():
@@ -34,7 +35,7 @@ def inputs(tokens: int, omega: str = "uniform") -> dict:
         x[f"{side}_key"] = torch.randn(1, key_heads, tokens, HEAD_DIM, requires_grad=side == "student")
         x[f"{side}_scale"] = HEAD_DIM**-0.5
     mixing = torch.randn(HEADS["student"][0], HEADS["teacher"][0], requires_grad=True)
-    return x | {"mixing_logits": mixing, "omega": OMEGAS[omega]}
+    return x | {"mixing_logits": mixing, "omega": OMEGAS[omega], "student_window": student_window}
 
 
 def ours(x: dict) -> tuple[Tensor, ...]:
@@ -46,30 +47,35 @@ def ours(x: dict) -> tuple[Tensor, ...]:
 def dense(x: dict) -> tuple[Tensor, ...]:
     """The same the way one writes it first: maps by softmax, gradients by autograd."""
     tokens = x["student_query"].shape[2]
-    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    window = x["student_window"] or tokens
+    ahead = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    hidden = ahead | torch.ones_like(ahead).tril(-window)
 
-    def scores(side: str) -> Tensor:
+    def scores(side: str, hidden: Tensor) -> Tensor:
         query, key = x[f"{side}_query"], x[f"{side}_key"]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         return (query @ key.mT * x[f"{side}_scale"]).masked_fill(hidden, -torch.inf)
 
     with torch.no_grad():
-        a = scores("teacher").softmax(-1)
-    log_q = scores("student").log_softmax(-1).masked_fill(hidden, 0.0)
+        a = scores("teacher", ahead).softmax(-1)
+    log_q = scores("student", hidden).log_softmax(-1).masked_fill(hidden, 0.0)
     p = torch.einsum("ij,bjmn->bimn", x["mixing_logits"].softmax(-1), a)
+    if window < tokens:
+        p = p.masked_fill(hidden, 0.0)
+        p = p / p.sum(-1, keepdim=True)
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
     term = p * (log_p - log_q)
     if x["omega"].kind != "uniform":
         token = torch.arange(tokens)
         omega = x["omega"]((token[:, None] - token).clamp_min(0).float()).masked_fill(hidden, 0.0)
-        omega = omega * (token[:, None] + 1) / omega.sum(-1, keepdim=True)
+        omega = omega * (token[:, None] + 1).clamp_max(window) / omega.sum(-1, keepdim=True)
         term = omega * (term - p + log_q.exp().masked_fill(hidden, 0.0))
     loss = term.sum()
     return loss, *torch.autograd.grad(loss / (HEADS["student"][0] * tokens), [x["student_query"], x["student_key"], x["mixing_logits"]])
 
 
 def products(x: dict, chunk_size: int) -> None:
-    """The matrix products of the chunked kernel and nothing else: both scores, mixture, d mixing, d query, d key."""
+    """The matrix products of the chunked kernel without windows, and nothing else: both scores, mixture, d mixing, d query, d key."""
     tokens, (heads, key_heads), (teacher_heads, teacher_key_heads) = x["student_query"].shape[2], *HEADS.values()
     student_query, student_key, teacher_query, teacher_key, mixing = (
         x[name].detach()[0] if "mixing" not in name else x[name].detach()
@@ -95,9 +101,9 @@ def products(x: dict, chunk_size: int) -> None:
             d_key[k, :stop].addmm_(score.T, query)
 
 
-def compare(tokens: int, omega: str, repeats: int) -> dict:
+def compare(tokens: int, omega: str, student_window: int | None, repeats: int) -> dict:
     """CPU seconds and added peak memory of ours, dense autograd and the bare products, measured in this one run."""
-    x = inputs(tokens, omega)
+    x = inputs(tokens, omega, student_window)
     for got, want in zip(ours(x), dense(x), strict=True):
         got, want = got.detach(), want.detach()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
@@ -106,7 +112,7 @@ def compare(tokens: int, omega: str, repeats: int) -> dict:
         "matmul": measure.cpu_seconds(lambda: products(x, 64), repeats),
         "dense": measure.cpu_seconds(lambda: dense(x), max(repeats // 3, 1)),
     }
-    memory = {name: measure.added_peak_mb(inputs, work, tokens, omega) for name, work in (("ours", ours), ("dense", dense))}
+    memory = {name: measure.added_peak_mb(inputs, work, tokens, omega, student_window) for name, work in (("ours", ours), ("dense", dense))}
     return {
         "cpu_seconds": seconds["ours"],
         "cpu_seconds_dense": seconds["dense"],
@@ -221,6 +227,7 @@ def main() -> None:
     parser.add_argument("--omega", choices=OMEGAS, default="uniform")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--student-window", type=int, metavar="TOKENS")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--slope", action="store_true")
     what.add_argument("--step", action="store_true")
@@ -235,9 +242,11 @@ def main() -> None:
         elif arguments.step:
             name, figures = "step", in_a_step(arguments.tokens, arguments.repeats)
         else:
-            name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.repeats)
+            name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.student_window, arguments.repeats)
     cases = {"slope": "tokens=2048..16384 omega=uniform", "step": f"tokens={arguments.tokens} omega=frontier"}
     case = cases.get(name, f"tokens={arguments.tokens} omega={arguments.omega}")
+    if name == "compare" and arguments.student_window:
+        case += f" student_window={arguments.student_window}"
     measure.append(f"attention_matching.{name}", arguments.device, case, figures)
     measure.show(figures | {"tokens": arguments.tokens, "versions": measure.versions()}, arguments.json)
 

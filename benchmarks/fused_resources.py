@@ -28,10 +28,11 @@ from laid_ds.kernels.attention_profile import fused as profile
 REPORT = Path(__file__).with_name("fused_resources.json")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA programming guide, compute capabilities
 POINTERS = {"heads": "i32", "student_first": "i32", "teacher_first": "i32", "first": "i32", "last": "i32", "positions": "i32"}
-POINTERS |= {name: "fp32" for name in ("pi", "student_lse", "teacher_lse", "lse", "norm", "weight", "excess", "loss", "d_pi")}
+POINTERS |= {name: "fp32" for name in ("pi", "student_lse", "teacher_lse", "lse", "log_mass", "norm", "weight", "excess", "loss", "d_pi")}
 POINTERS |= {name: "bf16" for name in ("student_query", "student_key", "teacher_query", "teacher_key", "query", "key")}
 POINTERS |= {"edges": "i32", "marked": "i8", "planes": "i32"} | {name: "fp32" for name in ("entropy", "mass", "pairs", "response")}
 POINTERS |= {"d_query": "bf16", "d_key": "bf16", "d_scores": "bf16", "teacher_scores": "fp32", "student_scores": "fp32", "row_range": "i32"}
+MASKS = {"one head": (), "many heads": (), "positions and windows": ("NARROW", "POSITIONS"), "narrow student": ("BY_ROW", "POSITIONS")}
 FLOATS = ("student_scale", "teacher_scale", "scale", "gamma", "frontier", "inv_width", "inv_delta_0", "alpha")
 
 
@@ -43,16 +44,18 @@ def cases(dims: list[int], chip: int) -> Iterator[tuple[str, object, dict]]:
         yield f"profile D={dim}", profile.profile_kernel, values
         yield f"plane D={dim}", profile.plane_kernel, {"D": dim} | profile.PLANE_OPTIONS
         for kind in (0, 1, 2) if dim <= fused.WIDEST_SPARSE_DIM else ():
-            for plain, mask in ((True, False), (False, False), (False, True)):
-                values = {"DS": dim, "DT": dim, "KIND": kind, "NARROW": mask, "POSITIONS": mask}
-                label = f"D={dim} omega={fused.KINDS[kind]} {'one head' if plain else 'positions and windows' if mask else 'many heads'}"
-                row, column = (fused.tile_options(table, chip, dim, dim, plain) for table in (fused.ROW_TILES, fused.COLUMN_TILES))
+            for case, masks in MASKS.items():
+                values = {"DS": dim, "DT": dim, "KIND": kind} | {name: name in masks for name in ("NARROW", "BY_ROW", "POSITIONS")}
+                label = f"D={dim} omega={fused.KINDS[kind]} {case}"
+                tables = fused.ROW_TILES, fused.COLUMN_TILES
+                row, column = (fused.tile_options(table, chip, dim, dim, plain=case == "one head") for table in tables)
                 yield f"row {label}", fused.row_kernel, values | {"BACKWARD": True} | row
                 yield f"column {label}", fused.column_kernel, values | column
     for kind in (0, 1, 2):
         for student, teacher in ((28, 40), (16, 40)):
             name = f"mix H={student} and {teacher} omega={fused.KINDS[kind]}"
-            yield name, fused.mix_kernel, {"KIND": kind} | fused.mix_options(student, teacher)
+            for by_row, case in ((False, ""), (True, " narrow student")):
+                yield name + case, fused.mix_kernel, {"KIND": kind, "BY_ROW": by_row} | fused.mix_options(student, teacher)
         if kind:
             yield f"norm omega={fused.KINDS[kind]}", fused.norm_kernel, {"KIND": kind, "M": 64, "N": 64}
 

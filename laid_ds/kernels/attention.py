@@ -6,6 +6,7 @@ Letters: H query heads, K key heads, T query rows, S keys, D head dim; U the hea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -66,23 +67,43 @@ class Attention:
         probabilities: on a CPU exp2 takes a third of the time of exp, and half of softmax's.
         """
         query = self.query[self.heads[:, None], rows].to(self.key.dtype) * self.scale
-        lse = None if self.lse is None else self.log_sum_exp(rows, scores, probabilities) * LOG2E
+        lse = None if self.lse is None else self.given_lse(rows) * LOG2E
         factors = query if lse is None else query * LOG2E
-        for k, start, stop in self.groups:  # one after the other: a group's scores are still in the cache
-            z, p = scores[start:stop], probabilities[start:stop]
-            torch.mm(factors[start:stop].flatten(0, 1), self.key[k, keys].mT, out=z.flatten(0, 1))
-            hide_(z, where, -torch.inf)
+        for group in self._score(factors, keys, where, scores):
+            z, p = scores[group], probabilities[group]
             if lse is None:
                 torch.softmax(z, -1, out=p)
             else:
-                torch.exp2(z.sub_(lse[start:stop]), out=p)
+                torch.exp2(z.sub_(lse[group]), out=p)
         return query
+
+    def softmax_(self, rows: Tensor, keys: slice, where: Hidden, scores: Tensor) -> Tensor:
+        """Fill scores [U, C, n] with the probabilities and return the scores' log-sum-exp [U, C, 1]; a given one is not used."""
+        query = self.query[self.heads[:, None], rows].to(self.key.dtype) * self.scale
+        lse = scores.new_empty(*query.shape[:2], 1)
+        for group in self._score(query, keys, where, scores):
+            z = scores[group]
+            lse[group] = z.amax(-1, keepdim=True)
+            lse[group] -= torch.softmax(z, -1, out=z).amax(-1, keepdim=True).log_()
+        return lse
+
+    def _score(self, query: Tensor, keys: slice, where: Hidden, scores: Tensor) -> Iterator[slice]:
+        """Fill scores [U, C, n] group after group, -inf at hidden keys; each is handed out while it is still in the cache."""
+        for k, start, stop in self.groups:
+            z = scores[start:stop]
+            torch.mm(query[start:stop].flatten(0, 1), self.key[k, keys].mT, out=z.flatten(0, 1))
+            hide_(z, where, -torch.inf)
+            yield slice(start, stop)
 
     def log_sum_exp(self, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
         """[U, C, 1] of a finished forward: the given one, else from each row's largest entry, ln p = score - lse."""
         if self.lse is not None:
-            return self.lse[self.heads[:, None], rows, None].to(scores.dtype)
+            return self.given_lse(rows)
         return scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
+
+    def given_lse(self, rows: Tensor) -> Tensor:
+        """[U, C, 1]"""
+        return self.lse[self.heads[:, None], rows, None].to(self.key.dtype)
 
     def subtract_log_(self, x: Tensor, rows: Tensor, scores: Tensor, probabilities: Tensor) -> Tensor:
         """x -= ln p [U, C, n] of a finished forward, in place; +inf at hidden keys."""

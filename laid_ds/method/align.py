@@ -177,7 +177,6 @@ class Align(nn.Module):
     def _matching(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
         if student.beside is not None:
             return student.beside / student.query.shape[1]
-        student_sees_less = student.window is not None and (teacher.window is None or teacher.window > student.window)
         total, _ = attention_matching(
             student.query,
             student.key,
@@ -189,7 +188,7 @@ class Align(nn.Module):
             student_window=student.window,
             teacher_window=teacher.window,
             student_lse=student.lse,
-            teacher_lse=None if student_sees_less else teacher.lse,  # the teacher is compared over the keys that both see
+            teacher_lse=teacher.lse,
             omega=omega,
             segments=segments,
             rows=rows,

@@ -71,16 +71,17 @@ def by_hand(
                 continue
             alike = [n for n in range(m + 1) if segments is None or int(segments[b, n]) == segment]
             seen_s = [n for n in alike if student_window is None or m - n < student_window]
-            seen_t = [n for n in seen_s if teacher_window is None or m - n < teacher_window]
+            seen_t = [n for n in alike if teacher_window is None or m - n < teacher_window]
             where = positions[b].tolist() if positions is not None else list(range(S))
             w = torch.tensor([omega_at(omega, max(where[m] - where[n], 0)) for n in seen_s], dtype=torch.float64)
             w = w / w.mean()
-            a = torch.zeros(Ht, len(seen_s), dtype=torch.float64)
+            a = torch.zeros(Ht, S, dtype=torch.float64)
             for j in range(Ht):
-                a[j, [seen_s.index(n) for n in seen_t]] = torch.softmax(scores("teacher", b, j, t, seen_t, x["teacher_scale"]), 0)
+                a[j, seen_t] = torch.softmax(scores("teacher", b, j, t, seen_t, x["teacher_scale"]), 0)
+            a = a[:, seen_s]
             for i in range(Hs):
                 log_q = torch.log_softmax(scores("student", b, i, t, seen_s, x["student_scale"]), 0)
-                p = pi[i] @ a
+                p = pi[i] @ a / (pi[i] @ a.sum(1))
                 log_p = torch.where(p > 0, p, 1.0).log()
                 loss = loss + (w * (p * (log_p - log_q) - p + log_q.exp())).sum()
                 count += 1
@@ -113,6 +114,18 @@ def masks(x, seed=0):
     return {"segments": segments, "row_mask": torch.rand(B, T, generator=g) < 0.8, "positions": positions}
 
 
+def own_lse(x, side, window=None, segments=None):
+    """Log-sum-exp of one model's scaled scores over the keys that each row sees there."""
+    query, key = x[f"{side}_query"].detach(), x[f"{side}_key"].detach()
+    S = key.shape[2]
+    last = torch.arange(query.shape[2])[:, None] + x["query_offset"]
+    seen = (torch.arange(S) <= last) & (last - torch.arange(S) < (window or S))
+    if segments is not None:
+        seen = seen & (segments[:, last] == segments[:, None])
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * x[f"{side}_scale"]
+    return scores.masked_fill(~(seen if segments is None else seen[:, None]), -torch.inf).logsumexp(-1)
+
+
 TOP_3 = torch.tensor([[0, 3, 4], [5, 1, 2], [1, 0, 2], [3, 0, 5]])
 SITUATIONS = {
     "causal": {},
@@ -120,6 +133,14 @@ SITUATIONS = {
     "positions": {"use": ["positions"]},
     "windows": {"student_window": 7, "teacher_window": 4},
     "narrow student": {"student_window": 4, "teacher_window": 9},
+    "narrow student, top 2": {"student_window": 4, "teacher_heads": TOP_3[:, :2]},
+    "narrow student, one hot": {"student_window": 4, "teacher_heads": TOP_3[:, 2:]},
+    "narrow student, everything": {
+        "use": ["segments", "row_mask", "positions"],
+        "student_window": 6,
+        "teacher_window": 13,
+        "teacher_heads": TOP_3,
+    },
     "narrow teacher": {"teacher_window": 5},
     "top 2": {"teacher_heads": TOP_3[:, :2]},
     "one hot": {"teacher_heads": TOP_3[:, 2:]},
@@ -163,11 +184,109 @@ def test_awkward_sizes(T, Hs, Ks, Ht, Kt, implementation):
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
-@pytest.mark.parametrize("Ds, Dt, situation", [(256, 256, "everything"), (256, 256, "one hot"), (200, 16, "one hot"), (16, 130, "top 2")])
+@pytest.mark.parametrize(
+    "Ds, Dt, situation",
+    [
+        (256, 256, "everything"),
+        (256, 256, "one hot"),
+        (200, 16, "one hot"),
+        (16, 130, "top 2"),
+        (130, 256, "narrow student, everything"),
+    ],
+)
 def test_wide_heads(Ds, Dt, situation, omega, implementation):
     x = case(T=19, S=23, B=1, Ks=1, Ds=Ds, Dt=Dt)
     options = options_of(situation, x) | {"omega": omega}
     assert_same(run(x, **options, implementation=implementation), run(x, **options, implementation="reference"))
+
+
+SIZES = [  # T, S, (Hs, Ks, Ht, Kt), windows of student and teacher, rows
+    (1, 6, (1, 1, 2, 1), (1, None), None),
+    (2, 2, (4, 1, 4, 4), (1, None), None),
+    (37, 37, (7, 7, 4, 1), (3, 8), 9),
+    (41, 63, (4, 2, 6, 3), (5, None), None),
+    (41, 63, (4, 4, 28, 4), (16, 17), 12),
+]
+
+
+@pytest.mark.parametrize("mixed", [None, 2])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T, S, heads, windows, rows", SIZES)
+@pytest.mark.parametrize("implementation", FAST)
+def test_every_gradient_of_a_student_with_the_narrower_window(implementation, T, S, heads, windows, rows, packed, with_lse, mixed):
+    """Against autograd of the reference in float64; the log-sum-exps given are those of each model by itself."""
+    exact = implementation == "chunked"
+    x = case(T, S, **dict(zip(("Hs", "Ks", "Ht", "Kt"), heads, strict=True)), dtype=torch.float64 if exact else torch.float32)
+    segments = masks(x)["segments"] if packed else None
+    options = {"omega": OMEGAS[1], "segments": segments, "student_window": windows[0], "teacher_window": windows[1], "rows": rows}
+    if mixed:
+        options["teacher_heads"] = torch.stack([torch.arange(heads[0]) % heads[2], (torch.arange(heads[0]) + 1) % heads[2]], 1)
+    double = {n: v.detach().double().requires_grad_(n in NAMES) if torch.is_tensor(v) else v for n, v in x.items()}
+    seeded = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    want = run(double, **options, generator=seeded(), implementation="reference")
+    given = {f"{side}_lse": own_lse(x, side, w, segments) for side, w in zip(("student", "teacher"), windows, strict=True)}
+    got = run(x, **options, **(given if with_lse else {}), generator=seeded(), chunk_size=7, implementation=implementation)
+    assert_same(got, want, *((1e-10, 1e-10) if exact else ()))
+
+
+def three_keys(head_scores, student_scores, **options):
+    """Row 2 of three keys with these scores in the two teacher heads and in the student, whose window leaves out the first key."""
+    x = {"student_key": torch.eye(3)[None, None], "teacher_key": torch.eye(3)[None, None], "mixing_logits": torch.zeros(1, 2)}
+    x |= {"student_query": torch.zeros(1, 1, 3, 3), "teacher_query": torch.zeros(1, 2, 3, 3)}
+    x["student_query"][0, 0, 2], x["teacher_query"][0, :, 2] = torch.tensor(student_scores), torch.tensor(head_scores)
+    for name in NAMES:
+        x[name].requires_grad_()
+    row_mask = torch.tensor([[False, False, True]])
+    return run(x, student_scale=1.0, teacher_scale=1.0, student_window=2, row_mask=row_mask, **options)
+
+
+@pytest.mark.parametrize("teacher_heads", [None, torch.tensor([[1, 0]])], ids=["dense", "sparse"])
+@pytest.mark.parametrize("outside", [[math.log(0.01), math.log(0.99)], [2000.0, 2000.0]], ids=["1 % or 99 %", "nearly all"])
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_head_counts_by_its_mass_inside_the_window(implementation, outside, teacher_heads):
+    """Mass of 0.99 and 0.01 inside: the target is (0.90, 0.09) + (0.002, 0.008), not the mean of (0.91, 0.09) and (0.2, 0.8).
+
+    The same where both heads have e^2000 times as much outside.
+    """
+    inside = [[0.90, 0.09], [0.002, 0.008]]
+    scores = [[out, *map(math.log, head)] for out, head in zip(outside, inside, strict=True)]
+    how = {"teacher_heads": teacher_heads, "implementation": implementation}
+    loss, _, gradients = three_keys(scores, [0.0, math.log(0.902), math.log(0.098)], **how)
+    assert abs(float(loss)) < 1e-6
+    assert all(float(g.abs().max()) < 1e-4 for g in gradients)
+    loss, _, (_, _, d_mixing) = three_keys(scores, [0.0, math.log(0.5546), math.log(0.4454)], **how)
+    p, q = torch.tensor([0.902, 0.098]), torch.tensor([0.5546, 0.4454])
+    assert float(loss) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
+    b, share = torch.tensor([[0.90, 0.09], [0.002, 0.008]]), torch.tensor([0.99, 0.01])
+    wanted = share * ((b / share[:, None]) @ (p / q).log() - loss)  # rho_j (g_j - E)
+    torch.testing.assert_close(d_mixing[0], wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
+def test_one_head_is_renormalised_within_the_window(omega, implementation):
+    """As if its own window were the student's; for logits that leave one head, and for one chosen head, there bit for bit."""
+    x = case(S=45)
+    x["mixing_logits"] = (1e4 * torch.nn.functional.one_hot(TOP_3[:, 2], 6).float()).requires_grad_()
+    how = {"omega": omega, "student_window": 5, "implementation": implementation}
+    got, want = (run(x, teacher_window=window, **how) for window in (None, 5))
+    assert_same(got, want)
+    assert not got[2][2].any()
+    chosen = {"teacher_heads": TOP_3[:, 2:]} | how
+    got, want = (run(x, teacher_window=window, **chosen) for window in (8, 5))
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(g, w) for g, w in zip(got[2], want[2], strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize("student_window, teacher_window", [(37, None), (40, 50), (60, 37)])
+def test_windows_that_hide_nothing_change_no_bit(student_window, teacher_window, implementation):
+    x = case()
+    got = run(x, student_window=student_window, teacher_window=teacher_window, implementation=implementation)
+    want = run(x, implementation=implementation)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(g, w) for g, w in zip(got[2], want[2], strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -176,17 +295,19 @@ def test_chunk_size_changes_nothing(data):
     T = data.draw(st.integers(1, 40))
     x = case(T=T, S=T + data.draw(st.integers(0, 9)), seed=data.draw(st.integers(0, 99)))
     options = masks(x) | {"omega": data.draw(st.sampled_from(OMEGAS)), "student_window": data.draw(st.sampled_from([None, 1, 6]))}
+    options |= {"teacher_window": data.draw(st.sampled_from([None, 4, 9]))}
     assert_same(run(x, **options, chunk_size=data.draw(st.integers(1, 50))), run(x, **options, implementation="reference"))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
-@pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
-def test_packing_and_padding_change_nothing(omega, implementation):
+@pytest.mark.parametrize("omega, window", [*((omega, None) for omega in OMEGAS), (OMEGAS[1], 4)])
+def test_packing_and_padding_change_nothing(omega, window, implementation):
     lengths = [5, 1, 17, 8]
     alone = [case(T=n, B=1, seed=n) for n in lengths]
     for x in alone:
         x["mixing_logits"] = alone[0]["mixing_logits"]
-    singles = [run(x, omega=omega, implementation=implementation) for x in alone]
+    options = {"omega": omega, "student_window": window, "implementation": implementation}
+    singles = [run(x, **options) for x in alone]
     pad = 4
     packed = {
         n: torch.cat([x[n].detach() for x in alone] + [torch.ones_like(alone[0][n][:, :, :pad])], 2)
@@ -195,7 +316,7 @@ def test_packing_and_padding_change_nothing(omega, implementation):
     }
     packed = alone[0] | {n: t.requires_grad_(n in NAMES) for n, t in packed.items()}
     segments = torch.tensor([0, 1, 2, 3, -1]).repeat_interleave(torch.tensor([*lengths, pad]))[None]
-    loss, count, (d_query, d_key, d_mixing) = run(packed, omega=omega, segments=segments, chunk_size=6, implementation=implementation)
+    loss, count, (d_query, d_key, d_mixing) = run(packed, segments=segments, chunk_size=6, **options)
     want_query, want_key = (torch.cat([s[2][k] for s in singles], 2) for k in (0, 1))
     assert not d_query[:, :, -pad:].any()
     assert not d_key[:, :, -pad:].any()
@@ -229,9 +350,10 @@ def test_student_equal_to_teacher_has_no_loss_and_no_gradient(omega, implementat
 
 
 @pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
-def test_gradients_in_float64(omega):
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradients_in_float64(omega, window):
     x = case(T=6, B=1, Ht=4, Kt=2, Ds=4, dtype=torch.float64)
-    options = {"omega": omega, "segments": torch.tensor([[0, 0, 0, 0, 1, 1]])}
+    options = {"omega": omega, "segments": torch.tensor([[0, 0, 0, 0, 1, 1]]), "student_window": window}
 
     def reference(*learned):
         return attention_matching(**x | dict(zip(NAMES, learned, strict=True)), **options, implementation="reference")[0]
@@ -260,12 +382,12 @@ def test_low_precision_inputs_are_accumulated_in_float32(dtype, rtol, implementa
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 @pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_finite_at_extreme_logits_and_rows_that_see_one_key(dtype, omega, implementation):
+@pytest.mark.parametrize("dtype, window", [(torch.float32, None), (torch.float16, None), (torch.float32, 3)])
+def test_finite_at_extreme_logits_and_rows_that_see_one_key(dtype, window, omega, implementation):
     x = case(T=40, size=30.0, dtype=dtype)
     x["student_scale"] = x["teacher_scale"] = 1.5  # scores of about +-1e4
     segments = torch.tensor([[0] * 10 + list(range(1, 31)), [0] * 40])
-    loss, _, gradients = run(x, omega=omega, segments=segments, implementation=implementation)
+    loss, _, gradients = run(x, omega=omega, segments=segments, student_window=window, implementation=implementation)
     assert loss.isfinite()
     assert loss > 1000
     assert all(g.isfinite().all() for g in gradients)
@@ -296,11 +418,7 @@ def test_second_backward_is_a_clear_error(implementation):
 @pytest.mark.parametrize("implementation", FAST)
 def test_given_log_sum_exp_changes_nothing(implementation):
     x = case(Ds=16)
-    hidden = torch.full((37, 37), -torch.inf).triu(1)
-    lse = {}
-    for side in ("student", "teacher"):
-        query, key = x[f"{side}_query"].detach(), x[f"{side}_key"].detach().repeat_interleave(2, 1)
-        lse[f"{side}_lse"] = (query @ key.mT * x[f"{side}_scale"] + hidden).logsumexp(-1)
+    lse = {f"{side}_lse": own_lse(x, side) for side in ("student", "teacher")}
     want = run(x, implementation="reference")
     assert_same(run(x, **lse, implementation=implementation), want)
     wrong = run(x, **{name: value + 1 for name, value in lse.items()}, implementation=implementation)
@@ -308,9 +426,10 @@ def test_given_log_sum_exp_changes_nothing(implementation):
 
 
 @pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
-def test_row_sampling_is_unbiased(omega):
+@pytest.mark.parametrize("window", [None, 6])
+def test_row_sampling_is_unbiased(omega, window):
     x = case(T=60)
-    options = masks(x) | {"omega": omega}
+    options = masks(x) | {"omega": omega, "student_window": window}
     full, count = attention_matching(**x, **options)
     generator = torch.Generator().manual_seed(1)
     draws = [attention_matching(**x, **options, rows=12, generator=generator) for _ in range(200)]
@@ -327,14 +446,16 @@ def test_row_sampling_repeats_with_its_generator_and_is_exact_with_all_rows():
     assert_same(run(x, rows=10_000), run(x))
 
 
-def test_local_rows_against_gathered_keys_add_up():
+@pytest.mark.parametrize("window", [None, 5])
+def test_local_rows_against_gathered_keys_add_up(window):
     x = case(T=40)
     segments = masks(x)["segments"]
-    full = run(x, omega=OMEGAS[1], segments=segments)
+    options = {"omega": OMEGAS[1], "segments": segments, "student_window": window}
+    full = run(x, **options)
     parts = []
     for start, stop in ((0, 13), (13, 14), (14, 40)):
         local = x | {n: x[n][:, :, start:stop].detach().requires_grad_(n in NAMES) for n in ("student_query", "teacher_query")}
-        parts.append(run(local | {"query_offset": start}, omega=OMEGAS[1], segments=segments))
+        parts.append(run(local | {"query_offset": start}, **options))
     d_query = torch.cat([p[2][0] for p in parts], 2)
     assert_same(
         (sum(p[0] for p in parts), sum(p[1] for p in parts), (d_query, sum(p[2][1] for p in parts), sum(p[2][2] for p in parts))), full
@@ -374,7 +495,7 @@ BAD = {
     "rows": {"rows": 0},
     "teacher_heads": {"teacher_heads": torch.tensor([[0, 0]] * 4)},
     "student_lse": {"student_lse": torch.zeros(2, 6, 37)},
-    "teacher_lse": {"teacher_lse": torch.zeros(2, 6, 37), "student_window": 5},
+    "teacher_lse": {"teacher_lse": torch.zeros(2, 6, 36), "student_window": 5},
     "implementation": {"implementation": "magic"},
     "chunk_size": {"chunk_size": -1},
 }
@@ -407,8 +528,9 @@ def test_negative_or_undefined_omega_is_refused(field, value):
         Omega(**{field: value})
 
 
-def test_peak_memory_grows_no_faster_than_the_tokens():
+@pytest.mark.parametrize("student_window", [None, 512])
+def test_peak_memory_grows_no_faster_than_the_tokens(student_window):
     """A process of its own per size, as process memory never shrinks; one head's map of 8192 tokens alone would be 268 MB."""
-    short, long = (measure.added_peak_mb(bench.inputs, bench.ours, tokens) for tokens in (2048, 8192))
+    short, long = (measure.added_peak_mb(bench.inputs, bench.ours, tokens, "uniform", student_window) for tokens in (2048, 8192))
     assert long < 4 * short
     assert long < 200

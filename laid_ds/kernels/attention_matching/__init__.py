@@ -12,7 +12,7 @@ from torch import Tensor
 from laid_ds.kernels import checks
 from laid_ds.kernels.attention_matching.inside_attention import attention_and_matching
 from laid_ds.kernels.attention_matching.omega import UNIFORM, Omega
-from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture
+from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture, teacher_sides
 from laid_ds.kernels.switch import choose
 from laid_ds.kernels.visible import first_visible, row_weights
 
@@ -50,19 +50,20 @@ def attention_matching(
 
     student_query [B, H^s, T, D^s], student_key [B, K^s, S, D^s], teacher_query [B, H^t, T, D^t], teacher_key [B, K^t, S, D^t]: after RoPE,
         bfloat16, float16, float32 or float64; K divides H; query row t is the token of key t + query_offset.
-    mixing_logits [H^s, H^t]: student head i matches the teacher heads mixed by softmax(mixing_logits[i]).
+    mixing_logits [H^s, H^t]: student head i matches the teacher heads mixed by softmax(mixing_logits[i]), as far as it sees what they see.
     student_scale, teacher_scale: what each model multiplies its scores with.
     omega: the weight of a distance, normalised to mean 1 over the keys that a row sees, row by row.
     segments [B, S] int64: the packed sample of each key; ids grow along the keys; -1 is padding, never seen and never counted.
     row_mask [B, T] bool: the rows that count (default all). positions [B, S] int64: distances are differences of these, negative ones
         taken as 0 (default: token indices).
-    student_window, teacher_window: a row sees its own key and the window - 1 before it. The teacher is compared inside the student's
-        window: its softmax runs over the keys that both see.
+    student_window, teacher_window: a row sees its own key and the window - 1 before it (None: all). Where the student sees less than the
+        teacher, the mixture is conditioned on what it sees: mixed first, then renormalised once, so that a head counts by its mass there.
+        Where it sees more, the mixture is 0 on the rest.
     rows, generator: estimate from at most `rows` rows per batch element, stratified over its counted rows, unbiased; the count stays that
         of all counted rows.
     teacher_heads [H^s, k] int64: student head i mixes only these k distinct teacher heads.
-    student_lse [B, H^s, T], teacher_lse [B, H^t, T] float32: natural log-sum-exp of the scaled scores over the keys each row sees, to save
-        work; the gradient treats them as the functions of query and key that they are.
+    student_lse [B, H^s, T], teacher_lse [B, H^t, T] float32: natural log-sum-exp of the scaled scores over the keys each row sees in its
+        own model, to save work; the gradient treats them as the functions of query and key that they are.
     chunk_size: rows at once in "chunked" and in the dense form of "fused".
     implementation: "reference" (dense), "chunked" (any device), "fused" (Triton, CUDA), "auto" (fused where it can run, else chunked).
 
@@ -81,24 +82,22 @@ def attention_matching(
     for name, lse, query in (("student_lse", student_lse, student_query), ("teacher_lse", teacher_lse, teacher_query)):
         if lse is not None:
             checks.check_tensor(name, lse, query.shape[:3], (torch.float32, torch.float64), device)
-    teacher_is_cut = student_window is not None and (teacher_window is None or teacher_window > student_window)
-    if teacher_lse is not None and teacher_is_cut:
-        raise ValueError(
-            f"teacher_lse is given, but teacher_window {teacher_window} is cut to student_window {student_window}: expected None"
-        )
 
     student_first = first_visible(batch, tokens, query_offset, segments, student_window)
-    teacher_first = torch.maximum(student_first, first_visible(batch, tokens, query_offset, segments, teacher_window))
+    teacher_first = first_visible(batch, tokens, query_offset, segments, teacher_window)
     weight, count = row_weights(batch, tokens, query_offset, segments, row_mask, rows, generator)
+    own = Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse)
+    teacher, teacher_alone = teacher_sides(own, student_first, weight, teacher_heads)
     problem = Problem(
         Side(student_query.detach(), student_key.detach(), student_scale, student_first, student_lse),
-        Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse),
+        teacher,
+        teacher_alone,
         weight,
         positions,
         query_offset,
         omega,
         teacher_heads,
     )
-    mixing = mixture(mixing_logits.to(problem.dtype), teacher_heads)
+    mixing = mixture(mixing_logits.to(problem.dtype), teacher_heads, by_row=teacher_alone is not None)
     run = choose(__name__, "attention_matching", implementation, device)
     return run(problem, student_query, student_key, mixing, chunk_size), count * heads

@@ -74,7 +74,8 @@ class Comparison:
         heads = mixing.shape[1]
         self.problem, self.mixing, self.chunk_size = problem, mixing, chunk_size
         self.used = torch.arange(heads) if problem.teacher_heads is None else problem.teacher_heads.unique().cpu()
-        self.pi = mixing[:, self.used].to(problem.dtype)  # [H^s, U]
+        self.by_row = problem.teacher_alone is not None
+        self.pi = mixing[:, self.used].to(problem.dtype)  # [H^s, U], or its logits if each row makes its own
         self.d_pi, self.excess = torch.zeros_like(self.pi), self.pi.new_zeros(())
         self.omegas = _Omegas(problem, chunk_size)
         self.heads = (len(self.used), *[len(mixing)] * 4)
@@ -84,6 +85,7 @@ class Comparison:
         """Go on with batch element b, whose student attention is returned."""
         self.b, problem = b, self.problem
         self.student, self.teacher = problem.student.attention(b, problem), problem.teacher.attention(b, problem, self.used)
+        self.alone = problem.teacher_alone.attention(b, problem, self.used) if self.by_row else None
         self.see_the_same = torch.equal(self.student.first, self.teacher.first)
         return self.student
 
@@ -93,14 +95,22 @@ class Comparison:
         keys = student.keys_of(rows)
         a, z, q, p, g = self._maps(rows, keys)
         where = student.hidden(rows, keys)
-        teacher.forward(rows, keys, where if self.see_the_same else teacher.hidden(rows, keys), a, a)
+        where_taught = where if self.see_the_same else teacher.hidden(rows, keys)
+        if self.by_row:
+            shares = self._row_shares(rows, keys, where_taught, a)
+            torch.bmm(shares, a.transpose(0, 1), out=p.transpose(0, 1))
+        else:
+            teacher.forward(rows, keys, where_taught, a, a)
+            torch.mm(self.pi, a.flatten(1), out=p.flatten(1))
         query = student.forward(rows, keys, where, z, q)
-        torch.mm(self.pi, a.flatten(1), out=p.flatten(1))
         omega = self.omegas(self.b, rows, keys, where)
         tiny = torch.finfo(p.dtype).tiny
         student.subtract_log_(log_(torch.clamp_min(p, tiny, out=g)), rows, z, q).mul_(omega)  # omega ln(p / q)
         hide_(g, where, 0.0)
-        self.d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
+        if self.by_row:
+            self._add_row_shares(shares, torch.bmm(g.transpose(0, 1), a.permute(1, 2, 0)))
+        else:
+            self.d_pi.addmm_(g.flatten(1), a.flatten(1).mT)
         d_z = torch.sub(q, p, out=p).mul_(omega)
         shift = d_z.sum(-1, keepdim=True)
         self.excess += shift.sum()
@@ -113,6 +123,26 @@ class Comparison:
         query = self.student.forward(rows, keys, self.student.hidden(rows, keys), z, q)
         return Compared(keys, query, q, p.zero_(), p.new_zeros(len(p), len(rows), 1), g)
 
+    def _row_shares(self, rows: Tensor, keys: slice, where: Hidden, a: Tensor) -> Tensor:
+        """[C, H^s, U]: softmax of the logits + the log of each head's mass on the keys that both see; fills a [U, C, n] there."""
+        whole = self._whole(rows)
+        log_mass = self.teacher.softmax_(rows, keys, where, a) - whole  # [U, C, 1]
+        return (self.pi + log_mass.permute(1, 2, 0)).softmax(-1)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """[U, C, 1]: log-sum-exp of the teacher's scores over all keys that it sees; overwrites the first of `_maps`."""
+        if self.alone.lse is not None:
+            return self.alone.given_lse(rows)
+        keys = self.alone.keys_of(rows)
+        return self.alone.softmax_(rows, keys, self.alone.hidden(rows, keys), self._maps(rows, keys)[0])
+
+    def _add_row_shares(self, shares: Tensor, d_shares: Tensor) -> None:
+        """Add up the loss and its gradient to the logits from shares [C, H^s, U] and the gradient to them."""
+        terms = shares * d_shares
+        of_row = terms.sum(-1, keepdim=True)  # sum omega p ln(p / q)
+        self.d_pi += terms.addcmul_(shares, of_row, value=-1).sum(0)
+        self.excess += of_row.sum()
+
     def _maps(self, rows: Tensor, keys: slice) -> list[Tensor]:
         """Room for a chunk's scores and what becomes of them, [heads, C, n] each."""
         rows, keys = len(rows), keys.stop - keys.start
@@ -120,7 +150,7 @@ class Comparison:
 
     def loss(self) -> Tensor:
         """Of all chunks so far."""
-        return (self.pi * self.d_pi).sum() + self.excess  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
+        return self.excess if self.by_row else (self.pi * self.d_pi).sum() + self.excess  # sum omega p ln(p / q) = sum_j pi_ij dD/dpi_ij
 
     def d_mixing(self) -> Tensor:
         """[H^s, H^t]"""

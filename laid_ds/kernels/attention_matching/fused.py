@@ -161,7 +161,7 @@ def row_kernel(
     teacher_query,  # [B, H^t, R, D^t]
     teacher_key,  # [B, K^t, S, D^t]
     heads,  # [H^s, U] int32
-    pi,  # [H^s, U] float32
+    pi,  # [H^s, U] float32; BY_ROW: [B, H^s, U, R]
     student_lse,  # [B, H^s, R] float32, base 2
     teacher_lse,  # [B, H^t, R]
     student_first,  # [B, R] int32
@@ -172,7 +172,7 @@ def row_kernel(
     d_query,  # [B, H^s, R, D^s]
     excess,  # [B, H^s, R] float32: c = sum of omega (q - p)
     loss,  # [B, H^s, blocks] float32
-    d_pi,  # [B, H^s, blocks, U] float32
+    d_pi,  # [B, H^s, blocks, U] float32; BY_ROW: the gradient to the mixing logits
     student_scale,
     teacher_scale,  # both without log2(e)
     gamma,
@@ -192,6 +192,7 @@ def row_kernel(
     ONE: tl.constexpr,  # U is 1, and the loop over it gone
     KIND: tl.constexpr,
     NARROW: tl.constexpr,  # the teacher sees less than the student
+    BY_ROW: tl.constexpr,  # the student sees less than the teacher, and each row mixes by its own pi
     POSITIONS: tl.constexpr,  # distances are those of positions, else of tokens
     BACKWARD: tl.constexpr,
     BLOCK_DS: tl.constexpr,
@@ -215,7 +216,8 @@ def row_kernel(
     here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
     c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     choice = tl.arange(0, MOST_SPARSE_HEADS)
-    d_mix = tl.zeros([MOST_SPARSE_HEADS], tl.float32)
+    shares = pi + (b * HS + i) * U * R if BY_ROW else pi + i * U
+    d_mix = tl.zeros([M if BY_ROW else 1, MOST_SPARSE_HEADS], tl.float32)
     lead: tl.constexpr = 0 if KIND == UNIFORM and ONE else 1  # sweeps before those for d query
     parts: tl.constexpr = (DS + BLOCK_DS - 1) // BLOCK_DS
     start, stop = key_range(first, row_last, S, N)
@@ -243,7 +245,7 @@ def row_kernel(
                     a = teacher_rows(
                         teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                     )
-                    p += tl.load(pi + i * U + u) * a
+                    p += (tl.load(shares + u * R + rows, mask=ok, other=0.0)[:, None] if BY_ROW else tl.load(shares + u)) * a
             weight = row_norm[:, None]
             if KIND != UNIFORM:
                 there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
@@ -276,7 +278,8 @@ def row_kernel(
                             M,
                             N,
                         )
-                        d_mix += tl.where(choice == u, tl.sum(g * a), 0.0)
+                        d_share = tl.sum(g * a, 1)[:, None] if BY_ROW else tl.sum(g * a)
+                        d_mix += tl.where((choice == u)[None, :], d_share, 0.0)
             if BACKWARD and sweep >= lead:
                 if KIND != UNIFORM:
                     d -= q * c[:, None]
@@ -286,7 +289,10 @@ def row_kernel(
             store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M, (sweep - lead) * BLOCK_DS)
     partial_at = (b * HS + i) * tl.num_programs(0) + block
     tl.store(loss + partial_at, tl.sum(row_loss + c))
-    tl.store(d_pi + partial_at * U + choice, d_mix, mask=choice < U)
+    if BY_ROW:
+        own = tl.load(shares + choice[None, :] * R + rows[:, None], mask=ok[:, None] & (choice < U)[None, :], other=0.0)
+        d_mix = own * (d_mix - row_loss[:, None])
+    tl.store(d_pi + partial_at * U + choice, tl.sum(d_mix, 0), mask=choice < U)
     tl.store(excess + at + rows, c, mask=ok)
 
 
@@ -327,6 +333,7 @@ def column_kernel(
     ONE: tl.constexpr,  # U is 1, and the loop over it gone
     KIND: tl.constexpr,
     NARROW: tl.constexpr,
+    BY_ROW: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_DS: tl.constexpr,
     BLOCK_DT: tl.constexpr,
@@ -373,7 +380,10 @@ def column_kernel(
                     a = teacher_columns(
                         teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                     )
-                    p += tl.load(pi + i * U + u) * a
+                    if BY_ROW:
+                        p += tl.load(pi + ((b * HS + i) * U + u) * R + rows, mask=ok, other=0.0)[None, :] * a
+                    else:
+                        p += tl.load(pi + i * U + u) * a
             weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             if KIND != UNIFORM:
                 here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
@@ -392,7 +402,8 @@ def mix_kernel(
     teacher_scores,  # [H^t, C, n] float32, q . k
     student_scores,  # [H^s, C, n] float32
     d_scores,  # [H^s, C, n]: gradients of the scaled student scores
-    pi,  # [H^s, H^t] float32
+    pi,  # [H^s, H^t] float32; BY_ROW: the mixing logits
+    log_mass,  # [B, H^t, R] float32, base 2, read BY_ROW: how much of a teacher head's attention lies on keys that the student sees
     student_lse,  # as in row_kernel, like all without a comment
     teacher_lse,
     student_first,
@@ -401,7 +412,7 @@ def mix_kernel(
     norm,
     positions,
     loss,  # [C] float32
-    d_pi,  # [C, H^s, H^t] float32
+    d_pi,  # [C, H^s, H^t] float32: the gradient to `pi` as given
     b,
     row_start,
     key_start,
@@ -418,6 +429,7 @@ def mix_kernel(
     HS,
     HT,
     KIND: tl.constexpr,
+    BY_ROW: tl.constexpr,
     BLOCK_HS: tl.constexpr,
     BLOCK_HT: tl.constexpr,
     N: tl.constexpr,
@@ -432,7 +444,12 @@ def mix_kernel(
     i_ok, j_ok = i < HS, j < HT
     mixture = tl.load(pi + i[:, None] * HT + j[None, :], mask=i_ok[:, None] & j_ok[None, :], other=0.0)
     lse = tl.load(student_lse + (b.to(tl.int64) * HS + i) * R + row_start + row, mask=i_ok, other=0.0)
-    lse_t = tl.load(teacher_lse + (b.to(tl.int64) * HT + j) * R + row_start + row, mask=j_ok, other=0.0)
+    teacher_at = (b.to(tl.int64) * HT + j) * R + row_start + row
+    lse_t = tl.load(teacher_lse + teacher_at, mask=j_ok, other=0.0)
+    if BY_ROW:
+        shifted = mixture * LOG2E + tl.load(log_mass + teacher_at, mask=j_ok, other=-float("inf"))[None, :]
+        mixture = tl.exp2(shifted - tl.max(shifted, 1)[:, None])
+        mixture = tl.where(i_ok[:, None], mixture / tl.sum(mixture, 1)[:, None], 0.0)
     from_i = (i.to(tl.int64) * num_rows + row) * n
     from_j = (j.to(tl.int64) * num_rows + row) * n
     c, row_loss = tl.zeros([BLOCK_HS], tl.float32), tl.zeros([BLOCK_HS], tl.float32)
@@ -465,6 +482,8 @@ def mix_kernel(
                 d = (e - q * c[:, None]).to(d_scores.dtype.element_ty)
                 tl.store(d_scores + from_i[:, None] + column[None, :], d, mask=i_ok[:, None] & ok[None, :])
     tl.store(loss + row, tl.sum(row_loss))
+    if BY_ROW:
+        d_mix = mixture * (d_mix - tl.sum(mixture * d_mix, 1)[:, None])
     where = (row.to(tl.int64) * HS + i[:, None]) * HT + j[None, :]
     tl.store(d_pi + where, d_mix, mask=i_ok[:, None] & j_ok[None, :])
 
@@ -490,7 +509,7 @@ COLUMN_TILES = {
 
 
 def tile_options(table: dict, chip: int, student_dim: int, teacher_dim: int, plain: bool) -> dict[str, int]:
-    """Tile and launch sizes of row_kernel or column_kernel; `plain`: one head, teacher as wide as the student, token distances."""
+    """Tile and launch sizes of row_kernel or column_kernel; `plain`: one head, both see the same keys, token distances."""
     best, general = table[chip, max(student_dim, teacher_dim) > WIDEST_TILE]
     rows, keys, warps, stages = best if plain and best else general
     blocks = {"BLOCK_DS": min(tiles.block_d(student_dim), WIDEST_TILE), "BLOCK_DT": min(tiles.block_d(teacher_dim), WIDEST_TILE)}
@@ -531,22 +550,34 @@ def _log_sum_exp(side: Side, query: Tensor, key: Tensor, plan: tiles.Plan, first
 def _prepare(problem: Problem, used: Tensor | None) -> tuple[tiles.Plan, dict[str, Tensor]]:
     """The plan and the contiguous tensors that both forms read, named as the kernels' arguments."""
     student, teacher = problem.student, problem.teacher
-    plan = tiles.plan(problem.weight, student.first, problem.query_offset, student.query.device)
-    teacher_first = tiles.plan(problem.weight, teacher.first, problem.query_offset, student.query.device).first
+    plan, taught = (tiles.plan(problem.weight, side.first, problem.query_offset, student.query.device) for side in (student, teacher))
     x = {"student_query": plan.gather(student.query), "student_key": student.key.contiguous()}
     x |= {"teacher_query": plan.gather(teacher.query), "teacher_key": teacher.key.contiguous()}
     x["student_lse"] = _log_sum_exp(student, x["student_query"], x["student_key"], plan, plan.first, None)
-    x["teacher_lse"] = _log_sum_exp(teacher, x["teacher_query"], x["teacher_key"], plan, teacher_first, used)
-    x |= {"student_first": plan.first, "teacher_first": teacher_first, "last": plan.last}
+    x["teacher_lse"] = _log_sum_exp(teacher, x["teacher_query"], x["teacher_key"], plan, taught.first, used)
+    x |= {"student_first": plan.first, "teacher_first": taught.first, "last": plan.last}
     x["positions"] = tiles.positions_or_tokens(problem.positions, x["student_key"])
     return plan, x | {"norm": _norm(problem, plan, x["positions"])}
+
+
+def _log_mass(problem: Problem, plan: tiles.Plan, x: dict[str, Tensor], used: Tensor | None) -> Tensor:
+    """[B, H^t, R] base 2: the share of each teacher head's attention that lies on the keys that both see, 1 in rows that see none."""
+    alone = problem.teacher_alone
+    first = tiles.plan(problem.weight, alone.first, problem.query_offset, plan.first.device).first
+    whole = _log_sum_exp(alone, x["teacher_query"], x["teacher_key"], plan, first, used)
+    return torch.where((plan.first <= plan.last)[:, None], x["teacher_lse"] - whole, 0.0)
 
 
 def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing) by the row and the column pass."""
     choice = problem.teacher_heads
-    plan, x = _prepare(problem, choice.unique())
-    x |= {"heads": choice.int().contiguous(), "pi": mixing.gather(1, choice).contiguous()}
+    used = choice.unique()
+    plan, x = _prepare(problem, used)
+    by_row, pi = problem.teacher_alone is not None, mixing.gather(1, choice)
+    if by_row:
+        log_mass = _log_mass(problem, plan, x, used)[:, choice]  # [B, H^s, U, R]
+        pi = (pi[..., None] + log_mass * LN2.value).softmax(2)
+    x |= {"heads": choice.int().contiguous(), "pi": pi.contiguous()}
     (batch, heads, rows, size), (_, key_heads, keys, _) = x["student_query"].shape, x["student_key"].shape
     (_, teacher_heads, _, teacher_size), teacher_key_heads = x["teacher_query"].shape, x["teacher_key"].shape[1]
     new = partial(torch.empty, dtype=torch.float32, device=mixing.device)
@@ -555,7 +586,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= {"HS": heads, "KS": key_heads, "HT": teacher_heads, "KT": teacher_key_heads}
     x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind)}
     narrow, positions = not torch.equal(problem.student.first, problem.teacher.first), problem.positions is not None
-    x |= {"NARROW": narrow, "POSITIONS": positions, "excess": new(batch, heads, rows)}
+    x |= {"NARROW": narrow, "BY_ROW": by_row, "POSITIONS": positions, "excess": new(batch, heads, rows)}
     tile = partial(tile_options, chip=_chip(mixing.device), student_dim=size, teacher_dim=teacher_size)
     plain = choice.shape[1] == 1 and not narrow and not positions
 
@@ -580,6 +611,8 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
 def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing) by chunks of rows."""
     plan, x = _prepare(problem, None)
+    by_row = problem.teacher_alone is not None
+    x |= {"BY_ROW": by_row, "log_mass": _log_mass(problem, plan, x, None) if by_row else x["teacher_lse"]}
     names = ("student_query", "student_key", "teacher_query", "teacher_key")
     student_query, student_key, teacher_query, teacher_key = (x.pop(name) for name in names)
     (batch, heads, rows, _), (teacher_heads, keys) = student_query.shape, (teacher_query.shape[1], student_key.shape[2])
@@ -594,7 +627,7 @@ def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: b
     scratch = [new(teacher_heads * chunk_size * keys), new(heads * chunk_size * keys), student_query.new_empty(heads * chunk_size * keys)]
     held = torch.float32 if student_query.dtype is torch.float16 else student_query.dtype
     d_query, d_key = torch.zeros_like(student_query, dtype=held), torch.empty_like(student_key, dtype=held)
-    loss, d_pi = new(batch, rows), torch.zeros_like(mixing)
+    loss, d_pi = mixing.new_zeros(batch, rows), torch.zeros_like(mixing)
     for b in range(batch):
         d_key_b = torch.zeros_like(student_key[b], dtype=torch.float32)
         bounds = torch.stack([plan.first[b], plan.last[b]]).cpu()
@@ -602,7 +635,9 @@ def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: b
             chunk = slice(start, min(start + chunk_size, rows))
             num_rows = chunk.stop - start
             first, last = bounds[:, chunk][:, bounds[0, chunk] <= bounds[1, chunk]]
-            span = _aligned(int(first.min()), int(last.max()) + 1, keys) if len(first) else slice(0, 0)
+            if not len(first):
+                continue  # none of them counts
+            span = _aligned(int(first.min()), int(last.max()) + 1, keys)
             n = span.stop - span.start
             t, z, d = (s[: h * num_rows * n].view(h, num_rows, n) for s, h in zip(scratch, (teacher_heads, heads, heads), strict=True))
             query = student_query[b, :, chunk]

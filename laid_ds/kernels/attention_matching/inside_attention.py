@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from laid_ds.kernels.attention_matching.chunked import Comparison, default_chunk_size, keys_last
 from laid_ds.kernels.attention_matching.omega import Omega
-from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture
+from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture, teacher_sides
 from laid_ds.kernels.visible import first_visible, row_chunks, row_weights
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,19 +49,18 @@ def attention_and_matching(
 
     first [B, T] int64 on the CPU: row t of the student sees the keys first .. t, as `attend` does; where segments [B, T] are not -1 these
         must be the keys of its segment (and window).
-    teacher_lse: over the keys that the teacher sees; it is not used where the student sees fewer. All else as in attention_matching.
+    All else as in attention_matching.
     """
     batch, _, tokens, _ = query.shape
     weight, _ = row_weights(batch, tokens, 0, segments, None)
-    own_first = first_visible(batch, tokens, 0, segments, teacher_window)
-    is_cut = bool((first > own_first)[weight > 0].any())  # to what the student sees
-    lse = None if is_cut else teacher_lse
-    teacher = Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, torch.maximum(first, own_first), lse)
+    teacher_first = first_visible(batch, tokens, 0, segments, teacher_window)
+    own = Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse)
+    teacher, teacher_alone = teacher_sides(own, first, weight, None)
 
     def problem_of(query: Tensor, key: Tensor, lse: Tensor, upstream: float) -> Problem:
-        return Problem(Side(query, key, scale, first, lse), teacher, weight * upstream, None, 0, omega, None)
+        return Problem(Side(query, key, scale, first, lse), teacher, teacher_alone, weight * upstream, None, 0, omega, None)
 
-    mixing = mixture(mixing_logits.to(query.dtype), None)
+    mixing = mixture(mixing_logits.to(query.dtype), None, by_row=teacher_alone is not None)
     return _AttentionAndMatching.apply(attend, problem_of, report, chunk_size, query, key, value, mixing)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class Problem:
     """Student against teacher. `weight` says which rows count and how much (see `visible.row_weights`)."""
 
     student: Side
-    teacher: Side
+    teacher: Side  # over the keys that both see
+    teacher_alone: Side | None  # over all keys that it sees, where the mixture needs that (see `teacher_sides`)
     weight: Tensor  # [B, T] float64 on the CPU
     positions: Tensor | None  # [B, S] int64
     query_offset: int
@@ -46,13 +47,30 @@ class Side:
         return Attention(self.query[b], self.key[b], self.scale, self.first[b], problem.query_offset, problem.dtype, lse, heads)
 
 
-def mixture(logits: Tensor, teacher_heads: Tensor | None) -> Tensor:
-    """Row softmax of logits [H^s, H^t], over `teacher_heads` [H^s, k] only where given."""
+def teacher_sides(own: Side, student_first: Tensor, weight: Tensor, teacher_heads: Tensor | None) -> tuple[Side, Side | None]:
+    """(the teacher over the keys that both see, `own` over all that it sees or None) for a problem.
+
+    The second is None where the mixture is the same for all rows: where each row that counts (weight [B, T] > 0) shows the student all that
+    the teacher sees, or where there is one head to mix.
+    """
+    is_cut = bool((student_first > own.first)[weight > 0].any())
+    both = replace(own, first=torch.maximum(student_first, own.first), lse=None if is_cut else own.lse)
+    mixed = own.query.shape[1] if teacher_heads is None else teacher_heads.shape[-1]
+    return both, own if is_cut and mixed > 1 else None
+
+
+def mixture(logits: Tensor, teacher_heads: Tensor | None, by_row: bool) -> Tensor:
+    """`mixing` [H^s, H^t]: the row softmax of logits [H^s, H^t], or `by_row`, where each row makes its own (see README.md), the logits.
+
+    With teacher_heads [H^s, k] the other heads are left out: their entries are 0, or -inf.
+    """
     if teacher_heads is None:
-        return logits.softmax(-1)
+        return logits if by_row else logits.softmax(-1)
     heads, choices = logits.shape
     checks.check_tensor("teacher_heads", teacher_heads, (heads, None), (torch.int64,), logits.device)
     ordered = teacher_heads.sort(-1).values
     if not (ordered.min() >= 0 and ordered.max() < choices and (ordered.diff(dim=-1) > 0).all()):
         raise ValueError(f"teacher_heads is {teacher_heads.tolist()}: expected distinct heads from 0 to {choices - 1} in each row")
-    return torch.zeros_like(logits).scatter(-1, teacher_heads, logits.gather(-1, teacher_heads).softmax(-1))
+    chosen = logits.gather(-1, teacher_heads)
+    none, chosen = (torch.full_like(logits, -torch.inf), chosen) if by_row else (torch.zeros_like(logits), chosen.softmax(-1))
+    return none.scatter(-1, teacher_heads, chosen)

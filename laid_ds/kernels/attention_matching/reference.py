@@ -14,9 +14,10 @@ from laid_ds.kernels.attention_matching.problem import Problem, Side
 def attention_matching(
     problem: Problem, student_query: Tensor, student_key: Tensor, mixing: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """Sum over counted rows m and heads i of D_i(m), see README.md. mixing [H^s, H^t] has rows that sum to 1. Gradients by autograd.
+    """Sum over counted rows m and heads i of D_i(m), see README.md. Gradients by autograd; `chunk_size` has no meaning here.
 
-    `chunk_size` has no meaning here.
+    mixing [H^s, H^t] has rows that sum to 1; with problem.teacher_alone it has logits, to which each row adds the logarithm of each teacher
+    head's mass on the keys that the student sees.
     """
     dtype, device = problem.dtype, student_query.device
     last = torch.arange(student_query.shape[2], device=device) + problem.query_offset  # [T]
@@ -27,8 +28,15 @@ def attention_matching(
     q = log_q.exp() * visible
     with torch.no_grad():
         scores = _scores(teacher.query, teacher.key, teacher.scale, dtype)
-        a = scores.masked_fill(~_visible(teacher, last), -torch.inf).softmax(-1)  # [B, H^t, T, S]
-    p = torch.einsum("ij,bjts->bits", mixing, a)  # [B, H^s, T, S]
+        inside = scores.masked_fill(~_visible(teacher, last), -torch.inf)
+        a = inside.softmax(-1)  # [B, H^t, T, S]
+    if problem.teacher_alone is None:
+        p = torch.einsum("ij,bjts->bits", mixing, a)  # [B, H^s, T, S]
+    else:
+        whole = scores.masked_fill(~_visible(problem.teacher_alone, last), -torch.inf)
+        log_mass = inside.logsumexp(-1) - whole.logsumexp(-1)  # [B, H^t, T]
+        shares = (mixing[:, :, None] + log_mass[:, None]).softmax(2)  # [B, H^s, H^t, T]: pi mu / sum of pi mu
+        p = torch.einsum("bijt,bjts->bits", shares, a)
     log_p = p.clamp_min(torch.finfo(dtype).tiny).log()  # 0 ln 0 = 0
     divergence = (_weights(problem, visible, last, dtype) * (p * (log_p - log_q) - p + q)).sum(-1)  # [B, H^s, T]
     return (divergence * problem.weight.to(device, dtype)[:, None]).sum()
