@@ -19,6 +19,7 @@ SITUATIONS = {
     "packed": (PACKED, None, None),
     "narrow teacher": (NONE, None, 6),
     "narrow student": (PACKED, 7, None),
+    "narrower student": (PADDED, 4, 9),
     "both narrow": (PACKED, 7, 7),
 }
 
@@ -99,7 +100,7 @@ def test_it_is_attention_and_matching(situation, omega):
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_the_teachers_log_sum_exp_changes_nothing(situation):
-    """Also where the student sees less than the teacher, whose own is then of no use."""
+    """Also where the student sees less than the teacher, whose own then says how much of each head that is."""
     x, (segments, student_window, teacher_window) = arguments(), SITUATIONS[situation]
     first, teacher_first = (first_visible(2, 37, 0, segments, window) for window in (student_window, teacher_window))
     value = torch.zeros_like(x["teacher_key"])
@@ -117,12 +118,15 @@ def test_padding_that_attention_sees_but_matching_does_not():
 @pytest.mark.parametrize("T", [1, 2, 63])
 def test_awkward_sizes(T, Hs, Ks, Ht, Kt):
     segments = torch.zeros(1, T, dtype=torch.long)
-    check(arguments(T=T, B=1, Hs=Hs, Ks=Ks, Ht=Ht, Kt=Kt), segments.clone(), segments, OMEGAS[2], None, None)
+    for window in (None, 5):
+        first = first_visible(1, T, 0, segments, window)
+        check(arguments(T=T, B=1, Hs=Hs, Ks=Ks, Ht=Ht, Kt=Kt), first, segments, OMEGAS[2], window, None)
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("factor", [-3.5, 1e-9])
-def test_any_factor(factor):
-    check(arguments(), torch.zeros_like(NONE), NONE, OMEGAS[1], None, None, factor=factor)
+def test_any_factor(factor, window):
+    check(arguments(), first_visible(2, 37, 0, NONE, window), NONE, OMEGAS[1], window, None, factor=factor)
 
 
 @pytest.mark.parametrize("factor", [None, 0.0])
@@ -147,14 +151,18 @@ def test_matching_alone():
     torch.testing.assert_close((*found[:2], found[3]), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_float32_at_a_length_with_several_chunks():
-    check(arguments(torch.float32, T=700, B=1, Ds=32), *[torch.zeros(1, 700, dtype=torch.long)] * 2, OMEGAS[1], None, None, tolerance=3e-4)
+@pytest.mark.parametrize("window", [None, 50])
+def test_float32_at_a_length_with_several_chunks(window):
+    segments = torch.zeros(1, 700, dtype=torch.long)
+    first = first_visible(1, 700, 0, segments, window)
+    check(arguments(torch.float32, T=700, B=1, Ds=32), first, segments, OMEGAS[1], window, None, tolerance=3e-4)
 
 
-def test_finite_at_extreme_logits():
+@pytest.mark.parametrize("window", [None, 3])
+def test_finite_at_extreme_logits(window):
     x = arguments(torch.float32, size=30.0)
     x["student_scale"] = x["teacher_scale"] = 1.5
-    out, matching, seen = together(x, torch.zeros_like(NONE), NONE, OMEGAS[1])
+    out, matching, seen = together(x, first_visible(2, 37, 0, NONE, window), NONE, OMEGAS[1])
     assert all(g.isfinite().all() for g in gradients(x, out, matching, 1e-3))
     assert seen[0].isfinite()
 

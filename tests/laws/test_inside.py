@@ -8,15 +8,15 @@ import torch
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.distill import Ask
 from laid_ds.models.attention import enable_checkpointing, last_hidden_state
-from tests.laws.test_packing import TERMS, pair_of
+from tests.laws.test_packing import CROSSED, TERMS, pair_of
 
 OMEGA = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
 ASK = Ask({"align": 1.0, "match": 0.3, "kl": 1.0, "sft": 1.0}, OMEGA)
 
 
-def step(world, batch, inside: bool, checkpointing=False, match_rows=None):
+def step(world, batch, inside: bool, checkpointing=False, match_rows=None, pairs="proportional"):
     """Sums, gradients, and the layers whose attention matched."""
-    student, teacher = pair_of(world, lse=inside)
+    student, teacher = pair_of(world, inside, pairs)
     student.match_rows = match_rows
     if checkpointing:
         enable_checkpointing(student.train().model, offload=checkpointing == "offload")
@@ -27,11 +27,12 @@ def step(world, batch, inside: bool, checkpointing=False, match_rows=None):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "offload"])
+@pytest.mark.parametrize("pairs", ["proportional", CROSSED], ids=["same windows", "other windows"])
 @pytest.mark.parametrize("packed, layers", [(False, [1]), (True, [0, 1])])  # a window over padded rows is a dense mask
-def test_it_is_matching_by_itself(world, packed, layers, checkpointing):
+def test_it_is_matching_by_itself(world, packed, layers, pairs, checkpointing):
     batch = world.batch(packed=packed)
-    sums, gradients, inside = step(world, batch, True, checkpointing)
-    wanted, wanted_gradients, apart = step(world, batch, False)
+    sums, gradients, inside = step(world, batch, True, checkpointing, pairs=pairs)
+    wanted, wanted_gradients, apart = step(world, batch, False, pairs=pairs)
     assert (inside, apart) == (layers, [])
     assert sums == pytest.approx(wanted, rel=1e-5)
     assert gradients.keys() == wanted_gradients.keys()

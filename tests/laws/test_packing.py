@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,11 +42,14 @@ def prepare_of(world, packs: bool) -> Prepare:
     return Prepare(Renderer(processor, Pixels(), positions=rule), processor.tokenizer.pad_token_id, questions=2, packs=packs)
 
 
-def pair_of(world, lse: bool):
+CROSSED = [(0, 1), (1, 0)]  # in the Qwen2.5-VL world layer 0 has a sliding window: a student with the narrower one, and a teacher
+
+
+def pair_of(world, lse: bool, pairs="proportional"):
     """(student, teacher) with gains that are not 1, matching both layers."""
     taps, models = (Tap([0, 1], lse=lse), Tap([0, 1], lse=lse)), (world.load("student"), world.load("teacher"))
     shapes = [attention_shape(model.config) for model in models]
-    align = Align(Options(start_logit=1.0), layer_pairs("proportional", 2, 2), *shapes, gain_shapes(models[0]))
+    align = Align(Options(start_logit=1.0), layer_pairs(pairs, 2, 2), *shapes, gain_shapes(models[0]))
     for theta in align.gain.values():
         torch.nn.init.normal_(theta, generator=torch.Generator().manual_seed(1))
     layout = family(models[0].config).layout
@@ -55,9 +60,9 @@ def pair_of(world, lse: bool):
     )
 
 
-def step(world, batches, lse: bool = True):
+def step(world, batches, lse: bool = True, pairs="proportional"):
     """Sums of all terms over the batches, counts, and the gradient of every parameter."""
-    student, teacher = pair_of(world, lse)
+    student, teacher = pair_of(world, lse, pairs)
     omega = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
     totals, counts = dict.fromkeys(TERMS, 0.0), {}
     for batch in batches:
@@ -86,7 +91,8 @@ def test_a_packed_row_is_its_samples_alone(worlds, name):
     assert packed.labels.shape[0] == 1
     assert packed.counts()["places"] == packed.counts()["tokens"]  # no padding, and no stand-in where others bring images
     alone = [prepare_of(world, False)([item]) for item in items]
-    assert_same(step(world, [packed]), step(world, alone))
+    for pairs in ("proportional", CROSSED):
+        assert_same(step(world, [packed], pairs=pairs), step(world, alone, pairs=pairs))
 
 
 def test_padded_rows_are_their_samples_alone(worlds):
@@ -109,8 +115,8 @@ def test_a_row_without_any_image_ends_with_a_stand_in_that_changes_nothing(world
 def test_the_log_sum_exp_of_attention_changes_nothing(worlds):
     """Matching is given what attention computed anyway, or computes it again: the same losses and gradients."""
     world = worlds("qwen2_5_vl")
-    for batch in (world.batch(), world.batch(packed=True)):
-        assert_same(step(world, [batch], lse=True), step(world, [batch], lse=False))
+    for batch, pairs in itertools.product((world.batch(), world.batch(packed=True)), ("proportional", CROSSED)):
+        assert_same(step(world, [batch], True, pairs), step(world, [batch], False, pairs))
 
 
 @pytest.fixture(scope="module")
