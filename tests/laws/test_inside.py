@@ -9,6 +9,7 @@ from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.distill import Ask
 from laid_ds.models.attention import enable_checkpointing, last_hidden_state
 from tests.laws.test_packing import CROSSED, TERMS, pair_of
+from tests.support.training import dense_sums
 
 OMEGA = Omega(kind="frontier", gamma=4.0, frontier=5.0, width=2.0)
 ASK = Ask({"align": 1.0, "match": 0.3, "kl": 1.0, "sft": 1.0}, OMEGA)
@@ -37,6 +38,25 @@ def test_it_is_matching_by_itself(world, packed, layers, pairs, checkpointing):
     assert sums == pytest.approx(wanted, rel=1e-5)
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("pairs", ["proportional", CROSSED], ids=["same windows", "other windows"])
+def test_it_is_the_definition_written_out(world, pairs, inside):
+    """The student's layer with the narrower window is compared with the teacher's mixture inside that window."""
+    batch = world.batch(samples=1)
+    assert batch.labels.shape[1] > 2 * 10  # tokens of the window
+    sums, gradients, _ = step(world, batch, inside, pairs=pairs)
+    student, teacher = pair_of(world, inside, pairs)
+    mixing = student.align.mixing["0"]
+    wanted = dense_sums(student.model, teacher.model, (student.tap, teacher.tap), student.align.pairs, mixing, batch, OMEGA)
+    assert sums == pytest.approx({term: value.item() for term, value in wanted.items()}, rel=2e-5)
+    sum(ASK.factors[term] * value for term, value in wanted.items()).backward()
+    own = {name: p.grad for name, p in student.named_parameters() if p.grad is not None and not name.startswith("align.mixing")}
+    found = gradients["align.mixing.0"] + gradients["align.mixing.1"]
+    torch.testing.assert_close(found, mixing.grad, rtol=2e-4, atol=2e-6)
+    for name, gradient in own.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=2e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-7, msg=name)
 
 

@@ -78,7 +78,7 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
         sums, counts = dict.fromkeys(("sft", "kl", "align", "match"), 0.0), {"rows": 0, "tokens": 0, "samples": 0}
         omega = schedule.omega(schedule.progress(step, run.steps), run.match)
         for batch in chain.from_iterable(islice(stream, global_batch)):
-            for name, value in _dense_sums(student, teacher, taps, pairs, mixing, batch, omega).items():
+            for name, value in dense_sums(student, teacher, taps, pairs, mixing, batch, omega).items():
                 sums[name] = sums[name] + value
             counts = {name: value + batch.counts()[name] for name, value in counts.items()}
         means = {
@@ -108,7 +108,8 @@ def _samples(stream: Stream) -> Iterator[list[Batch]]:
     return iter(stream)
 
 
-def _dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str, torch.Tensor]:
+def dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str, torch.Tensor]:
+    """The sums of all terms for one unpadded sample, with one mixture for all pairs."""
     rows, targets = batch.supervised[0], batch.labels[0][batch.supervised[0]]
     with taps[0].open() as ours:
         student_logits = student.lm_head(student.model(**batch.inputs, use_cache=False).last_hidden_state[0][rows])
@@ -129,7 +130,9 @@ def _dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str
             relative = (mine - target).square().sum((1, 2)) / target.detach().square().sum((1, 2))
             sums["align"] = sums["align"] + relative.mean() / len(pairs)
         q, p = _attention(ours[s], 2), torch.einsum("ij,jmn->imn", weights, _attention(theirs[t], 4))
-        weight = _omega(omega, q.shape[-1])
+        visible = _visible(q.shape[-1], ours[s].window)
+        p = p * visible / (p * visible).sum(-1, keepdim=True)
+        weight = _omega(omega, visible)
         terms = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log()), 0.0) - p + q
         sums["match"] = sums["match"] + (weight * terms).sum((1, 2)).mean() / len(pairs)
     return sums
@@ -137,13 +140,19 @@ def _dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str
 
 def _attention(heads, number: int) -> torch.Tensor:
     query, key = heads.query[0], heads.key[0].repeat_interleave(number // heads.key.shape[1], 0)
-    tokens = query.shape[1]
-    scores = (query @ key.mT * heads.scale).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    scores = (query @ key.mT * heads.scale).masked_fill(~_visible(query.shape[1], heads.window), -torch.inf)
     return scores.softmax(-1)
 
 
-def _omega(omega, tokens: int) -> torch.Tensor:
-    delta = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
-    visible = delta >= 0
+def _delta(tokens: int) -> torch.Tensor:
+    return torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+
+
+def _visible(tokens: int, window: int | None) -> torch.Tensor:
+    return (_delta(tokens) >= 0) & (_delta(tokens) < (window or tokens))
+
+
+def _omega(omega, visible: torch.Tensor) -> torch.Tensor:
+    delta = _delta(len(visible))
     weight = (1 + omega.gamma * torch.sigmoid((delta - omega.frontier) / omega.width)) * visible
     return weight / (weight.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True))
