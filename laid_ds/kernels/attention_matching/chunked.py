@@ -75,7 +75,7 @@ class Comparison:
         self.problem, self.mixing, self.chunk_size = problem, mixing, chunk_size
         self.used = torch.arange(heads) if problem.teacher_heads is None else problem.teacher_heads.unique().cpu()
         self.by_row = problem.teacher_alone is not None
-        self.pi = mixing[:, self.used].to(problem.dtype)  # [H^s, U], or its logits if each row makes its own
+        self.pi = mixing[:, self.used].to(problem.dtype)  # [H^s, U]; by row the logits
         self.d_pi, self.excess = torch.zeros_like(self.pi), self.pi.new_zeros(())
         self.omegas = _Omegas(problem, chunk_size)
         self.heads = (len(self.used), *[len(mixing)] * 4)
@@ -124,20 +124,20 @@ class Comparison:
         return Compared(keys, query, q, p.zero_(), p.new_zeros(len(p), len(rows), 1), g)
 
     def _row_shares(self, rows: Tensor, keys: slice, where: Hidden, a: Tensor) -> Tensor:
-        """[C, H^s, U]: softmax of the logits + the log of each head's mass on the keys that both see; fills a [U, C, n] there."""
+        """rho [C, H^s, U] of README.md, the rows' own pi; fills a [U, C, n] with the teacher's attention over the keys that both see."""
         whole = self._whole(rows)
         log_mass = self.teacher.softmax_(rows, keys, where, a) - whole  # [U, C, 1]
         return (self.pi + log_mass.permute(1, 2, 0)).softmax(-1)
 
     def _whole(self, rows: Tensor) -> Tensor:
-        """[U, C, 1]: log-sum-exp of the teacher's scores over all keys that it sees; overwrites the first of `_maps`."""
+        """[U, C, 1]: log-sum-exp of the teacher's scores over all keys that it sees; where it is not given, through the room for `a`."""
         if self.alone.lse is not None:
             return self.alone.given_lse(rows)
         keys = self.alone.keys_of(rows)
         return self.alone.softmax_(rows, keys, self.alone.hidden(rows, keys), self._maps(rows, keys)[0])
 
     def _add_row_shares(self, shares: Tensor, d_shares: Tensor) -> None:
-        """Add up the loss and its gradient to the logits from shares [C, H^s, U] and the gradient to them."""
+        """Add up the first part of the loss and the gradient to the logits, from rho [C, H^s, U] and the gradient to it."""
         terms = shares * d_shares
         of_row = terms.sum(-1, keepdim=True)  # sum omega p ln(p / q)
         self.d_pi += terms.addcmul_(shares, of_row, value=-1).sum(0)
@@ -150,7 +150,9 @@ class Comparison:
 
     def loss(self) -> Tensor:
         """Of all chunks so far."""
-        return self.excess if self.by_row else (self.pi * self.d_pi).sum() + self.excess  # sum omega p ln(p / q) = sum_j pi_ij dD/dpi_ij
+        if self.by_row:
+            return self.excess
+        return (self.pi * self.d_pi).sum() + self.excess  # sum omega p ln(p / q) = sum over j of pi_ij dD/dpi_ij
 
     def d_mixing(self) -> Tensor:
         """[H^s, H^t]"""
