@@ -47,8 +47,8 @@ def cases(dims: list[int], chip: int) -> Iterator[tuple[str, object, dict]]:
             for case, masks in MASKS.items():
                 values = {"DS": dim, "DT": dim, "KIND": kind} | {name: name in masks for name in ("NARROW", "BY_ROW", "POSITIONS")}
                 label = f"D={dim} omega={fused.KINDS[kind]} {case}"
-                tables = fused.ROW_TILES, fused.COLUMN_TILES
-                row, column = (fused.tile_options(table, chip, dim, dim, plain=case == "one head") for table in tables)
+                how = {"plain": case == "one head", "by_row": "BY_ROW" in masks}
+                row, column = (fused.tile_options(kernel, chip, dim, dim, **how) for kernel in ("row", "column"))
                 yield f"row {label}", fused.row_kernel, values | {"BACKWARD": True} | row
                 yield f"column {label}", fused.column_kernel, values | column
     for kind in (0, 1, 2):

@@ -30,10 +30,11 @@ def test_every_kernel_chip_and_head_dim_is_there():
             assert f"lse D={dim} {chip}" in KERNELS
             assert f"profile D={dim} {chip}" in KERNELS
             for omega in ("uniform", "frontier", "power"):
-                for case in ("one head", "many heads", "positions and windows"):
+                for case in ("one head", "many heads", "positions and windows", "narrow student"):
                     assert {f"{kernel} D={dim} omega={omega} {case} {chip}" for kernel in ("row", "column")} <= KERNELS.keys()
         for heads in (28, 16):
             assert f"mix H={heads} and 40 omega=frontier {chip}" in KERNELS
+            assert f"mix H={heads} and 40 omega=frontier narrow student {chip}" in KERNELS
 
 
 @pytest.mark.parametrize("name", KERNELS)

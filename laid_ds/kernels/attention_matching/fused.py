@@ -506,11 +506,16 @@ COLUMN_TILES = {
     (100, False): (None, (32, 128, 8, 2)),
     (100, True): (None, (16, 128, 8, 2)),
 }
+# the same where the rows mix by their own pi, as far as it asks for others
+BY_ROW_TILES = {("row", 100, True): (128, 16, 8, 1), ("column", 100, False): (16, 128, 8, 2), ("column", 100, True): (16, 128, 8, 1)}
 
 
-def tile_options(table: dict, chip: int, student_dim: int, teacher_dim: int, plain: bool) -> dict[str, int]:
-    """Tile and launch sizes of row_kernel or column_kernel; `plain`: one head, both see the same keys, token distances."""
-    best, general = table[chip, max(student_dim, teacher_dim) > WIDEST_TILE]
+def tile_options(kernel: str, chip: int, student_dim: int, teacher_dim: int, plain: bool, by_row: bool) -> dict[str, int]:
+    """Tile and launch sizes of the "row" or "column" kernel; `plain`: one head, both see the same keys, token distances."""
+    wide = max(student_dim, teacher_dim) > WIDEST_TILE
+    best, general = (ROW_TILES if kernel == "row" else COLUMN_TILES)[chip, wide]
+    if by_row:
+        general = BY_ROW_TILES.get((kernel, chip, wide), general)
     rows, keys, warps, stages = best if plain and best else general
     blocks = {"BLOCK_DS": min(tiles.block_d(student_dim), WIDEST_TILE), "BLOCK_DT": min(tiles.block_d(teacher_dim), WIDEST_TILE)}
     return blocks | {"ONE": bool(plain and best), "M": rows, "N": keys, "num_warps": warps, "num_stages": stages}
@@ -587,10 +592,10 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind)}
     narrow, positions = not torch.equal(problem.student.first, problem.teacher.first), problem.positions is not None
     x |= {"NARROW": narrow, "BY_ROW": by_row, "POSITIONS": positions, "excess": new(batch, heads, rows)}
-    tile = partial(tile_options, chip=_chip(mixing.device), student_dim=size, teacher_dim=teacher_size)
     plain = choice.shape[1] == 1 and not narrow and not positions
+    how = {"chip": _chip(mixing.device), "student_dim": size, "teacher_dim": teacher_size, "plain": plain, "by_row": by_row}
 
-    options = tile(ROW_TILES, plain=plain)
+    options = tile_options("row", **how)
     blocks = triton.cdiv(rows, options["M"])
     held = torch.float32 if problem.student.query.dtype is torch.float16 else problem.student.query.dtype
     d_query = new(batch, heads, rows, size, dtype=held) if backward else x["student_query"]
@@ -600,7 +605,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     if not backward:
         return loss.sum(), None, None, d_mixing
 
-    options = tile(COLUMN_TILES, plain=plain)
+    options = tile_options("column", **how)
     d_key = new(batch, key_heads, keys, size, dtype=held)
     ranges = plan.row_range(keys, options["N"])
     grid = triton.cdiv(keys, options["N"]), key_heads * triton.cdiv(size, options["BLOCK_DS"]), batch
