@@ -156,7 +156,7 @@ def score(
 
 @app.command()
 def index(folder: Folder, jobs: Jobs = CORES, json: Json = False) -> None:
-    """Make the index files anew from whole shards.
+    """Make the index files anew from whole shards. What others wrote is left alone and named.
 
     Example: laid-data index shards/chat
     """
@@ -187,6 +187,8 @@ def verify(
 @app.command()
 def repair(folder: Folder, jobs: Jobs = CORES, json: Json = False) -> None:
     """Keep every whole sample, name the others, index anew. A damaged shard stays as NAME.damaged; exit code 1 if samples were lost.
+
+    What others wrote is left alone and named.
 
     Example: laid-data repair shards/chat
     """
