@@ -20,6 +20,7 @@ from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, dataset_json, re
 from laid_ds.data.record import DataError, Origin, decode, describe, parse
 from laid_ds.data.tar import END_OF_ARCHIVE, split_sample
 from laid_ds.data.writer import publish, write_whole
+from laid_ds.disk import DiskError, writing
 
 FOREIGN = "this project has not written the file, so it is left as it is; `laid-data build` makes shards of other people's data"
 
@@ -236,10 +237,12 @@ def _repair_shard(folder: Path, name: str) -> tuple[set[str], list[DataError]]:
     path = folder / name
     found = scan(path)
     if found.problems:
-        aside = _aside(path)
-        os.replace(path, aside)
+        temporary = path.with_name(f"{path.name}.tmp")
         if found.whole:
-            _copy_whole(aside, found.whole, path)
+            _copy_whole(path, found.whole, temporary)
+        os.replace(path, _aside(path))
+        if found.whole:
+            publish(temporary, path)
     return {sample.key for sample in found.whole}, found.problems
 
 
@@ -249,16 +252,20 @@ def _aside(path: Path) -> Path:
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
-def _copy_whole(damaged: Path, whole: Sequence[Found], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(damaged, "rb") as source, open(temporary, "wb") as file:
-        for sample in whole:
-            source.seek(sample.offset)
-            file.write(source.read(sample.num_bytes))
-        file.write(END_OF_ARCHIVE)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+def _copy_whole(damaged: Path, whole: Sequence[Found], temporary: Path) -> None:
+    """Raises DiskError when the disk takes no more; nothing is left of the copy then."""
+    try:
+        with writing(temporary.parent, temporary.name, sum(sample.num_bytes for sample in whole)):
+            with open(damaged, "rb") as source, open(temporary, "wb") as file:
+                for sample in whole:
+                    source.seek(sample.offset)
+                    file.write(source.read(sample.num_bytes))
+                file.write(END_OF_ARCHIVE)
+                file.flush()
+                os.fsync(file.fileno())
+    except DiskError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _facts(problem: DataError) -> dict[str, Any]:

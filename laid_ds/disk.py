@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,19 @@ def writing(folder: Path, what: str, needed_bytes: int | None = None) -> Iterato
         if number not in REASONS:
             raise
         raise DiskError(_sentence(folder, what, needed_bytes, number)) from error
+
+
+@contextmanager
+def whole_folder(output: Path, what: str, needed_bytes: int | None = None) -> Iterator[Path]:
+    """A folder that appears whole or not at all: yields the place to write it. Raises DiskError as `writing`."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(output.parent, what, needed_bytes):
+            yield partial
+            os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # is gone by now where all went well
 
 
 def _number_of(error: Exception) -> int | None:

@@ -99,7 +99,10 @@ def requeue(run: Path, now: bool = False) -> str:
 def _jobs(run: Path, must: bool = False) -> list[str]:
     path = run / "launch" / JOBS
     if path.is_file():
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f'{path} is damaged ({error}); it lists the jobs of the run, such as ["12"]') from None
     if must:
         raise ValueError(f"{run} was not submitted by laid-launch: there is no {path}")
     return []

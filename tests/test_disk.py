@@ -14,7 +14,7 @@ import pytest
 from laid_ds import disk
 from laid_ds.config import Checkpoint
 from laid_ds.data.writer import write_whole
-from laid_ds.disk import DiskError, no_room, writing
+from laid_ds.disk import DiskError, no_room, whole_folder, writing
 from laid_ds.runtime import checkpoint
 
 HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
@@ -94,6 +94,21 @@ def test_a_file_is_there_with_all_its_bytes_or_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(DiskError):
         checkpoint.write_durably(tmp_path / "a", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    def write(number_of_error: int = 0) -> None:
+        with whole_folder(tmp_path / "model", "the model") as partial:
+            partial.mkdir()
+            (partial / "half").write_text("x")
+            if number_of_error:
+                raise OSError(number_of_error, os.strerror(number_of_error))
+
+    with pytest.raises(DiskError):
+        write(errno.ENOSPC)
+    assert not list(tmp_path.iterdir())
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 WRITERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laid_ds.disk import DiskError, writing
+from laid_ds.disk import whole_folder
 from laid_ds.models.attention import attention_layers
 from laid_ds.models.load import load_model
 from laid_ds.models.probe import probe
@@ -45,17 +44,10 @@ def write_student(
         fold_gains(model, gains)
     model.to(getattr(torch, dtype))
     model.config.use_cache = True
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(output.parent, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())):
-            model.save_pretrained(partial)
-            _copy_small(Path(stock), partial, (".json", ".jinja", ".txt", ".model") + ((".py",) if trust_remote_code else ()))
-            (partial / "README.md").write_text(card)
-            os.replace(partial, output)
-    except DiskError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
+        model.save_pretrained(partial)
+        _copy_small(Path(stock), partial, (".json", ".jinja", ".txt", ".model") + ((".py",) if trust_remote_code else ()))
+        (partial / "README.md").write_text(card)
 
 
 def fold_gains(model: PreTrainedModel, gains: Mapping[int, Tensor]) -> None:

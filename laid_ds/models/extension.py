@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from laid_ds.disk import whole_folder
 from laid_ds.models.attention import decoder, listen
 from laid_ds.models.family import family
 from laid_ds.models.load import load_config
@@ -40,13 +41,16 @@ def yarn(config: PretrainedConfig, factor: float) -> PretrainedConfig:
 
 
 def write_yarn(stock: str | Path, output: str | Path, factor: float) -> None:
-    """Copy a model folder with YaRN in its config; the weights stay as they are. Raises ValueError when `output` exists, and as `yarn`."""
+    """Copy a model folder with YaRN in its config; the weights stay as they are. Raises ValueError when `output` exists, when the
+    disk has no room for it, and as `yarn`."""
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
     config = yarn(load_config(stock), factor)
-    shutil.copytree(stock, output)
-    config.save_pretrained(output)
+    num_bytes = sum(path.stat().st_size for path in Path(stock).rglob("*") if path.is_file())
+    with whole_folder(output, f"the model {output.name}", num_bytes) as partial:
+        shutil.copytree(stock, partial)
+        config.save_pretrained(partial)
 
 
 def self_extend(model: PreTrainedModel, group: int, window: int) -> None:

@@ -31,6 +31,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from laid_ds.disk import whole_folder
 from laid_ds.files import read_json
 from laid_ds.models.chat import turn_text
 from laid_ds.models.load import model_class
@@ -149,8 +150,9 @@ def write_new_model(
         raise ValueError(f"{path} is not a usable model config: {error!r}") from None
     torch.manual_seed(seed)
     model = model_class(config).from_config(config)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

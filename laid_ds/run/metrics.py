@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from laid_ds.config import Logging
 from laid_ds.disk import writing
+from laid_ds.files import read_json_lines
 from laid_ds.runtime import distributed
 
 LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
@@ -100,10 +101,10 @@ def peak_bytes() -> int:
 def keep_until(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl up to `step`."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [record for record in read_json_lines(path) if record["step"] <= step]
         partial = path.with_name(path.name + ".partial")
         with writing(path.parent, path.name):
-            partial.write_text("".join(line + "\n" for line in lines))
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(partial, path)
 
 
