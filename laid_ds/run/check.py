@@ -50,7 +50,7 @@ def check(run: Run) -> None:
     student = _open(run.student, processor)
     if run.taught:
         _open(run.teacher, processor)
-    trained = _trained_elements(run, student)
+    trained, frozen = _elements(run, student)
     if run.teacher is not None:
         trained += sum(parameter.numel() for parameter in build_align(run, pairs, student).parameters())
     if run.logging.peak_tflops:
@@ -59,7 +59,7 @@ def check(run: Run) -> None:
     if run.data.tokens_per_pack is not None:
         _check_packs(run, dataset, renderer)
     check_samples(run, dataset, renderer)
-    check_room(run, trained, student.num_parameters() - trained)
+    check_room(run, trained, frozen)
 
 
 def data_notes(run: Run) -> list[str]:
@@ -94,12 +94,13 @@ def _open(model: Model, processor: ProcessorMixin) -> PreTrainedModel:
     return opened
 
 
-def _trained_elements(run: Run, student: PreTrainedModel) -> int:
-    """How many elements of the student, or of factors beside it, the optimizer moves."""
+def _elements(run: Run, student: PreTrainedModel) -> tuple[int, int]:
+    """How many elements of the student, or of factors beside it, the optimizer moves, and how many stand still."""
+    total = student.num_parameters()
     if run.student.lora is not None:
-        return factor_elements(student, run.student.lora)
+        return factor_elements(student, run.student.lora), total
     frozen = vision_tower(student).num_parameters() if run.student.freeze_vision else 0
-    return student.num_parameters() - frozen
+    return total - frozen, frozen
 
 
 def _check_lora(run: Run) -> None:
@@ -162,8 +163,8 @@ def _check_source(run: Run, dataset: Dataset, prepare: Prepare, source: str, ind
         raise ValueError(f"all {looked_at} samples of {source} that were looked at are bad, the first: {refused[0] if refused else 'none'}")
     if not answered:
         raise ValueError(
-            f"none of the {looked_at} windows of {source} that were looked at holds an answer to learn from (data.images ="
-            f" {list(run.data.images)}): the images that its questions need do not fit; let data.images end higher"
+            f"none of the {looked_at} windows of {source} that were looked at holds an answer to learn from, though the samples do: change"
+            " data.images or data.questions"
         )
 
 
@@ -172,7 +173,7 @@ def _rendered(prepare: Prepare, position: int, sample: Sample) -> tuple[bool, in
     batch = prepare.batch(prepare.windows([[(position, sample)]] if prepare.packs else [(position, sample)]))
     if batch.supervised.any():
         return True, batch.num_images
-    if prepare.batch([sample]).supervised.any():  # only this window has no room for a question
+    if prepare.batch([sample]).supervised.any():  # only this window has no such question
         return False, batch.num_images
     spoken = any(turn.role == "assistant" for turn in sample.turns)
     cause = "none of the tokens of its assistant turns is one" if spoken else "it has no assistant turn"
@@ -184,7 +185,7 @@ def check_room(run: Run, trained: int, frozen: int) -> None:
 
     trained, frozen: elements. A checkpoint holds fp32 weights and two moments of what is trained, and the rest in its own dtype.
     """
-    each = OPTIMIZER_BYTES * trained + BYTES[run.student.dtype] * max(frozen, 0)
+    each = OPTIMIZER_BYTES * trained + BYTES[run.student.dtype] * frozen
     saves = -(-run.steps // run.checkpoint.every_steps)
     number = max(1, min(2, saves) - len(checkpoint.all_saved(run.output)))
     place = next(folder for folder in (run.output, *run.output.absolute().parents) if folder.is_dir())
