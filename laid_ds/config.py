@@ -62,7 +62,8 @@ class Student(Model):
 
 class Teacher(Model):
     check_answers: bool = True
-    """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess."""
+    """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess, or no better with their images
+    than with those of other samples."""
 
 
 class Data(Section):

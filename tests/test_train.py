@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -54,6 +55,28 @@ def test_ranks_without_images_neither_hang_nor_change_the_numbers(world, tmp_pat
             for name, value in expected.items():
                 if name not in ("images", "fill"):  # stand-ins and padding are counted where they are
                     assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_a_step_without_a_single_answer_divides_by_nothing(world, tmp_path):
+    """Beside it, a step in which one rank has none: its terms at the head are those of the other rank alone."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number, sample in enumerate(haystacks("train", 6, 2, 1, ("colour",), seed=1, num_scenes=576)):
+            turns = sample.turns if number == 2 else sample.turns[:1]  # of ranks 0 and 1: none and none, the answer and none, none and none
+            writer.write(Sample(sample.key, turns, sample.images))
+    data = {"shards": [str(tmp_path / "shards")], "images": None, "questions": None, "shuffle": "none", "micro_batch": 1}
+    run = world.run(tmp_path / "run", data=data, optimizer={"accumulation": 1})
+    for result in run_ranks(2, looked_and_stepped, run, 3):
+        records = result["records"]
+        assert all(math.isfinite(value) for record in records for value in record.values())
+        assert [record["rows"] for record in records] == [0, records[1]["rows"], 0]
+        assert [record["sft"] > 0 for record in records] == [record["kl"] > 0 for record in records] == [False, True, False]
+        assert result["seen"] == (0.0, 0.0, 0.0)
+
+
+def looked_and_stepped(run, steps):
+    engine.start_processes()
+    seen = look(run, build(run))
+    return rank_steps(run, steps) | {"seen": tuple(seen)}
 
 
 def test_a_frozen_vision_tower_trains_beside_checkpointing(world, tmp_path):

@@ -68,6 +68,8 @@ def load_model(
 
     Raises ValueError when the folder is no plain model (folder.py), or when the weights lack or exceed what the model needs.
     """
+    if deepspeed_config is not None:
+        open_model(path, trust_remote_code)  # transformers says less of weights that do not fit while it partitions
     with sharded_loading(deepspeed_config):
         model = _from_pretrained(path, trust_remote_code, dtype=getattr(torch, dtype))
     model.config.use_cache = False
