@@ -20,7 +20,7 @@ ORDINAL = r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|
 BESIDE = r"(?:next|previous|middle|left|right)"
 NUMBER = r"(?:one|two|three|four|five|six|seven|eight|nine|ten)"
 BY_PLACE = re.compile(
-    rf"\b{IMAGE}[\s\-_#(]*(?:no\.?|number)?\s*(?:\d+|{NUMBER}\b)"  # Image-2, picture #3, frame no. 4, image two
+    rf"\b{IMAGE}[\s\-_#(]{{0,4}}(?:no\.?\s?|number\s)?(?:\d+|{NUMBER}\b)"  # Image-2, picture #3, frame no. 4, image two
     rf"|\b{IMAGE}\s+(?-i:[A-HJ-Z]\b)"  # Image B
     rf"|\b(?:{ORDINAL}|{BESIDE})(?:\s+(?:of|in|among)\s+(?:the|these|those))?(?:\s+\w+)?\s+{IMAGE}\b"
     rf"|\b{IMAGE}\s+(?:(?:right|directly|immediately|just)\s+)?(?:before|after|between|on the (?:left|right))\b"
@@ -28,6 +28,7 @@ BY_PLACE = re.compile(
     re.IGNORECASE,
 )
 A_PLACE = re.compile(rf"\W*(?:the\s+)?{ORDINAL}(?:\s+(?:one|{IMAGE}))?\W*", re.IGNORECASE)  # as an answer
+A_LABEL = re.compile(r"\W*(?:\d+|[A-H])\W*")  # a place, as the answer to which image
 WHICH = re.compile(rf"\b(?:which|what)\s+(?:of\s+(?:the|these)\s+)?(?:one|{IMAGE})\b|\bwhich\s*\?", re.IGNORECASE)
 
 
@@ -68,7 +69,7 @@ def names_a_place(sample: Sample | Record) -> str | None:
             return f"names an image by its place ({found[0]!r})"
     for question, answer in pairwise(sample.turns):
         for said in (answer.text, *question.choices) if question.role == "user" else ():
-            if A_PLACE.fullmatch(said) or (said.strip(" .#").isdecimal() and WHICH.search(question.text)):
+            if A_PLACE.fullmatch(said) or (A_LABEL.fullmatch(said) and WHICH.search(question.text)):
                 return f"names an image by its place (the answer {said!r})"
     return None
 

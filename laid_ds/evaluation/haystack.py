@@ -176,10 +176,13 @@ def _number_of_questions(sample: Sample) -> int:
 
 
 def _correct(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
-    """For each row, 1 or 0 for each answer: all its tokens are the most likely ones."""
+    """For each row, 1 or 0 for each answer: all its tokens are the most likely ones. Raises ValueError when the model computes NaN."""
     hidden = last_hidden_state(model, **batch.inputs)
     right = torch.zeros_like(batch.supervised)
-    right[batch.supervised] = model.get_output_embeddings()(hidden[batch.supervised]).argmax(-1) == batch.labels[batch.supervised]
+    likeliest = model.get_output_embeddings()(hidden[batch.supervised]).max(-1)
+    if not likeliest.values.isfinite().all():
+        raise ValueError(f"the model gives numbers that are not finite for the answers of {', '.join(batch.keys)}; its weights are broken")
+    right[batch.supervised] = likeliest.indices == batch.labels[batch.supervised]
     return [_spans(row, hit) for row, hit in zip(batch.supervised.cpu(), right.cpu(), strict=True)]
 
 

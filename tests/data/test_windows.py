@@ -163,7 +163,8 @@ def test_a_text_that_names_an_image_by_its_place_stays_whole_with_needles(words)
 
 
 @pytest.mark.parametrize(
-    "question, answer, choices", [("Which one?", "the second", ()), ("Which?", "b", ("first", "second")), ("Which image is red?", "2", ())]
+    "question, answer, choices",
+    [("Which one?", "the second", ()), ("Which?", "b", ("first", "second")), ("Which image is red?", "2", ()), ("Which one?", "B", ())],
 )
 def test_an_answer_that_is_a_place_stays_whole(question, answer, choices):
     turns = (Turn("user", (0, 1, question), (0,), choices), Turn("assistant", (answer,)))
@@ -231,6 +232,14 @@ def test_a_window_is_never_too_small_for_its_question():
     mixed = replace(sample, turns=(*sample.turns, Turn("user", ("And the bus?",), (0,)), Turn("assistant", ("yes",))))
     assert (fewest_images(mixed), most_needed(mixed)) == (1, 2)
     assert {draw_window(mixed, 1, 1, (draw,)).turns[0].text for draw in range(20)} == {"And the bus?"}
+
+
+def test_images_of_a_system_turn_may_go_by_the_record_s_word():
+    told = (Turn("system", (0, 1, 2, "Be brief.")), Turn("user", ("Red?",)), Turn("assistant", ("no",)))
+    sample = Sample("told", told, PICTURES[:3], haystack=True)
+    windows = [draw_window(sample, 2, 1, (draw,)) for draw in range(30)]
+    assert {window.turns for window in windows} == {(replace(told[0], segments=(0, 1, "Be brief.")), *told[1:])}
+    assert {window.images for window in windows} == {(PICTURES[a], PICTURES[b]) for a in range(3) for b in range(3) if a != b}
 
 
 @pytest.fixture

@@ -13,12 +13,14 @@ import torch
 
 from laid_ds import cli
 from laid_ds.data.dataset import Dataset
+from laid_ds.data.images import Pixels
 from laid_ds.data.record import DataError, Turn
 from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation import haystack
 from laid_ds.evaluation.evaluate import evaluate_models
 from laid_ds.evaluation.haystack import Haystacks, ask, read_haystacks, survey
 from laid_ds.evaluation.report import write_report
+from laid_ds.models.processor import Renderer, load_processor
 
 
 @pytest.fixture
@@ -111,6 +113,13 @@ def test_asking_for_a_size_that_a_haystack_does_not_hold_is_an_error(world, samp
         one = replace(one, turns=one.turns[:2])
         with pytest.raises(DataError, match=message):
             ask(None, None, [one], [size], 1)
+
+
+def test_a_model_that_computes_nan_is_not_one_that_is_always_wrong(world, samples):
+    model, renderer = world.load("student").eval(), Renderer(load_processor(world.student), Pixels())
+    model.get_output_embeddings().weight.data[5, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"not finite for the answers of {samples[0].key}"):
+        ask(model, renderer, samples, [2], 1)
 
 
 class FakeRow:
