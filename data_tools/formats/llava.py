@@ -15,6 +15,8 @@ SPEAKERS = {
     "assistant": "assistant",
     "function_call": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
 }
 LOSS_FIELDS = ("loss", "weight", "train", "supervised")
 TURN_FIELDS = {"from", "role", "value", "content", *LOSS_FIELDS}

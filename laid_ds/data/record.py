@@ -15,7 +15,7 @@ from laid_ds.data.header import FORMATS, read_header
 VERSION = 1
 MAX_IMAGES = 1000  # member names hold three digits
 MAX_JSON_BYTES = 64 << 20
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 IMAGE_FIELDS = {"w", "h", "fmt", "bytes", "crc32"}
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")  # stock readers cut a member name at its first dot
 

@@ -106,9 +106,20 @@ def say(template: Template, turns: Sequence[TurnLike]) -> Said:
     """
     lines = [(turn.role, tuple(turn.segments)) for turn in turns]
     text = _write(template, lines)
+    _check_heard(template, lines, text)
     taught = [number for number, turn in enumerate(turns) if turn.role == "assistant" and getattr(turn, "supervised", True)]
     spans = [_with_end(text, span, template.end) for span in _answers(template, lines, taught, text)] if taught else []
     return Said(text, _apart(spans), _literal(template, lines, text))
+
+
+def _check_heard(template: Template, lines: list[tuple[str, Segments]], text: str) -> None:
+    """Raises ValueError where the template leaves out what a tool said: many know no tools, and the answers would come out of nothing."""
+    tools = [number for number, (role, _) in enumerate(lines) if role == "tool"]
+    if tools:
+        try:
+            _places(template, lines, tools, text)
+        except ValueError as error:
+            raise ValueError(f"the chat template does not show the model what a tool said: {error}") from None
 
 
 def turn_text(turn: TurnLike) -> str:
@@ -132,9 +143,11 @@ def _accepted(processor: ProcessorMixin) -> tuple[frozenset[str], str]:
             break
     else:
         raise ValueError(f"the chat template cannot write a question and its answer: {causes[0]}")
-    with_system = _tried(processor, lists | {"system"}, ("system", "user", "assistant"), causes)
-    as_text = with_system is None and _tried(processor, lists, ("system", "user", "assistant"), causes) is not None
-    return lists if as_text else lists | {"system"}, text
+    for role, talk in (("system", ("system", "user", "assistant")), ("tool", ("user", "assistant", "tool", "assistant"))):
+        listed = _tried(processor, lists | {role}, talk, causes) is not None
+        if listed or _tried(processor, lists, talk, causes) is None:
+            lists |= {role}
+    return lists, text
 
 
 def _tried(processor: ProcessorMixin, lists: frozenset[str], roles: Sequence[str], causes: list[str]) -> str | None:

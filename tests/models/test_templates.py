@@ -183,6 +183,31 @@ def test_the_answers_and_their_end_marks_are_supervised(plain, stock, name):
     assert found == meant(stock_text(processor, turns, case.texts), turns, case)
 
 
+TOOL = talk(("user", "What is it?"), ("assistant", "look()"), ("tool", "murky lantern"), ("assistant", ANSWERS[0]))
+
+
+@pytest.mark.parametrize("stock", STOCKS)
+def test_what_a_tool_said_is_read_and_not_learned_or_the_talk_is_refused(plain, stock):
+    processor = with_template(plain, STOCKS[stock].template)
+    text = None
+    try:
+        rendered = Renderer(processor, Pixels())(sample_of(TOOL))
+        text = text_of(processor, rendered)
+    except ValueError as error:
+        said = str(error)
+    if text is None:
+        assert re.search("does not show the model what a tool said|the chat template refuses the turns", said), said
+        return
+    assert text.count("murky lantern") == 1
+    assert not any("lantern" in run for run in learned(processor, rendered))
+    assert ANSWERS[0] in learned(processor, rendered)[-1]
+
+
+def test_templates_that_know_tools_show_them(plain):
+    for name in ("qwen2_5_vl", "internvl", "idefics3", "chatml"):
+        Renderer(with_template(plain, STOCKS[name].template), Pixels())(sample_of(TOOL))
+
+
 THOUGHTS = {
     "qwen3_5": ["{1}<|im_end|>", "look again\n</think>\n\n{2}<|im_end|>"],
     "qwen3": ["{1}<|im_end|>", "<think>\nlook again\n</think>\n\n{2}<|im_end|>"],

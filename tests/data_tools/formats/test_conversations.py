@@ -105,6 +105,11 @@ def test_a_call_of_a_function_is_the_assistants_own_answer(pictures):
     assert read(talk(("human", "a"), ("function_call", "f()")), pictures).turns[1] == Turn("assistant", ("f()",))
 
 
+@pytest.mark.parametrize("entry", [talk(("human", "a"), ("observation", "b")), chat(("user", "a"), ("tool", "b"))])
+def test_what_a_tool_said_is_a_turn_of_its_own(pictures, entry):
+    assert read(entry, pictures).turns[1] == Turn("tool", ("b",))
+
+
 def turn_with(**fields):
     return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **fields}]}
 
@@ -148,8 +153,8 @@ REFUSED = {
     "an unknown field of a turn": (turn_with(style="short"), "field 'style' is not known"),
     "a thought": (turn_with(reasoning_content="hm"), "'reasoning_content' says a train of thought"),
     "calls": (turn_with(tool_calls=[{"name": "f"}]), "'tool_calls' says the use of tools"),
-    "an observation": (talk(("human", "a"), ("observation", "b")), "speaker 'observation'"),
-    "a tool": (chat(("user", "a"), ("tool", "b")), "speaker 'tool'"),
+    "an unknown speaker": (talk(("human", "a"), ("narrator", "b")), "speaker 'narrator'"),
+    "a tool to learn": (chat(("user", "a")) | {"messages": [{"role": "tool", "content": "a", "train": True}]}, "asks to learn a tool turn"),
     "needles that are no truth value": (talk(ASKED, ANSWERED, image="p0.jpg", relevant_images=["no"]), "must hold 0 or 1"),
     "a video part": (part(type="video_url", video_url="v.mp4"), "field 'video_url' is not known"),
     "a sound part": (part(type="input_audio"), "a part of type 'input_audio' is none of"),
