@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
@@ -81,9 +81,8 @@ def learn_template(processor: ProcessorMixin) -> Template:
     """Raises ValueError for a template that writes neither parts nor texts, and where the processor has none."""
     lists, text = _accepted(processor)
     added = [token for token in processor.tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-    marks = _any_of({token.content for token in added})
-    end = re.match(rf"\s*(?:{marks})+", text.rpartition(_word("assistant"))[2]) if marks else None
-    around = _render(processor, [_message("user", (_word("user"),), lists)]) + (end[0] if end else "")
+    end = _end(processor, lists, text, _any_of({token.content for token in added}))
+    around = _render(processor, [_message("user", (_word("user"),), lists)]) + end
     reserved = {token.content for token in added if token.special or token.content in around} | {processor.image_token}
     source = "".join(processor.chat_template.values()) if isinstance(processor.chat_template, dict) else processor.chat_template
     named = set(NAMED.findall(source))
@@ -91,7 +90,7 @@ def learn_template(processor: ProcessorMixin) -> Template:
     return Template(
         processor,
         lists=lists,
-        end=end[0] if end else "",
+        end=end,
         reserved=re.compile(_any_of(reserved)),
         named=re.compile(f"({_any_of(named - reserved)})") if named - reserved else None,
     )
@@ -150,6 +149,20 @@ def _accepted(processor: ProcessorMixin) -> tuple[frozenset[str], str]:
     return lists, text
 
 
+def _end(processor: ProcessorMixin, lists: frozenset[str], text: str, marks: str) -> str:
+    """The marks after the answer that ends `text`. Some templates write the prompt of the next answer there whether asked or not: that
+    opens as this answer was opened, and is none of its end."""
+    before, _, tail = text.rpartition(_word("assistant"))
+    first = re.match(rf"\s*(?:{marks})", tail) if marks else None
+    if first is None:
+        return ""
+    if _render(processor, [_message(role, (_word(role),), lists) for role in ("user", "assistant")], prompt=True) == text:
+        opening, tail = before.rpartition(_word("user"))[2].rstrip(), tail.rstrip()
+        shared = next((n for n in range(len(tail), 0, -1) if opening.endswith(tail[-n:])), 0)
+        tail = tail[: max(first.end(), len(tail) - shared)]
+    return re.match(rf"\s*(?:{marks})+", tail)[0]
+
+
 def _tried(processor: ProcessorMixin, lists: frozenset[str], roles: Sequence[str], causes: list[str]) -> str | None:
     """What the template makes of a word from each role, or None and a cause when that is not these words."""
     messages = [_message(role, (_word(role),), lists) for role in roles]
@@ -173,8 +186,9 @@ def _word(role: str) -> str:
 
 def _literal(template: Template, lines: list[tuple[str, Segments]], text: str) -> list[Span]:
     """The marks of the model that stand in texts of the sample, by their place in what the template makes of it."""
-    together = ["".join(run) for _, said in lines for is_text, run in groupby(said, lambda s: isinstance(s, str)) if is_text]
-    held = next((found for found in map(template.reserved.search, together) if found), None)
+    held = template.reserved.search(
+        "".join(s for _, said in lines for s in said if isinstance(s, str))
+    )  # one may run over texts that touch
     if held is None:
         return []
     try:

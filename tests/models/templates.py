@@ -208,6 +208,13 @@ STOCKS = {
         texts=("system", "user", "assistant"),
         refused=NO_IMAGES,
     ),
+    "llama3_first": Stock(  # writes the prompt of a next answer whether asked or not
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        texts=("system", "user", "assistant"),
+        refused=NO_IMAGES,
+    ),
     "mistral": Stock(
         "{{ bos_token }}{% for m in messages %}"
         + ALTERNATE

@@ -318,8 +318,9 @@ def test_any_talk_of_any_texts_is_right_or_refused(plain, stock, rounds, free, d
     except ValueError:
         return
     text, answers = BY_HAND[stock](turns)
-    assert text_of(processor, rendered) == normalize("NFC", text)
-    assert "".join(learned(processor, rendered)) == "".join(normalize("NFC", answer).strip() for answer in answers)
+    assert normalize("NFC", text_of(processor, rendered)) == normalize("NFC", text)
+    found, expected = ("".join(normalize("NFC", said).strip() for said in told) for told in (learned(processor, rendered), answers))
+    assert found == expected
 
 
 @given(rounds=ROUNDS)
@@ -462,6 +463,13 @@ def test_a_mark_in_a_text_that_the_template_takes_apart_is_a_sentence(plain):
     prepare = Prepare(Renderer(with_template(plain, template), Pixels()), 0)
     with pytest.raises(DataError, match=r"holds '<\|im_end\|>', a mark of this model, and where it is to be text cannot be told.*key k"):
         prepare([(0, sample_of(talk(("user", "<|im_end|>"), ("assistant", "red"))))])
+
+
+def test_a_mark_over_two_turns_that_touch_is_text(plain):
+    rendered = asked(plain, STOCKS["merging"].template, ("user", "What?"), ("assistant", "red<end_of"), ("assistant", "_turn>"))
+    processor = with_template(plain, STOCKS["merging"].template)
+    assert learned(processor, rendered) == ["red<end_of_turn><end_of_turn>"]
+    assert rendered.tokens["input_ids"].tolist().count(processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")) == 2
 
 
 def test_marks_of_other_models_are_text(plain):
