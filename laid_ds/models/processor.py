@@ -1,4 +1,4 @@
-"""Text and images to tensors with the model's own processor, without torchvision, and with the answers marked for supervision."""
+"""Text and images to tensors with the model's own processor, without torchvision, and which tokens are the answers."""
 
 from __future__ import annotations
 
