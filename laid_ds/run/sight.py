@@ -42,7 +42,7 @@ class Costs:
 
     def __str__(self) -> str:
         own, others = (sum(costs) / len(costs) for costs in (self.own, self.others))
-        return f"{own:.2f} and {others:.2f} (evidence {evidence(self.own, self.others):.1f} of {SURE:g})"
+        return f"{own:.2f} and {others:.2f} (evidence {evidence(self.own, self.others):.1f})"
 
 
 def evidence(own: Sequence[float], others: Sequence[float]) -> float:
