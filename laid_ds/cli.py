@@ -18,9 +18,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = None,
     port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check folders, weights, samples and disk, print the resolved run, start nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved run as JSON, start nothing.")] = False,
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
