@@ -163,6 +163,10 @@ def _choices_of_question(key: str, question: Turn, answer: Turn | None) -> int:
     asked = " ".join(question.text.split())[-60:]
     if answer is None or answer.role != "assistant":
         raise DataError(f"the question {asked!r} has no answer; an evaluation needs one", key=key)
+    if not answer.supervised:
+        raise DataError(
+            f"the answer to {asked!r} is marked as none to learn, and cannot be scored; mark it, or leave the sample out", key=key
+        )
     offered = set(question.choices)
     if len(offered) < 2:
         raise DataError(f"the question {asked!r} offers no choices; the chance level needs at least 2", key=key)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
-from laid_ds.files import read_json, read_json_lines
+from laid_ds.files import read_json, read_json_lines, read_text
 
 COLOURS = ("#111111", "#9a9a9a", "#c98a1b", "#3b7dd8", "#c2185b", "#2e8b57", "#6a4fb3", "#8c564b")
 STYLE = (
@@ -97,8 +97,8 @@ def results_files(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} cannot be read as JSON ({error}); if it holds results, make them again, else move it elsewhere"
             ) from None

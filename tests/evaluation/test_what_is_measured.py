@@ -81,11 +81,16 @@ def unanswered(sample):
     return replace(sample, turns=(*sample.turns, Turn("user", ("and?",), (0,), ("yes", "no"))))
 
 
+def unlearned(sample):
+    return replace(sample, turns=(sample.turns[0], replace(sample.turns[1], supervised=False), *sample.turns[2:]))
+
+
 BAD = {
     "no choices": (lambda s: first_question(s, choices=()), "offers no choices"),
     "one choice": (lambda s: first_question(s, choices=(s.turns[1].text,) * 2), "offers no choices"),
     "another answer": (lambda s: first_question(s, choices=("yes", "no")), r"is none of its choices"),
     "other choices in one haystack": (lambda s: first_question(s, choices=("no", s.turns[1].text)), r"offer \[2, 8\] choices"),
+    "an answer not to be learned": (unlearned, "is marked as none to learn"),
     "no answer": (unanswered, "'and\\?' has no answer"),
     "no question": (lambda s: replace(s, turns=(Turn("assistant", tuple(range(6))),)), "offer no choices"),
 }
