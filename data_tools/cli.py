@@ -73,7 +73,9 @@ def build(
     source_name: Annotated[str, option("Source to record with each sample.")] = "",
     samples: ShardSamples = 256,
     megabytes: ShardMegabytes = 512,
-    haystack: Annotated[bool, option("Every question stays true whichever images are left out or moved.", "--haystack")] = False,
+    haystack: Annotated[
+        bool, option("Each question stands alone, and stays true whichever images are left out or moved.", "--haystack")
+    ] = False,
     skip_bad: SkipBad = False,
     decode: Decode = True,
     shrink: Shrink = False,

@@ -49,6 +49,8 @@ def why_whole(sample: Sample | Record) -> str | None:
         return "shows an image twice"
     if any(_images(turn) for turn in answers):
         return "shows an image in an answer"
+    if not all(turn.supervised for turn in answers):
+        return "has an answer that is only read, as what comes before another one"
     if sum(not set(_images(turn)) <= set(sample.fixed) for turn in sample.turns) > 1:
         return "shows its images in several turns"
     if sample.haystack:
@@ -102,10 +104,12 @@ def _needed(sample: Sample | Record) -> dict[int, set[int]]:
 
 
 def _standing(sample: Sample | Record) -> list[int]:
-    """Turn numbers of the questions that hold images among their words, or fixed ones: they are always asked, and asked in order."""
-    if _images_lead(sample):
-        return []
-    return [number for number, turn in enumerate(sample.turns) if turn.role == "user" and _images(turn)]
+    """Turn numbers of the questions that are always asked, and asked in order: those that hold images among their words, or fixed ones;
+    and all where needles are those of the whole conversation, whose later questions may lean on earlier ones."""
+    asked = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]
+    if not sample.haystack and len({sample.turns[number].needles for number in asked}) == 1:
+        return asked
+    return [] if _images_lead(sample) else [number for number in asked if _images(sample.turns[number])]
 
 
 def _images_lead(sample: Sample | Record) -> bool:
@@ -120,9 +124,12 @@ def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[
 
     Which questions, which other images, and the order of all images follow from `seed` alone. Asks fewer questions when their needles
     would not fit. A sample with fewer images gives all it has, one whose questions all need more gives `fewest_images`, and one that is no
-    haystack is given as it is. Images at the beginning of the first question lead the first question asked. Otherwise questions and words
-    keep their order, questions that hold images are always asked, and images change places with each other; where words stand between
-    them, only if the record says `haystack`, since the words may speak of them.
+    haystack is given as it is.
+
+    Images at the beginning of the first question lead the first question asked, and questions come in a random order, unless all need the
+    same images by their needles alone: then they are one conversation. Otherwise questions and words keep their order, questions that hold
+    images are always asked, and images change places with each other; where words stand between them, only if the record says `haystack`,
+    since the words may speak of them.
     """
     if why_whole(sample) is not None:
         return sample

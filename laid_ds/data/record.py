@@ -98,7 +98,8 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
     haystack: bool = False
-    """Its questions stay true whichever images are left out or moved, those they need and `fixed` ones excepted (data/haystack.py)."""
+    """Each question stands alone and stays true whichever images are left out or moved, but its needles and `fixed` ones
+    (data/haystack.py)."""
     fixed: tuple[int, ...] = ()
     """Images that stay where they are in every window: pictures to choose from, say."""
 

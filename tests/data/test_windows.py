@@ -118,6 +118,9 @@ WHOLE = {
     "an image in an answer": replace(
         asked(0, 1, "Draw.", answer="so", needles=(0,), images=3), turns=(Turn("user", (0, 1, "Draw."), (0,)), Turn("assistant", ("so", 2)))
     ),
+    "an answer that is only read": Sample(
+        "read", (Turn("user", (0, 1, "What?"), (0,)), Turn("assistant", ("a dot",), supervised=False)), PICTURES[:2]
+    ),
     "an image shown twice": asked(0, 1, "What is in ", 0, "?", needles=(0,), images=2),
     "images in two questions": Sample(
         "talk", (*asked(0, "this?", needles=(0,)).turns, *asked(1, "and this?", needles=(1,)).turns), PICTURES[:2], haystack=True
@@ -224,6 +227,17 @@ def test_questions_that_hold_images_are_asked_in_their_order():
         texts = [turn.text for turn in draw_window(sample, 2, 1 + draw % 3, (0, draw)).turns if turn.role == "user"]
         assert texts in (["See  and : what?", "Which of these: ?"], ["See  and : what?", "Who?", "Which of these: ?"])
         assert draw % 3 != 0 or len(texts) == 2
+
+
+def test_a_conversation_about_the_same_images_keeps_its_questions_and_their_order():
+    """Needles of a whole row (relevant_images) say nothing of its questions one by one: a later one may lean on an earlier one."""
+    turns = (*asked(0, 1, 2, "Which animal is there?", needles=(1,)).turns, *asked("What colour is it?", needles=(1,)).turns)
+    for draw in range(20):
+        window = draw_window(Sample("talk", turns, PICTURES[:3]), 2, 1, (draw,))
+        assert [turn.text for turn in window.turns] == [turn.text for turn in turns]
+        assert (len(window.images), window.images[window.turns[2].needles[0]]) == (2, PICTURES[1])
+    said = Sample("talk", turns, PICTURES[:3], haystack=True)
+    assert {draw_window(said, 2, 1, (draw,)).turns[0].text for draw in range(20)} == {turns[0].text, turns[2].text}
 
 
 def test_a_window_is_never_too_small_for_its_question():
