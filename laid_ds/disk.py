@@ -64,7 +64,8 @@ def _number_of(error: Exception) -> int | None:
 def no_room(folder: Path, what: str, needed_bytes: int) -> str:
     """The sentence when fewer bytes are left, else "". A file system that does not say, such as a mounted bucket, passes."""
     left = _left(folder)
-    return _sentence(folder, what, needed_bytes, errno.ENOSPC) if left is not None and left < needed_bytes else ""
+    lacks = left is not None and left < needed_bytes
+    return _sentence(folder, what, needed_bytes, errno.ENOSPC, "has too little room") if lacks else ""
 
 
 def nearest(path: Path) -> Path:
@@ -75,7 +76,7 @@ def nearest(path: Path) -> Path:
     return path
 
 
-def _sentence(folder: Path, what: str, needed_bytes: int | None, number: int) -> str:
+def _sentence(folder: Path, what: str, needed_bytes: int | None, number: int, reason: str = "") -> str:
     place = nearest(folder)
     mount = next(path for path in (place, *place.parents) if os.path.ismount(path))
     left = _left(place)
@@ -83,7 +84,7 @@ def _sentence(folder: Path, what: str, needed_bytes: int | None, number: int) ->
     if number == errno.ENOSPC and os.statvfs(place).f_files and not os.statvfs(place).f_favail:
         room = ", no room for another file (inodes)"
     need = "" if needed_bytes is None else f" ({_size(needed_bytes)})"
-    return f"{what}{need} cannot be written to {folder}: the disk at {mount} {REASONS[number]}{room}; {_way_out(number)}"
+    return f"{what}{need} cannot be written to {folder}: the disk at {mount} {reason or REASONS[number]}{room}; {_way_out(number)}"
 
 
 def _way_out(number: int) -> str:

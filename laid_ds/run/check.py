@@ -5,7 +5,6 @@ headers of their weights, real samples rendered as a worker would, and room on t
 from __future__ import annotations
 
 import random
-import shutil
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import describe_windows
 from laid_ds.data.record import DataError, Sample
 from laid_ds.data.stream import budgeted_lengths
+from laid_ds.disk import no_room
 from laid_ds.evaluation.progress import held_out
 from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import vision_tower
@@ -188,14 +188,6 @@ def check_room(run: Run, trained: int, frozen: int) -> None:
     each = OPTIMIZER_BYTES * trained + BYTES[run.student.dtype] * frozen
     saves = -(-run.steps // run.checkpoint.every_steps)
     number = max(1, min(2, saves) - len(checkpoint.all_saved(run.output)))
-    place = next(folder for folder in (run.output, *run.output.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if number * each > free:
-        raise ValueError(
-            f"the disk of {place.absolute()} has {_size(free)} left, and {number} checkpoint{'s' * (number > 1)} of this run take"
-            f" {_size(number * each)} ({_size(number * each - free)} more): make room, or give another output=..."
-        )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.2f} MB"
+    lacking = no_room(run.output, f"{number} checkpoint{'s' * (number > 1)} of this run", number * each)
+    if lacking:
+        raise ValueError(lacking)
