@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from laid_ds.files import read_json
+
 POINTER = b"version https://git-lfs.github.com/spec/"
 READ_AS_JSON = (
     "config.json",
@@ -72,8 +74,8 @@ def weight_files(path: Path) -> list[Path]:
     if not found.name.endswith(".index.json"):
         return [found]
     _refuse_pointer(found)
-    tree = _tree(found)
-    if not isinstance(tree, dict) or not isinstance(tree.get("weight_map"), dict) or not tree["weight_map"]:
+    tree = read_json(found, plain=True)
+    if not isinstance(tree.get("weight_map"), dict) or not tree["weight_map"]:
         raise ValueError(f"{found} names no files (it has no weight_map); copy it again")
     files = [path / name for name in sorted(set(tree["weight_map"].values()))]
     missing = [file.name for file in files if not file.is_file()]
@@ -106,7 +108,7 @@ def _check_small_files(path: Path) -> None:
     for name in READ_AS_JSON:
         if (path / name).is_file():
             _refuse_pointer(path / name)
-            _tree(path / name)
+            read_json(path / name, plain=True)
     for file in (file for pattern in ("*.model", "*.jinja", "*.txt", "*.py") for file in sorted(path.glob(pattern))):
         _refuse_pointer(file)
 
@@ -155,14 +157,9 @@ def _values(tree: Any, *keys: str) -> Iterator[Any]:
             yield from _values(value, *keys)
 
 
-def _tree(file: Path) -> Any:
-    """What a JSON file holds, None where there is none. Raises ValueError when it is no JSON."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}; copy it again") from None
+def _tree(file: Path) -> dict[str, Any] | None:
+    """What a JSON file holds, None where there is none."""
+    return read_json(file, plain=True) if file.is_file() else None
 
 
 def _refuse_pointer(file: Path) -> None:

@@ -13,7 +13,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from laid_ds.files import read_json
 from laid_ds.models.folder import check_folder, check_weights, first_paragraph
 
 transformers.utils.logging.disable_progress_bar()
@@ -47,7 +46,6 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
     check_folder(path, trust_remote_code)
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"no model at {path} (no config.json); give the folder that `save_pretrained` wrote")
-    read_json(Path(path) / "config.json", plain=True)  # transformers' own errors name neither line nor cause
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ImportError, TypeError, ValueError, StrictDataclassError) as error:  # what transformers raises on wrong values

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
@@ -132,17 +130,10 @@ def check_samples(run: Run, dataset: Dataset, renderer: Renderer) -> None:
     Where bad samples are to be replaced (`data.on_bad`), a source is refused only when all that were looked at are bad.
     """
     prepare = build_prepare(run, renderer, run.data.micro_batch * run.optimizer.accumulation)
-    first, most = 0, IMAGES // len(run.data.shards)
-    for source, sizes in zip(run.data.shards, dataset.source_shard_sizes, strict=True):
-        _check_source(run, dataset, prepare, source, _spread(first, int(sizes.sum())), most)
-        first += int(sizes.sum())
-
-
-def _spread(first: int, number: int) -> list[int]:
-    """At most SAMPLES of `number` indices from `first` on, evenly apart, the first and last among them, in a mixed order."""
-    chosen = np.unique(np.linspace(first, first + number - 1, min(SAMPLES, number)).round().astype(int)).tolist()
-    random.Random(number).shuffle(chosen)
-    return chosen
+    for number, source in enumerate(run.data.shards):
+        chosen = dataset.spread(number, SAMPLES)
+        random.Random(number).shuffle(chosen)  # a source is not looked at to its end where its samples hold many images
+        _check_source(run, dataset, prepare, source, chosen, IMAGES // len(run.data.shards))
 
 
 def _check_source(run: Run, dataset: Dataset, prepare: Prepare, source: str, indices: list[int], most_images: int) -> None:
