@@ -92,13 +92,14 @@ def test_deepspeeds_auto_is_refused_with_its_line(world, tmp_path, key):
         read_deepspeed(path, "float32", run, trains=True)
 
 
+@pytest.mark.parametrize("read", [load_config, load_processor])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("data", [MARK + b"{}", b'{"model_type": ', b"\xff\xfe{\0}\0"])
-def test_a_models_files_are_named_too(tmp_path, data):
-    for name in ("config.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes(data)
-    for read, name in ((load_config, "config.json"), (load_processor, "tokenizer_config.json")):
-        with pytest.raises(ValueError, match=rf"{tmp_path}/{name}.*, line 1: "):
-            read(tmp_path)
+def test_a_models_files_are_named_too(tmp_path, data, name, read):
+    for other in ("config.json", "tokenizer_config.json"):
+        (tmp_path / other).write_bytes(data if other == name else b"{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name}.*, line 1: "):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("data, said", [(b'{"run": {', "line 1: .*the file ends too early"), (b"{}", "holds no run"), (b"", "is empty")])
