@@ -110,8 +110,9 @@ class Dataset:
         """At most `number` samples spread over a folder; of a URL, whose shards come whole, over the first shard alone."""
         first = sum(int(sizes.sum()) for sizes in self.source_shard_sizes[:source])
         sizes = self.source_shard_sizes[source]
-        total = int(sizes[sizes > 0][0] if isinstance(self.folders[source], RemoteFolder) else sizes.sum())
-        return sorted({first + i * total // number for i in range(number)})
+        first_shard = int(sizes[sizes > 0][:1].sum())
+        total = first_shard if isinstance(self.folders[source], RemoteFolder) else int(sizes.sum())
+        return sorted({first + i * total // number for i in range(number)}) if total else []
 
     def parts(self, i: int) -> list[memoryview]:
         """The checked member data of sample `i`, JSON first."""

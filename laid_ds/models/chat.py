@@ -121,6 +121,21 @@ def _check_heard(template: Template, lines: list[tuple[str, Segments]], text: st
             raise ValueError(f"the chat template does not show the model what a tool said: {error}") from None
 
 
+def template_note(student: Template, teacher: Template, turns: Sequence[TurnLike]) -> str:
+    """What a user should know where the teacher's own template makes another text of these turns than the student's, which both models are
+    shown; "" where they agree."""
+    lines = [(turn.role, tuple(turn.segments)) for turn in turns]
+    shown, shared = _write(student, lines), "the teacher is shown what the student's chat template writes"
+    try:
+        own = _write(teacher, lines)
+    except ValueError as error:
+        return f"{shared}; its own: {error}"
+    if shown == own:
+        return ""
+    place = next((i for i, (a, b) in enumerate(zip(shown, own, strict=False)) if a != b), min(len(shown), len(own)))
+    return f"{shared}, {_around(shown, place)!r}; its own would write {_around(own, place)!r}"
+
+
 def turn_text(turn: TurnLike) -> str:
     """The text segments of a turn, joined."""
     return "".join(segment for segment in turn.segments if isinstance(segment, str))

@@ -5,6 +5,7 @@ headers of their weights, real samples rendered as a worker would, and room on t
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
@@ -16,6 +17,7 @@ from laid_ds.disk import no_room
 from laid_ds.evaluation.progress import held_out
 from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import vision_tower
+from laid_ds.models.chat import learn_template, template_note
 from laid_ds.models.family import check_packable, trainable
 from laid_ds.models.load import PreTrainedModel, open_model
 from laid_ds.models.lora import check_peft, factor_elements
@@ -40,8 +42,8 @@ LEAST_SAMPLES = 4
 def check(run: Run) -> None:
     """Raises ValueError with the first thing that is wrong."""
     dataset = Dataset.open(list(run.data.shards))
-    data_notes(run)
     processor = _check_folders(run)
+    data_notes(run)
     pairs = build_pairs(run)
     if run.student.lora is not None:
         _check_lora(run)
@@ -65,7 +67,26 @@ def data_notes(run: Run) -> list[str]:
     dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
     of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
     of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
-    return of_training + of_evaluation
+    return of_training + of_evaluation + _template_notes(run, dataset)
+
+
+def _template_notes(run: Run, dataset: Dataset) -> list[str]:
+    """Whether the teacher is shown another text than its own chat template would write, by a few samples of each source."""
+    if not run.taught:
+        return []
+    student, teacher = (load_processor(model.path, model.trust_remote_code) for model in (run.student, run.teacher))
+    if student.chat_template == teacher.chat_template or teacher.chat_template is None:
+        return []
+    try:
+        own, shown = learn_template(teacher), learn_template(student)
+    except ValueError as error:
+        return [f"the teacher's own chat template cannot be compared with the student's, which it is shown: {error}"]
+    chosen = [i for number in range(len(run.data.shards)) for i in dataset.spread(number, LEAST_SAMPLES)]
+    for i in chosen:
+        with suppress(ValueError):  # a sample that cannot be read, or not be written by the student's template, is told of by its key
+            if note := template_note(shown, own, dataset.record(i).turns):
+                return [note]
+    return []
 
 
 def _check_folders(run: Run) -> ProcessorMixin:

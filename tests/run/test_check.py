@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.writer import ShardWriter
 from laid_ds.models.load import open_model
 from laid_ds.run import check as module
-from laid_ds.run.check import check
+from laid_ds.run.check import check, data_notes
 from laid_ds.run.loop import train
 from laid_ds.runtime import checkpoint, engine
 from laid_ds.runtime.stop import StopRequest
@@ -165,6 +166,27 @@ def test_pictures_that_the_teacher_would_see_in_other_colours_are_refused(world,
     (folder / "processor_config.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=r"process images differently \(image_mean is .* and \(0.5, 0.5, 0.5\)\)"):
         check(world.run(tmp_path / "run", teacher={"path": folder}))
+
+
+def test_a_teacher_that_is_shown_another_chat_template_than_its_own_is_told_of(world, tmp_path):
+    """Both models read what the student's template writes: nothing is refused, and nothing goes without a word."""
+    assert data_notes(world.run(tmp_path / "run")) == []
+    folder = shutil.copytree(world.teacher, tmp_path / "teacher")
+    run = world.run(tmp_path / "run", teacher={"path": folder})
+    own = (folder / "chat_template.jinja").read_text()
+    for template, said in (
+        ("{# the same text #}" + own, []),
+        (
+            "Hello." + own,
+            ["the teacher is shown .* template writes, '<|im_start|>user.*; its own would write 'Hello.<|im"],
+        ),
+        ("{{ raise_exception('not me') }}", ["the teacher's own chat template cannot be compared with the student's, .*not me"]),
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        notes = data_notes(run)
+        assert len(notes) == len(said)
+        assert all(re.match(pattern.replace("|", r"\|"), note) for pattern, note in zip(said, notes, strict=True))
+        check(run)
 
 
 def saved_bytes(run):
