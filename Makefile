@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-slurm test-energon check bench study clean
+.PHONY: install demo test test-slurm test-energon test-templates check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -86,6 +86,12 @@ test-energon: install
 	  multi-storage-client s3fs mfusepy rapidyaml braceexpand click pyyaml filetype \
 	  && $(BIN)/pip install --quiet --no-deps --target $(ENERGON) megatron-energon==7.4.1; }
 	PYTHONPATH=$(ENERGON) $(BIN)/python -m pytest tests/data/test_compatibility.py
+
+# The real chat templates that TRL ships; the wheel alone, without what it needs to train.
+TRL := .trl
+test-templates: install
+	test -d $(TRL)/trl || $(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $(TRL) trl
+	PYTHONPATH=$(TRL) $(BIN)/python -m pytest tests/models/test_templates.py -k real
 
 check: install
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def template_note(student: Template, teacher: Template, turns: Sequence[TurnLike
         return f"{shared}; its own: {error}"
     if shown == own:
         return ""
-    place = next((i for i, (a, b) in enumerate(zip(shown, own, strict=False)) if a != b), min(len(shown), len(own)))
+    place = _first_difference(shown, own)
     return f"{shared}, {_around(shown, place)!r}; its own would write {_around(own, place)!r}"
 
 
@@ -380,8 +380,12 @@ def _apart(spans: list[Span]) -> list[Span]:
     return merged
 
 
+def _first_difference(text: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+
+
 def _difference(text: str, expected: str) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected)))
+    place = _first_difference(text, expected)
     return (
         f"the chat template makes something else of what is said, and what would be learned cannot be told: it writes "
         f"{_around(text, place)!r} where {_around(expected, place)!r} was meant"

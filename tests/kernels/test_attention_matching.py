@@ -223,7 +223,6 @@ def test_every_gradient_of_a_student_with_the_narrower_window(implementation, T,
     if mixed:
         options["teacher_heads"] = torch.stack([torch.arange(heads[0]) % heads[2], (torch.arange(heads[0]) + 1) % heads[2]], 1)
     double = {n: v.detach().double().requires_grad_(n in NAMES) if torch.is_tensor(v) else v for n, v in x.items()}
-    seeded = lambda: torch.Generator().manual_seed(5)  # noqa: E731
     want = run(double, **options, generator=seeded(), implementation="reference")
     given = {f"{side}_lse": own_lse(x, side, w, segments) for side, w in zip(("student", "teacher"), windows, strict=True)}
     got = run(x, **options, **(given if with_lse else {}), generator=seeded(), chunk_size=7, implementation=implementation)
@@ -439,9 +438,12 @@ def test_row_sampling_is_unbiased(omega, window):
     assert sums.std() > 0
 
 
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
 def test_row_sampling_repeats_with_its_generator_and_is_exact_with_all_rows():
     x = case()
-    seeded = lambda: torch.Generator().manual_seed(5)  # noqa: E731
     assert_same(run(x, rows=9, generator=seeded()), run(x, rows=9, generator=seeded(), implementation="reference"))
     assert_same(run(x, rows=10_000), run(x))
 
