@@ -335,9 +335,7 @@ def test_no_text_is_refused_where_texts_are_written_as_they_are(renderers, round
     assert rendered.supervised.any() == any(turn.supervised for turn in turns if turn.role == "assistant")
 
 
-@pytest.mark.skipif(
-    find_spec("trl") is None, reason="trl and its real chat templates are not installed (see `make test-templates`)"
-)
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl and its real chat templates are not installed (see `make test-templates`)")
 @pytest.mark.parametrize("name", [name for name in WORDED if name != "echo"])
 def test_real_templates(plain, name):
     """Answers and marks of the model are supervised, whole answers and nothing of the questions; or the talk is refused."""
