@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -119,6 +119,32 @@ def evaluate(
     extended = _extended(self_extend or [], folders)
     results = evaluate_models(shards, folders, out, _sizes(sizes), haystacks, questions, dtype, attention, extended)
     print(f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}")
+
+
+@app.command(epilog="Example: laid probe models/teacher data/test --student models/student")
+def probe(
+    model: Annotated[Path, typer.Argument(help="Stock model folder, the teacher's as a rule.")],
+    shards: Annotated[Path, typer.Argument(help="Haystacks with recorded needles.")],
+    student: Annotated[Path | None, typer.Option(help="Also propose align.pairs for this student's folder (its config is read).")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images in each haystack.")] = 16,
+    haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which layers and heads of a model look at the needle when they answer."""
+    from laid_ds.evaluation.retrieval import decoder_layers, measure
+    from laid_ds.runtime.engine import choose_accelerator
+
+    choose_accelerator()
+    student_layers = decoder_layers(student) if student else None
+    found = measure(model, shards, images, haystacks, dtype)
+    pairs = found.pairs(student_layers) if student_layers else []
+    if as_json:
+        print(json.dumps(found.as_json() | ({"pairs": pairs} if student else {}), allow_nan=False))
+    else:
+        print(found.as_text())
+        if pairs:
+            print(f"align.pairs = {json.dumps(pairs)}    # (student layer, teacher layer)")
 
 
 @app.command(epilog="Example: laid yarn models/student models/student-yarn --factor 4")
