@@ -125,26 +125,30 @@ def evaluate(
 def probe(
     model: Annotated[Path, typer.Argument(help="Stock model folder, the teacher's as a rule.")],
     shards: Annotated[Path, typer.Argument(help="Haystacks with recorded needles.")],
-    student: Annotated[Path | None, typer.Option(help="Also propose align.pairs for this student's folder (its config is read).")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Also propose align.pairs and align.heads for this student (its config is read).")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images in each haystack.")] = 16,
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say which layers and heads of a model look at the needle when they answer."""
-    from laid_ds.evaluation.retrieval import decoder_layers, measure
+    from laid_ds.evaluation.retrieval import depth_and_heads, measure
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
-    student_layers = decoder_layers(student) if student else None
+    layers, heads = depth_and_heads(student) if student else (0, 0)
     found = measure(model, shards, images, haystacks, dtype)
-    pairs = found.pairs(student_layers) if student_layers else []
+    pairs = found.pairs(layers) if student else []
+    proposed = {"pairs": pairs, "heads": found.couples(pairs, heads)}
     if as_json:
-        print(json.dumps(found.as_json() | ({"pairs": pairs} if student else {}), allow_nan=False))
+        print(json.dumps(found.as_json() | (proposed if student else {}), allow_nan=False))
     else:
         print(found.as_text())
         if pairs:
-            print(f"align.pairs = {json.dumps(pairs)}    # (student layer, teacher layer)")
+            print("\n[align]    # (student, teacher) layers, and for each pair (student, teacher) heads")
+            print("\n".join(f"{name} = {json.dumps(value)}" for name, value in proposed.items()))
 
 
 @app.command(epilog="Example: laid yarn models/student models/student-yarn --factor 4")

@@ -159,6 +159,9 @@ class Losses(Section):
 class Align(Section):
     pairs: Literal["last", "proportional"] | tuple[tuple[int, int], ...] = "last"
     """(student layer, teacher layer) pairs, or a rule that makes them. The paper: last to last."""
+    heads: Literal["all"] | tuple[tuple[tuple[int, int], ...], ...] = "all"
+    """For each of `pairs` the (student head, teacher head) couples that are compared; all other heads are free and nothing is mixed. "all"
+    (the paper): every student head listens to a learned mixture. `laid probe` says which heads retrieve (docs/choosing.md)."""
     start: Literal["one_hot", "uniform"] = "one_hot"
     """`one_hot` (ours, anchored): each student head starts on one teacher head. `uniform`: the mean of all heads (the paper's recipe)."""
     start_logit: Positive = 3.0
@@ -178,6 +181,8 @@ class Match(Section):
     alpha: NonNegative = 1.0
     rows: Count | None = None
     """Compare this many sampled rows per sample instead of all (an unbiased estimate)."""
+    rows_from: Literal["all", "answers"] = "all"
+    """Compare every row, or only those from which a token of an answer is predicted; the mean is over the rows compared."""
 
 
 class Gain(Section):

@@ -15,6 +15,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.evaluation.haystack import read_haystacks
 from laid_ds.evaluation.spectra import check_needles, needle_profile
+from laid_ds.models.attention import attention_shape
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -45,6 +46,18 @@ class Retrieval:
         for layer, _, _ in self.heads():
             chosen.setdefault(max(0, round((layer + 1) * student_layers / teacher_layers) - 1), layer)
         return sorted(chosen.items())
+
+    def couples(self, pairs: list[tuple[int, int]], student_heads: int) -> list[list[tuple[int, int]]]:
+        """For each of `pairs` (student head, teacher head) of the teacher layer's heads that retrieve, most first: the student's head at
+        the same share of its heads, floor(j H_s / H_t), or the next that is still free (ours). At most H_s of them."""
+        found = []
+        for _, layer in pairs:
+            retrieving, taken = [head for of, head, _ in self.heads() if of == layer][:student_heads], []
+            for head in retrieving:
+                start = head * student_heads // len(self.mass[layer])
+                taken.append(next(i % student_heads for i in range(start, start + student_heads) if i % student_heads not in taken))
+            found.append(list(zip(taken, retrieving, strict=True)))
+        return found
 
     def as_json(self) -> dict[str, Any]:
         heads = [{"layer": layer, "head": head, "mass": mass} for layer, head, mass in self.heads()]
@@ -78,6 +91,7 @@ def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str) ->
     return Retrieval(size, haystacks, {int(layer): found["marked_mass"] for layer, found in profile.items()})
 
 
-def decoder_layers(model: Path) -> int:
-    """Layers of the decoder of a model folder, from its config."""
-    return load_config(model).get_text_config().num_hidden_layers
+def depth_and_heads(model: Path) -> tuple[int, int]:
+    """Layers and query heads of the decoder of a model folder, from its config."""
+    config = load_config(model)
+    return config.get_text_config().num_hidden_layers, attention_shape(config)[0]

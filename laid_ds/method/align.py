@@ -7,6 +7,7 @@ are sharded and checkpointed with it, and never touch the stock model's paramete
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -45,6 +46,29 @@ def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teac
     return tuple((student, teacher) for student, teacher in rule)
 
 
+def compared_heads(
+    heads: str | Sequence[Sequence[tuple[int, int]]], pairs: Sequence[tuple[int, int]], student_heads: int, teacher_heads: int
+) -> tuple[tuple[tuple[int, int], ...] | None, ...]:
+    """For each layer pair the (student head, teacher head) couples to compare, or None for all heads mixed.
+
+    Raises ValueError for a list that does not fit the pairs, for a head that does not exist, and for a student head named twice.
+    """
+    if heads == "all":
+        return (None,) * len(pairs)
+    if len(heads) != len(pairs):
+        raise ValueError(f"align.heads has {len(heads)} lists for the {len(pairs)} layer pairs {list(map(list, pairs))}; give one for each")
+    for couples, pair in zip(heads, pairs, strict=True):
+        students = [student for student, _ in couples]
+        if not couples or len(set(students)) < len(students):
+            raise ValueError(f"align.heads of the layers {list(pair)} is {list(map(list, couples))}: name at least one head, none twice")
+        for student, teacher in couples:
+            if not (0 <= student < student_heads and 0 <= teacher < teacher_heads):
+                raise ValueError(
+                    f"align.heads: [{student}, {teacher}] does not exist; the models have {student_heads} and {teacher_heads} heads"
+                )
+    return tuple(tuple((student, teacher) for student, teacher in couples) for couples in heads)
+
+
 def start_mixing(student_heads: int, teacher_heads: int, options: Options) -> Tensor:
     """Mixing parameters [H_s, H_t] at the start.
 
@@ -74,11 +98,13 @@ class Align(nn.Module):
         super().__init__()
         self.options, self.pairs = options, tuple(pairs)
         (student_heads, student_keys, student_dim), (teacher_heads, teacher_keys, teacher_dim) = student_shape, teacher_shape
+        self.heads = compared_heads(options.heads, self.pairs, student_heads, teacher_heads)
         self.mixing, self.key_mixing, self.projections = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for student, _ in self.pairs:
-            self.mixing[str(student)] = start_mixing(student_heads, teacher_heads, options).to(dtype)
-            if options.mixing == "separate":
-                self.key_mixing[str(student)] = start_mixing(student_keys, teacher_keys, options).to(dtype)
+        for (student, _), couples in zip(self.pairs, self.heads, strict=True):
+            if couples is None:
+                self.mixing[str(student)] = start_mixing(student_heads, teacher_heads, options).to(dtype)
+                if options.mixing == "separate":
+                    self.key_mixing[str(student)] = start_mixing(student_keys, teacher_keys, options).to(dtype)
             if student_dim != teacher_dim:
                 self.projections[str(student)] = torch.stack([torch.eye(teacher_dim, student_dim)] * 2).to(dtype)
         self.gain = nn.ParameterDict({str(layer): torch.zeros(shape, dtype=dtype) for layer, shape in gain_shapes.items()})
@@ -100,29 +126,36 @@ class Align(nn.Module):
         terms: Sequence[str],
         omega: Omega,
         rows: int | None = None,
+        row_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Sums of the asked terms, each a mean over layer pairs and student heads; `counted_by` names what they are divided by.
+        """Sums of the asked terms, each a mean over layer pairs and compared student heads; `counted_by` names what they are divided by.
 
-        student, teacher: captured heads by layer; segments [B, T] int64, -1 = padding.
+        student, teacher: captured heads by layer; segments [B, T] int64, -1 = padding; row_mask [B, T] bool: the rows that matching counts.
         "align": head-level alignment (Paper, Eq. 7). "match": distance-weighted attention matching (ours).
         """
-        compute = {"align": self._alignment, "match": self._matching}
-        sums = {}
-        for term in terms:
-            parts = [compute[term](s, student[s], teacher[t], segments, omega, rows) for s, t in self.pairs]
-            sums[term] = torch.stack(parts).mean()
-        return sums
+        sums: dict[str, list[Tensor]] = {term: [] for term in terms}
+        for (s, t), couples in zip(self.pairs, self.heads, strict=True):
+            ours, theirs = (student[s], teacher[t]) if couples is None else _couples(student[s], teacher[t], couples)
+            if "align" in sums:
+                sums["align"].append(self._alignment(s, ours, theirs, segments))
+            if "match" in sums:
+                sums["match"].append(self._matching(s, ours, theirs, segments, omega, rows, row_mask))
+        return {term: torch.stack(parts).mean() for term, parts in sums.items()}
 
     def inside_attention(
         self, teacher: dict[int, Heads], segments: Tensor, omega: Omega, report: Callable[[Tensor], None]
     ) -> dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]]:
         """Student layer -> attention that matches it in its backward pass (models.attention.Companion); its log-sum-exp must be asked for.
 
-        In place of `forward`'s "match" for these layers, on a CPU, in float32. The sums' values are known after the backward pass: each
-        layer's share of "match" is given to `report` then. A layer that is compared with several is left out.
+        In place of `forward`'s "match" over all rows for these layers, on a CPU, in float32. The sums' values are known after the backward
+        pass: each layer's share of "match" is given to `report` then. Layers compared with several, or in some heads alone, are left out.
         """
         layers = [student for student, _ in self.pairs]
-        return {s: partial(self._attend_and_match, s, teacher[t], segments, omega, report) for s, t in self.pairs if layers.count(s) == 1}
+        return {
+            s: partial(self._attend_and_match, s, teacher[t], segments, omega, report)
+            for (s, t), couples in zip(self.pairs, self.heads, strict=True)
+            if couples is None and layers.count(s) == 1
+        }
 
     def _attend_and_match(
         self,
@@ -157,32 +190,41 @@ class Align(nn.Module):
             report=lambda total: report(total * share),
         )
 
-    def counted_by(self) -> dict[str, str]:
-        """The count of a batch (data.batch.Batch.counts) that each term's sum is divided by."""
-        return {"align": "tokens" if self.options.reduction == "mean" else "samples", "match": "tokens"}
+    def counted_by(self, rows_from: str = "all") -> dict[str, str]:
+        """The count of a batch (data.batch.Batch.counts) that each term's sum is divided by; rows_from: the rows that matching compares."""
+        return {
+            "align": "tokens" if self.options.reduction == "mean" else "samples",
+            "match": "rows" if rows_from == "answers" else "tokens",
+        }
 
-    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor) -> Tensor:
+        mixed = str(layer) in self.mixing
         total, _ = head_alignment(
             student.query,
             student.key,
             teacher.query,
             teacher.key,
-            self.weights(layer),
+            self.weights(layer) if mixed else torch.eye(student.query.shape[1], device=student.query.device),
             reduction=self.options.reduction,
             segments=segments,
             projection=tuple(self.projections[str(layer)].float()) if str(layer) in self.projections else None,
         )
         return total / student.query.shape[1] if self.options.reduction == "relative" else total
 
-    def _matching(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None) -> Tensor:
+    def _matching(
+        self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None, row_mask: Tensor | None
+    ) -> Tensor:
         if student.beside is not None:
             return student.beside / student.query.shape[1]
+        heads, device = student.query.shape[1], student.query.device
+        mixed = str(layer) in self.mixing
         total, _ = attention_matching(
             student.query,
             student.key,
             teacher.query,
             teacher.key,
-            self.mixing[str(layer)].float(),
+            self.mixing[str(layer)].float() if mixed else torch.zeros(heads, heads, device=device),
+            teacher_heads=None if mixed else torch.arange(heads, device=device)[:, None],
             student_scale=student.scale,
             teacher_scale=teacher.scale,
             student_window=student.window,
@@ -192,10 +234,22 @@ class Align(nn.Module):
             omega=omega,
             segments=segments,
             rows=rows,
+            row_mask=row_mask,
         )
-        return total / student.query.shape[1]
+        return total / heads
 
     def mixture_entropy(self) -> float:
         """Mean entropy of the mixture's rows in nats: 0 is one teacher head per student head, ln H_t is the plain mean."""
         rows = torch.cat([torch.softmax(p.detach().float(), -1) for p in self.mixing.values()])
         return torch.special.entr(rows).sum(-1).mean().item()
+
+
+def _couples(student: Heads, teacher: Heads, couples: Sequence[tuple[int, int]]) -> tuple[Heads, Heads]:
+    """Both sides with the chosen heads alone, head n of one beside head n of the other; each has its own copy of its keys."""
+    return _chosen(student, [head for head, _ in couples]), _chosen(teacher, [head for _, head in couples])
+
+
+def _chosen(side: Heads, heads: list[int]) -> Heads:
+    group = side.query.shape[1] // side.key.shape[1]
+    lse = None if side.lse is None else side.lse[:, heads]
+    return replace(side, query=side.query[:, heads], key=side.key[:, [head // group for head in heads]], lse=lse)

@@ -12,13 +12,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from laid_ds.config import Losses
+from laid_ds.config import Losses, Match
 from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.align import Align
 from laid_ds.method.losses import Shown, head_losses, show
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
 from laid_ds.runtime import distributed
+
+EVERY_ROW = Match()
 
 
 class Lesson(NamedTuple):
@@ -59,10 +61,10 @@ class Teacher(nn.Module):
 class Student(nn.Module):
     """The model in training beside its `Align`, in one module so that one engine shards and checkpoints both."""
 
-    def __init__(self, model: nn.Module, align: Align | None, tap: Tap, losses: Losses, vocabulary: int, match_rows: int | None = None):
+    def __init__(self, model: nn.Module, align: Align | None, tap: Tap, losses: Losses, vocabulary: int, match: Match = EVERY_ROW):
         super().__init__()
         self.model, self.align, self.tap = model, align, tap
-        self.losses, self.vocabulary, self.match_rows = losses, vocabulary, match_rows
+        self.losses, self.vocabulary, self.match = losses, vocabulary, match
 
     def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once.
@@ -85,8 +87,9 @@ class Student(nn.Module):
         )
         compared = [term for term in ask.factors if term in ("align", "match")]
         if compared:
-            rows = None if self.match_rows is None else self.match_rows * len(batch.keys) // len(batch.segments)
-            found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows)
+            rows = None if self.match.rows is None else self.match.rows * len(batch.keys) // len(batch.segments)
+            row_mask = batch.supervised if self.match.rows_from == "answers" else None
+            found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows, row_mask)
             loss = loss + sum(ask.factors[term] * total for term, total in found.items())
             sums |= {term: total.detach() for term, total in found.items()}
         if inside:
@@ -98,7 +101,8 @@ class Student(nn.Module):
         head = self.model.get_output_embeddings().weight
         return (
             "match" in ask.factors
-            and self.match_rows is None
+            and self.match.rows is None
+            and self.match.rows_from == "all"
             and self.tap.lse
             and torch.is_grad_enabled()
             and (head.device.type, head.dtype) == ("cpu", torch.float32)

@@ -16,7 +16,7 @@ from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.method import schedule
-from laid_ds.method.align import Align, layer_pairs
+from laid_ds.method.align import Align, compared_heads, layer_pairs
 from laid_ds.method.distill import Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import trainable
@@ -56,7 +56,7 @@ def build(run: Run) -> Training:
     pairs = build_pairs(run)
     student, align = build_student(run, pairs, vocabulary)
     teacher = build_teacher(run, pairs, vocabulary) if run.taught else None
-    counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by() if align is not None else {})
+    counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by(run.match.rows_from) if align is not None else {})
     renderer = build_renderer(run, processor)
     return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)
 
@@ -76,7 +76,7 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
     tap = Tap([student for student, _ in pairs], lse=_asks_lse(run, run.student))
     listen(model, tap, gains)
-    student = Student(model, align, tap, run.losses, vocabulary, run.match.rows)
+    student = Student(model, align, tap, run.losses, vocabulary, run.match)
     return engine.training_engine(student, run, mechanics), align
 
 
@@ -177,8 +177,10 @@ def _count(renderer: Renderer, dataset: Dataset, i: int) -> tuple[int, list[int]
 
 
 def build_pairs(run: Run) -> Pairs:
-    """The layer pairs to compare; none when attention is not compared."""
+    """The layer pairs to compare; none when attention is not compared. Raises ValueError for layers or heads that do not exist."""
     if run.teacher is None or not run.losses.listens:
         return ()
-    layers = [config_of(model).get_text_config().num_hidden_layers for model in (run.student, run.teacher)]
-    return layer_pairs(run.align.pairs, *layers)
+    configs = [config_of(model) for model in (run.student, run.teacher)]
+    pairs = layer_pairs(run.align.pairs, *(config.get_text_config().num_hidden_layers for config in configs))
+    compared_heads(run.align.heads, pairs, *(attention_shape(config)[0] for config in configs))
+    return pairs

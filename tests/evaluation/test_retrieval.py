@@ -40,6 +40,13 @@ def test_layers_are_paired_at_the_same_depth():
     assert found({0: [0.9], **{layer: [0.0] for layer in range(1, 30)}}).pairs(2) == [(0, 0)]
 
 
+def test_heads_are_paired_at_the_same_share_and_never_twice():
+    retrieval = found({0: [0.0] * 8, 1: [0.0, 0.0, 0.9, 0.8, 0.0, 0.0, 0.0, 0.7]})
+    assert retrieval.couples([(3, 1)], 8) == [[(2, 2), (3, 3), (7, 7)]]
+    assert retrieval.couples([(3, 1)], 4) == [[(1, 2), (2, 3), (3, 7)]], "1 is taken, so 3 takes the next"
+    assert retrieval.couples([(3, 1)], 2) == [[(0, 2), (1, 3)]], "no more than the student has"
+
+
 def test_a_head_that_looks_everywhere_alike_has_the_needles_share_of_what_it_sees(world, tmp_path, capsys):
     """Its query is made zero, so that it attends uniformly: its mass is 1 / (tokens up to the answering row), an image being one token."""
     model, head, width = world.load("teacher"), 2, 16
@@ -60,7 +67,7 @@ def test_a_head_that_looks_everywhere_alike_has_the_needles_share_of_what_it_see
     shares = [1 / int(torch.nonzero(supervised)[0]) for supervised in rows]  # the row before the answer sees all before the answer
     assert said["mass"]["1"][head] == pytest.approx(sum(shares) / 5, rel=1e-5)
     assert sorted(said["mass"]) == ["0", "1"]
-    assert said["pairs"] == [], "no head of an untrained model looks at the needle"
+    assert (said["pairs"], said["heads"]) == ([], []), "no head of an untrained model looks at the needle"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from laid_ds.config import Match
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.distill import Ask
 from laid_ds.models.attention import enable_checkpointing, last_hidden_state
@@ -18,7 +19,7 @@ ASK = Ask({"align": 1.0, "match": 0.3, "kl": 1.0, "sft": 1.0}, OMEGA)
 def step(world, batch, inside: bool, checkpointing=False, match_rows=None, pairs="proportional"):
     """Sums, gradients, and the layers whose attention matched."""
     student, teacher = pair_of(world, inside, pairs)
-    student.match_rows = match_rows
+    student.match = Match(rows=match_rows)
     if checkpointing:
         enable_checkpointing(student.train().model, offload=checkpointing == "offload")
     loss, sums = student(batch, teacher(batch), ASK)

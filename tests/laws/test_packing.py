@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laid_ds.config import Align as Options
-from laid_ds.config import Losses
+from laid_ds.config import Losses, Match
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
@@ -45,19 +45,18 @@ def prepare_of(world, packs: bool) -> Prepare:
 CROSSED = [(0, 1), (1, 0)]  # in the Qwen2.5-VL world layer 0 has a sliding window: a student with the narrower one, and a teacher
 
 
-def pair_of(world, lse: bool, pairs="proportional"):
+def pair_of(world, lse: bool, pairs="proportional", heads="all", rows_from="all"):
     """(student, teacher) with gains that are not 1, matching both layers."""
     taps, models = (Tap([0, 1], lse=lse), Tap([0, 1], lse=lse)), (world.load("student"), world.load("teacher"))
     shapes = [attention_shape(model.config) for model in models]
-    align = Align(Options(start_logit=1.0), layer_pairs(pairs, 2, 2), *shapes, gain_shapes(models[0]))
+    align = Align(Options(start_logit=1.0, heads=heads), layer_pairs(pairs, 2, 2), *shapes, gain_shapes(models[0]))
     for theta in align.gain.values():
         torch.nn.init.normal_(theta, generator=torch.Generator().manual_seed(1))
     layout = family(models[0].config).layout
     listen(models[0], taps[0], {layer: responder(align.gain, layer, layout) for layer in attention_layers(models[0])})
     listen(models[1], taps[1])
-    return Student(models[0], align, taps[0], Losses(rows_per_chunk=3), world.vocabulary), Teacher(
-        models[1], taps[1], world.vocabulary, True
-    )
+    student = Student(models[0], align, taps[0], Losses(rows_per_chunk=3), world.vocabulary, Match(rows_from=rows_from))
+    return student, Teacher(models[1], taps[1], world.vocabulary, True)
 
 
 def step(world, batches, lse: bool = True, pairs="proportional"):

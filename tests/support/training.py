@@ -78,14 +78,16 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
         sums, counts = dict.fromkeys(("sft", "kl", "align", "match"), 0.0), {"rows": 0, "tokens": 0, "samples": 0}
         omega = schedule.omega(schedule.progress(step, run.steps), run.match)
         for batch in chain.from_iterable(islice(stream, global_batch)):
-            for name, value in dense_sums(student, teacher, taps, pairs, mixing, batch, omega).items():
+            for name, value in dense_sums(
+                student, teacher, taps, pairs, mixing, batch, omega, run.align.heads, run.match.rows_from
+            ).items():
                 sums[name] = sums[name] + value
             counts = {name: value + batch.counts()[name] for name, value in counts.items()}
         means = {
             "sft": sums["sft"] / counts["rows"],
             "kl": sums["kl"] / counts["rows"],
             "align": sums["align"] / counts["samples"],
-            "match": sums["match"] / counts["tokens"],
+            "match": sums["match"] / counts["rows" if run.match.rows_from == "answers" else "tokens"],
         }
         loss = sum(getattr(run.losses, name) * mean for name, mean in means.items())
         optimizer.zero_grad()
@@ -108,8 +110,8 @@ def _samples(stream: Stream) -> Iterator[list[Batch]]:
     return iter(stream)
 
 
-def dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str, torch.Tensor]:
-    """The sums of all terms for one unpadded sample, with one mixture for all pairs."""
+def dense_sums(student, teacher, taps, pairs, mixing, batch, omega, heads="all", rows_from="all") -> dict[str, torch.Tensor]:
+    """The sums of all terms for one unpadded sample, with one mixture for all pairs, or with chosen heads for each."""
     rows, targets = batch.supervised[0], batch.labels[0][batch.supervised[0]]
     with taps[0].open() as ours:
         student_logits = student.lm_head(student.model(**batch.inputs, use_cache=False).last_hidden_state[0][rows])
@@ -121,21 +123,27 @@ def dense_sums(student, teacher, taps, pairs, mixing, batch, omega) -> dict[str,
         "align": torch.zeros(()),
         "match": torch.zeros(()),
     }
-    weights = mixing.softmax(-1)
-    for s, t in pairs:
+    for n, (s, t) in enumerate(pairs):
+        own, weights = (slice(None), mixing.softmax(-1)) if heads == "all" else _one_hot(heads[n])
         for part in ("query", "key"):
-            mine, shown = (getattr(heads, part)[0] for heads in (ours[s], theirs[t]))
-            mine, shown = mine.repeat_interleave(2 // len(mine), 0), shown.repeat_interleave(4 // len(shown), 0)
+            mine, shown = (getattr(heads_of, part)[0] for heads_of in (ours[s], theirs[t]))
+            mine, shown = mine.repeat_interleave(2 // len(mine), 0)[own], shown.repeat_interleave(4 // len(shown), 0)
             target = torch.einsum("ij,jtd->itd", weights, shown)
             relative = (mine - target).square().sum((1, 2)) / target.detach().square().sum((1, 2))
             sums["align"] = sums["align"] + relative.mean() / len(pairs)
-        q, p = _attention(ours[s], 2), torch.einsum("ij,jmn->imn", weights, _attention(theirs[t], 4))
+        q, p = _attention(ours[s], 2)[own], torch.einsum("ij,jmn->imn", weights, _attention(theirs[t], 4))
         visible = _visible(q.shape[-1], ours[s].window)
         p = p * visible / (p * visible).sum(-1, keepdim=True)
         weight = _omega(omega, visible)
         terms = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log()), 0.0) - p + q
-        sums["match"] = sums["match"] + (weight * terms).sum((1, 2)).mean() / len(pairs)
+        by_row = (weight * terms).sum(2).mean(0)
+        sums["match"] = sums["match"] + (by_row if rows_from == "all" else by_row[rows]).sum() / len(pairs)
     return sums
+
+
+def _one_hot(couples) -> tuple[list[int], torch.Tensor]:
+    """The student's heads that are compared, and for each a row that is 1 at its teacher head."""
+    return [head for head, _ in couples], F.one_hot(torch.tensor([head for _, head in couples]), 4).float()
 
 
 def _attention(heads, number: int) -> torch.Tensor:
