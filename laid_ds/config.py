@@ -61,6 +61,14 @@ class Student(Model):
 
 
 class Teacher(Model):
+    self: bool = False
+    """The student's own weights teach, as they are in its folder: leave out `path`. Beside [student.lora] no second model is loaded; the
+    factors and the gains are off while it teaches. Without LoRA it is loaded as any teacher, and needs `deepspeed`."""
+    sees: Literal["all", "needles"] = "all"
+    """"needles": the teacher reads the same turns with only the images that their questions need (and `fixed` ones), and what it says of
+    the answers is learned. Every question must record its needles; attention of rows of other lengths is not compared."""
+    distractors: Annotated[int, Field(ge=0)] = 0
+    """With sees = "needles": this many other images of the same window, drawn at random, beside the needles."""
     check_answers: bool = True
     """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess, or no better with their images
     than with those of other samples."""
@@ -255,6 +263,36 @@ class Run(Section):
     def taught(self) -> bool:
         """Whether a term of the loss asks a teacher; where none does, a [teacher] is not loaded."""
         return self.losses.listens or self.losses.kl > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_teacher(cls, tree: Any) -> Any:
+        """teacher.self = true: what the student's section says of the weights, the teacher's says too."""
+        student, teacher = (tree.get(name) if isinstance(tree, dict) else None for name in ("student", "teacher"))
+        if not (isinstance(student, dict) and isinstance(teacher, dict) and teacher.get("self") is True):
+            return tree
+        shared = ["path", "dtype", "trust_remote_code"] + ["deepspeed"] * bool(student.get("lora"))
+        teacher = {key: student[key] for key in shared if key in student} | teacher
+        other = [key for key in ("path", "dtype") if key in teacher and key in student and str(teacher[key]) != str(student[key])]
+        if other:
+            raise ValueError(
+                f"teacher.{other[0]} is {teacher[other[0]]}, and teacher.self = true takes the student's: leave out one of the two"
+            )
+        return tree | {"teacher": teacher}
+
+    @model_validator(mode="after")
+    def _teacher_sees_rows_like_the_student(self) -> Run:
+        teacher = self.teacher
+        if teacher is not None and teacher.sees == "needles" and self.losses.listens:
+            raise ValueError(
+                'teacher.sees = "needles" gives the teacher shorter rows than the student has, so that attention cannot be compared: set'
+                " losses.align and losses.match to 0"
+            )
+        if teacher is not None and teacher.distractors and teacher.sees == "all":
+            raise ValueError(
+                f'teacher.distractors = {teacher.distractors} is for teacher.sees = "needles": set it, or leave distractors out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _terms_have_their_parts(self) -> Run:

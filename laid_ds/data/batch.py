@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from laid_ds.data.haystack import check_planned, draw_window, images_drawn
+from laid_ds.data.haystack import check_planned, draw_window, evidence, images_drawn
 from laid_ds.data.record import DataError, Sample
 
 IGNORED = -100
@@ -51,6 +51,12 @@ class Batch:
     """[B, T]: the number of the token's sample within its row, and -1 for padding and stand-in images."""
     keys: tuple[str, ...]
     num_images: int
+    taught: Batch | None = None
+    """What the teacher reads, where that is not the same: other images, the same answers in the same order."""
+
+    @property
+    def for_teacher(self) -> Batch:
+        return self if self.taught is None else self.taught
 
     @property
     def supervised(self) -> Tensor:
@@ -64,7 +70,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("labels", "segments")}
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, **moved)
+        taught = self.taught and self.taught.to(device)
+        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, taught=taught, **moved)
 
 
 def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
@@ -152,6 +159,13 @@ def render_named(render: Callable[[Sample], Rendered], sample: Sample) -> Render
         raise
 
 
+def _evidence_of(sample: Sample, distractors: int, seed: tuple[object, ...]) -> Sample:
+    try:
+        return evidence(sample, distractors, seed)
+    except DataError as error:
+        raise error.at(sample.origin) from None
+
+
 @dataclass(frozen=True)
 class Prepare:
     """From (position, sample) pairs to a Batch, or from one list of such pairs, a pack; runs in a data worker. All randomness follows from
@@ -166,6 +180,8 @@ class Prepare:
     questions: int | None = None
     packs: bool = False
     """Whether items are packs: one list of pairs, to lie in one row."""
+    distractors: int | None = None
+    """Images beside the needles in what the teacher reads; None: it reads what the student reads."""
 
     def __call__(self, items: list) -> Batch:
         return self.batch(self.windows(items))
@@ -176,9 +192,23 @@ class Prepare:
         return [self._window(position, sample) for position, sample in pairs]
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """The tensors of these samples: padded rows, or one row."""
+        """The tensors of these samples: padded rows, or one row; and those of what the teacher reads, if it reads something else."""
+        batch = self._laid(samples)
+        return batch if self.distractors is None else replace(batch, taught=self._evidence(samples, batch))
+
+    def _laid(self, samples: list[Sample]) -> Batch:
         rendered, keys = [render_named(self.render, sample) for sample in samples], [sample.key for sample in samples]
         return pack(rendered, keys) if self.packs else collate(rendered, keys, self.pad_token)
+
+    def _evidence(self, samples: list[Sample], batch: Batch) -> Batch:
+        """The same turns beside their needles. Raises DataError where the answers would not be the same tokens."""
+        found = [_evidence_of(sample, self.distractors, ("evidence", self.seed, sample.key)) for sample in samples]
+        taught = self._laid(found)
+        if not torch.equal(batch.labels[batch.supervised], taught.labels[taught.supervised]):
+            raise DataError(
+                f"beside fewer images the chat template writes other answers of {', '.join(batch.keys)}: leave out teacher.sees"
+            )
+        return taught
 
     def _window(self, position: int, sample: Sample) -> Sample:
         bounds = self.image_range(position // self.global_batch)

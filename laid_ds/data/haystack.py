@@ -144,6 +144,25 @@ def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[
     return _renumbered(sample, _leading(sample, asked, kept) if _images_lead(sample) else _in_place(sample, asked, kept))
 
 
+def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Sample:
+    """The same turns with only the images that the questions need, `fixed` ones, and `distractors` others drawn by `seed`, in their order.
+
+    Raises DataError for a sample that may not lose images, or of which a question records no needles.
+    """
+    bare = [turn for turn in window.turns if turn.role == "user" and not turn.needles]
+    whole = why_whole(window) or ("records no needles for a question" if bare else None)
+    if whole is not None:
+        raise DataError(f'teacher.sees = "needles" leaves out images, and of this sample none may be left out: it {whole}', key=window.key)
+    needed = {*window.fixed, *(needle for turn in window.turns for needle in turn.needles)}
+    others = [image for image in range(len(window.images)) if image not in needed]
+    kept = needed.union(random.Random(repr(seed)).sample(others, min(distractors, len(others))))
+
+    def with_kept(turn: Turn) -> Turn:
+        return replace(turn, segments=tuple(s for s in turn.segments if isinstance(s, str) or s in kept) or ("",))
+
+    return _renumbered(window, [with_kept(turn) for turn in window.turns])
+
+
 def _questions(sample: Sample, images: int, most: int | None, rng: random.Random) -> list[int]:
     """Turn numbers of the questions of a window whose needles fit into it together: in a random order, or as they stand."""
     order = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]

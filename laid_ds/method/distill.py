@@ -17,7 +17,8 @@ from laid_ds.data.batch import Batch
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.align import Align
 from laid_ds.method.losses import Shown, head_losses, show
-from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state
+from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state, untouched
+from laid_ds.models.lora import without_lora
 from laid_ds.runtime import distributed
 
 EVERY_ROW = Match()
@@ -50,12 +51,37 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, every_logit: bool = False) -> Lesson:
         """every_logit: show logits whatever the run asks for, and those beyond the shared vocabulary too."""
-        with self.tap.open() as heads:
-            hidden = last_hidden_state(self.model, **batch.inputs)
-        if not (self.shows_logits or every_logit):
-            return Lesson(heads, None)
-        head, rows = self.model.get_output_embeddings(), hidden[batch.supervised]
-        return Lesson(heads, Shown(head(rows)) if every_logit else show(head, rows, self.vocabulary))
+        return _lesson(self.model, self.tap, batch, self.vocabulary, self.shows_logits, every_logit)
+
+
+class OwnTeacher:
+    """A student with LoRA as its own teacher: the model in its engine as it was before anything was learned. It holds no weights."""
+
+    def __init__(self, student: TrainingEngine, tap: Tap, vocabulary: int, shows_logits: bool):
+        self.student, self.tap, self.vocabulary, self.shows_logits = student, tap, vocabulary, shows_logits
+        self.module = self
+        """As of an engine."""
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, every_logit: bool = False) -> Lesson:
+        """As `Teacher.forward`; no dropout, no factors, no gains."""
+        model = self.student.module.model
+        training = model.training
+        model.eval()
+        try:
+            with without_lora(model), untouched(model, self.tap):
+                return _lesson(model, self.tap, batch, self.vocabulary, self.shows_logits, every_logit)
+        finally:
+            model.train(training)
+
+
+def _lesson(model: nn.Module, tap: Tap, batch: Batch, vocabulary: int, shows_logits: bool, every_logit: bool) -> Lesson:
+    with tap.open() as heads:
+        hidden = last_hidden_state(model, **batch.inputs)
+    if not (shows_logits or every_logit):
+        return Lesson(heads, None)
+    head, rows = model.get_output_embeddings(), hidden[batch.supervised]
+    return Lesson(heads, Shown(head(rows)) if every_logit else show(head, rows, vocabulary))
 
 
 class Student(nn.Module):
@@ -112,6 +138,8 @@ class Student(nn.Module):
 class TrainingEngine(Protocol):
     """What a step needs of DeepSpeed's engine: gradients are averaged over ranks, the optimizer moves at the accumulation boundary."""
 
+    module: Student
+
     def __call__(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]: ...
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None: ...
     def step(self) -> None: ...
@@ -122,7 +150,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 def train_step(
-    student: TrainingEngine, teacher: Teacher | None, batches: Sequence[Batch], losses: Losses, omega: Omega, counted_by: dict[str, str]
+    student: TrainingEngine,
+    teacher: Teacher | OwnTeacher | None,
+    batches: Sequence[Batch],
+    losses: Losses,
+    omega: Omega,
+    counted_by: dict[str, str],
 ) -> dict[str, float]:
     """Run the micro-batches of one optimizer step and move the optimizer; returns the mean of each term, the loss and the counts.
 
@@ -134,7 +167,9 @@ def train_step(
     ask = Ask({term: weight / divisors[term] for term, weight in weights.items()}, omega)
     totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the shown logits are gone before the backward
+        loss, sums = student(
+            batch, teacher(batch.for_teacher) if teacher is not None else None, ask
+        )  # the shown logits are gone before the backward
         student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
         _refuse_non_finite(sums, batch)  # before the optimizer moves
         student.step()

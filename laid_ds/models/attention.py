@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -241,6 +241,19 @@ def listen(
         config._attn_implementation = implementation
     for index, attention in attentions.items():
         object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index), attend))
+
+
+@contextmanager
+def untouched(model: PreTrainedModel, tap: Tap) -> Iterator[None]:
+    """Inside the block the model's decoder attends without gains, and another tap listens. For forward passes without gradients."""
+    before = {attention: attention._laid for attention in attention_layers(model).values()}
+    for attention, listening in before.items():
+        object.__setattr__(attention, "_laid", replace(listening, gain=None, tap=tap))
+    try:
+        yield
+    finally:
+        for attention, listening in before.items():
+            object.__setattr__(attention, "_laid", listening)
 
 
 def rotary_planes(model: PreTrainedModel, layer: int) -> int:

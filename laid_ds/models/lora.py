@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -33,6 +34,22 @@ def add_lora(model: PreTrainedModel, options: Lora, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes as if it had no factors."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert not any(layer.disable_adapters for layer in layers)
+    for layer in layers:
+        layer._disable_adapters = True  # peft's enable_adapters(False) would also switch the factors' gradients off
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def check_peft() -> None:

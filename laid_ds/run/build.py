@@ -17,7 +17,7 @@ from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, compared_heads, layer_pairs
-from laid_ds.method.distill import Student, Teacher
+from laid_ds.method.distill import OwnTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import trainable
 from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
@@ -55,7 +55,7 @@ def build(run: Run) -> Training:
         check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
     pairs = build_pairs(run)
     student, align = build_student(run, pairs, vocabulary)
-    teacher = build_teacher(run, pairs, vocabulary) if run.taught else None
+    teacher = build_teacher(run, pairs, vocabulary, student) if run.taught else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by(run.match.rows_from) if align is not None else {})
     renderer = build_renderer(run, processor)
     return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)
@@ -89,8 +89,11 @@ def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
     return Align(run.align, pairs, shape, attention_shape(teacher), gains, getattr(torch, run.student.dtype))
 
 
-def build_teacher(run: Run, pairs: Pairs, vocabulary: int) -> Any:
-    """The engine around the frozen teacher."""
+def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None) -> Any:
+    """The engine around the frozen teacher; or, of a student with LoRA that teaches itself, the same model without what was learned."""
+    if run.teacher.self and run.student.lora is not None:
+        tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.student))
+        return OwnTeacher(student, tap, vocabulary, shows_logits=run.losses.kl > 0)
     mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
     model = load_model(run.teacher.path, run.teacher.dtype, mechanics, run.teacher.trust_remote_code)
     tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.teacher))
@@ -124,6 +127,7 @@ def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
         image_range=partial(schedule.image_range, steps=run.steps, data=run.data),
         questions=run.data.questions,
         packs=run.data.tokens_per_pack is not None,
+        distractors=run.teacher.distractors if run.taught and run.teacher.sees == "needles" else None,
     )
 
 

@@ -68,7 +68,7 @@ def student_nats(run: Run, student: Any, batch: Batch) -> float:
 def teacher_nats(run: Run, teacher: Any, batch: Batch, vocabulary: int) -> tuple[float, float]:
     """Sums over rows of the teacher's cross-entropy on the shared vocabulary and of its probability beyond it. Raises ValueError too."""
     try:
-        logits = teacher(batch, every_logit=True).logits.rows.float()
+        logits = teacher(batch.for_teacher, every_logit=True).logits.rows.float()
     except ValueError as error:
         raise _misfit("teacher", run.teacher.path, batch, error) from None
     nats = F.cross_entropy(logits[:, :vocabulary], batch.labels[batch.supervised], reduction="sum").item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -21,15 +21,16 @@ from laid_ds.models.attention import Tap, attention_layers, listen
 from laid_ds.models.load import load_model
 from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import gain
-from laid_ds.run.build import build, build_renderer, build_stream
+from laid_ds.run.build import Training, build, build_renderer, build_stream
 from laid_ds.run.loop import seed_everything
 from laid_ds.runtime import engine
 
 WATCHED = ("model.model.language_model.layers.1.self_attn.q_proj.weight", "model.lm_head.weight", "align.mixing.1", "align.gain.1")
 
 
-def rank_steps(run: Run, steps: int) -> dict[str, Any]:
-    """Start this rank and do `steps` optimizer steps; returns records, watched weights, and bytes of each model on this rank."""
+def rank_steps(run: Run, steps: int, look: Callable[[Training], Any] = lambda training: None) -> dict[str, Any]:
+    """Start this rank and do `steps` optimizer steps; returns records, watched weights, bytes of each model on this rank, and what `look`
+    makes of the parts afterwards."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     engine.start_processes()
@@ -45,15 +46,15 @@ def rank_steps(run: Run, steps: int) -> dict[str, Any]:
     parameters = dict(training.student.module.named_parameters())
     weights = {name: safe_get_full_fp32_param(parameters[name]) for name in WATCHED if name in parameters}
     held = {"student": engine.sharded_bytes(training.student.module)}
-    if training.teacher is not None:
+    if training.teacher is not None and isinstance(training.teacher.module, torch.nn.Module):
         held["teacher"] = engine.sharded_bytes(training.teacher.module)
-    return {"records": records, "weights": weights, "bytes": held}
+    return {"records": records, "weights": weights, "bytes": held, "looked": look(training)}
 
 
 def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
     """The same steps on whole models, one unpadded sample at a time, every loss written out densely."""
     student, teacher = load_model(run.student.path), load_model(run.teacher.path).requires_grad_(False)
-    pairs = layer_pairs(run.align.pairs, 2, 2)
+    pairs = layer_pairs(run.align.pairs, 2, 2) if run.losses.listens else ()
     mixing = torch.nn.Parameter(start_mixing(2, 4, run.align))
     theta = torch.nn.ParameterList([torch.zeros(2, 8) for _ in attention_layers(student)])
     taps = Tap([s for s, _ in pairs]), Tap([t for _, t in pairs])
@@ -89,6 +90,7 @@ def plain_steps(run: Run, steps: int, global_batch: int) -> dict[str, Any]:
             "align": sums["align"] / counts["samples"],
             "match": sums["match"] / counts["rows" if run.match.rows_from == "answers" else "tokens"],
         }
+        means = {name: mean for name, mean in means.items() if getattr(run.losses, name) > 0}
         loss = sum(getattr(run.losses, name) * mean for name, mean in means.items())
         optimizer.zero_grad()
         loss.backward()
@@ -116,7 +118,8 @@ def dense_sums(student, teacher, taps, pairs, mixing, batch, omega, heads="all",
     with taps[0].open() as ours:
         student_logits = student.lm_head(student.model(**batch.inputs, use_cache=False).last_hidden_state[0][rows])
     with taps[1].open() as theirs:
-        teacher_logits = teacher.lm_head(teacher.model(**batch.inputs, use_cache=False).last_hidden_state[0][rows])
+        read = batch.for_teacher
+        teacher_logits = teacher.lm_head(teacher.model(**read.inputs, use_cache=False).last_hidden_state[0][read.supervised[0]])
     sums = {
         "sft": F.cross_entropy(student_logits, targets, reduction="sum"),
         "kl": (teacher_logits.softmax(-1) * (teacher_logits.log_softmax(-1) - student_logits.log_softmax(-1))).sum(),
