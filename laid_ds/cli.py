@@ -179,28 +179,32 @@ def report(
     print(json.dumps(summary.as_json(), allow_nan=False) if as_json else summary.as_text())
 
 
-@app.command(epilog="Example: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80")
+@app.command(epilog="Examples: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80; laid plan my.toml --gpus 8 --tokens 20000 --json")
 def plan(
     recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs, one rank each.")] = 1,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of one GPU.")] = 80,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one micro-batch on one GPU, padding included.")] = 8192,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of one micro-batch on one GPU, padding included; default: as the shards have it, or 8192."),
+    ] = None,
     student_config: Annotated[Path | None, typer.Option(help="JSON config of the student, where its folder is not here.")] = None,
     teacher_config: Annotated[Path | None, typer.Option(help="The same for the teacher.")] = None,
-    peak_tflops: Annotated[float, typer.Option(help="Peak of one GPU in the run's dtype (A100 bf16: 312, H100: 989).")] = 312,
+    peak_tflops: Annotated[float, typer.Option(min=0.001, help="Peak of one GPU in the run's dtype (A100 bf16: 312, H100: 989).")] = 312,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that you expect to reach.")] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, memory in bytes.")] = False,
 ) -> None:
-    """Say what a run takes of each GPU and how long a step lasts, from the models' configs alone."""
+    """Say what a run takes of each GPU, how long it lasts and how many tokens fit, from the models' configs and the index of the shards."""
     from laid_ds import config
-    from laid_ds.plan import Machine, plan, read_pair
+    from laid_ds.plan.pair import Machine, read_pair
+    from laid_ds.plan.report import plan
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
     pair = read_pair(config.load(recipe, overrides or []), student_config, teacher_config)
     found = plan(pair, Machine(gpus, int(gpu_memory * 2**30), peak_tflops * 1e12, mfu), tokens)
-    print(json.dumps(found.as_json()) if as_json else found.as_text())
+    print(json.dumps(found.as_json(), allow_nan=False) if as_json else found.as_text())
 
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Look at, verify and remove the checkpoints of a run.")

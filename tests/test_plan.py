@@ -19,7 +19,10 @@ from laid_ds.models.attention import Tap, enable_checkpointing, listen
 from laid_ds.models.load import model_class
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
-from laid_ds.plan import Machine, memory, model_flops, peak_bytes, plan, read_pair, step_flops
+from laid_ds.plan.flops import model_flops, step_flops
+from laid_ds.plan.memory import memory, peak_bytes
+from laid_ds.plan.pair import Machine, read_pair
+from laid_ds.plan.report import plan
 from laid_ds.run.build import build, build_align
 from laid_ds.runtime import engine
 from tests.support.processes import run_ranks

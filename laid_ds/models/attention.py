@@ -207,10 +207,11 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 def vision_tower(model: PreTrainedModel) -> nn.Module:
     """The image encoder, with the projector where the family keeps it inside. Raises ValueError when none of the usual names is there."""
-    names = ("visual", "vision_tower", "vision_model", "vision_embed_tokens")
+    names = ("visual", "vision_tower", "vision_model", "vision_embed_tokens", "vision_encoder", "image_tower")
+    whole = getattr(model, "model", model)
     for name in names:
-        if hasattr(model.model, name):
-            return getattr(model.model, name)
+        if hasattr(whole, name):
+            return getattr(whole, name)
     raise ValueError(f"{type(model).__name__} has no vision tower under the names {', '.join(names)}; set student.freeze_vision = false")
 
 
@@ -298,9 +299,9 @@ def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return found[0]
 
 
-def attention_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:
-    """(H, K, D) of the decoder."""
-    config = model_config.get_text_config()
+def attention_shape(model_config: PretrainedConfig, layer: int = -1) -> tuple[int, int, int]:
+    """(H, K, D) of a decoder layer; the layers of a few families differ."""
+    config = model_config.get_text_config().per_layer_config[layer]
     heads = config.num_attention_heads
     return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 

@@ -12,8 +12,6 @@ from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.order import Packing
-from laid_ds.data.record import DataError
 from laid_ds.data.stream import Stream
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, compared_heads, layer_pairs
@@ -25,9 +23,9 @@ from laid_ds.models.lora import add_lora
 from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
+from laid_ds.plan.lengths import build_packing
 from laid_ds.runtime import distributed, engine
 
-COUNTED = 64  # samples whose tokens are counted before packs are planned
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -82,11 +80,22 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
 
 def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
     """Mixtures and gains for this pair of models."""
-    shape = attention_shape(student.config)
     gains = gain_shapes(student) if run.gain.enabled else {}
     teacher = config_of(run.teacher)
     trainable(teacher)  # its logits are taken from the head alone, too
-    return Align(run.align, pairs, shape, attention_shape(teacher), gains, getattr(torch, run.student.dtype))
+    shapes = [_shape(config, [pair[i] for pair in pairs]) for i, config in enumerate((student.config, teacher))]
+    return Align(run.align, pairs, *shapes, gains, getattr(torch, run.student.dtype))
+
+
+def _shape(config: PretrainedConfig, layers: list[int]) -> tuple[int, int, int]:
+    """(H, K, D) of the compared layers. Raises ValueError where they differ."""
+    found = {attention_shape(config, layer) for layer in layers or [-1]}
+    if len(found) > 1:
+        raise ValueError(
+            f"the compared layers {layers} of {config.model_type} differ in their heads (number, of keys, size: {sorted(found)}); let"
+            " align.pairs name layers of one kind"
+        )
+    return found.pop()
 
 
 def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None) -> Any:
@@ -148,36 +157,6 @@ def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
         on_bad=data.on_bad,
         workers=data.workers,
     )
-
-
-def build_packing(run: Run, dataset: Dataset, renderer: Renderer, packs_per_step: int = 1) -> Packing | None:
-    """How packs are planned, in the student's tokens, by what it makes of some samples spread over the data; on the safe side."""
-    data = run.data
-    if data.tokens_per_pack is None:
-        return None
-    chosen = sorted({i * len(dataset) // COUNTED for i in range(COUNTED)}, key=lambda i: dataset.lengths[i])
-    counted = {i: _count(renderer, dataset, i) for i in chosen}
-    scale = 1.0
-    if data.count_tokens == "estimate":  # short samples may be off by more, but by few tokens
-        scale = max(counted[i][0] / int(dataset.lengths[i]) for i in chosen[len(chosen) // 2 :])
-    of_image = [length for _, lengths in counted.values() for length in lengths]
-    return Packing(
-        data.tokens_per_pack,
-        group=packs_per_step,
-        tokens=data.count_tokens,
-        scale=scale,
-        images=data.images,
-        image_tokens=min(of_image, default=0),
-    )
-
-
-def _count(renderer: Renderer, dataset: Dataset, i: int) -> tuple[int, list[int]]:
-    """Tokens of sample i, and of each of its images. Raises DataError, naming it, when it cannot be rendered."""
-    record = dataset.record(i)
-    try:
-        return renderer.count(record), [renderer.image_length(image.width, image.height) for image in record.images]
-    except ValueError as error:
-        raise DataError(str(error)).at(dataset.origin(i)) from error
 
 
 def build_pairs(run: Run) -> Pairs:

@@ -30,8 +30,9 @@ from laid_ds.models.processor import (
     check_tokens,
     load_processor,
 )
-from laid_ds.plan import BYTES, OPTIMIZER_BYTES, read_pair
-from laid_ds.run.build import build_align, build_packing, build_pairs, build_prepare, build_renderer, config_of
+from laid_ds.plan.lengths import build_packing
+from laid_ds.plan.pair import BYTES, OPTIMIZER_BYTES, read_pair
+from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, config_of
 from laid_ds.runtime import checkpoint, engine
 
 SAMPLES = 64  # of each source that are rendered

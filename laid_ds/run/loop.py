@@ -23,7 +23,8 @@ from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.method import schedule
 from laid_ds.method.distill import NonFiniteLoss, train_step
-from laid_ds.plan import model_flops, read_pair
+from laid_ds.plan.flops import model_flops
+from laid_ds.plan.pair import read_pair
 from laid_ds.run.build import Training, build
 from laid_ds.run.check import data_notes
 from laid_ds.run.first_look import BATCHES, Seen, first_look

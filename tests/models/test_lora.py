@@ -13,7 +13,7 @@ from laid_ds.export import export_run
 from laid_ds.models.attention import decoder, listen
 from laid_ds.models.lora import add_lora, merge_lora
 from laid_ds.models.rope_gain import responder
-from laid_ds.plan import lora_parameters, read_pair
+from laid_ds.plan.pair import lora_parameters, read_pair
 from laid_ds.run.build import build
 from laid_ds.run.check import check
 from laid_ds.runtime import checkpoint, distributed, engine
