@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from laid_ds import cli, config
 from laid_ds.method.distill import Ask, Student, Teacher, train_step
 from laid_ds.method.schedule import omega
-from laid_ds.models.attention import Tap, enable_checkpointing, listen
+from laid_ds.models.attention import Tap, enable_checkpointing, listen, vision_tower
 from laid_ds.models.load import model_class
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
@@ -26,6 +27,7 @@ from laid_ds.plan.report import plan
 from laid_ds.run.build import build, build_align
 from laid_ds.runtime import engine
 from tests.support.processes import run_ranks
+from tests.support.world import make_world
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -80,31 +82,48 @@ def test_what_a_rank_holds_is_what_was_planned(world, tmp_path, ranks):
 def resized(folder, target, hidden, heads, layers, dtype):
     """The model of a folder in a larger size, so that what is not counted (loss scalars, positions) does not matter."""
     tree = json.loads((folder / "config.json").read_text())
-    tree["text_config"] |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "head_dim": 32}
-    tree["text_config"] |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "layer_types": ["full_attention"] * layers}
-    tree["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    tree["vision_config"]["out_hidden_size"] = hidden
+    text = tree["text_config"]
+    text |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "head_dim": 32}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    if "layer_types" in text:
+        text["layer_types"] = ["full_attention"] * layers
+    if "mrope_section" in json.dumps(tree) or "qwen" in tree["model_type"]:
+        text["rope_parameters"]["mrope_section"] = [4, 6, 6]
+    if "out_hidden_size" in tree["vision_config"]:
+        tree["vision_config"]["out_hidden_size"] = hidden
     target.mkdir()
     (target / "config.json").write_text(json.dumps(tree))
     model = model_class(read_config(target / "config.json")).from_config(read_config(target / "config.json"), dtype=getattr(torch, dtype))
     return model.train()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing, frozen", [(False, False), (False, True), (True, True)])
-def test_activations_are_those_of_a_real_step(world, tmp_path, dtype, checkpointing, frozen):
+SETTINGS = [(dtype, *settings) for dtype in ("float32", "bfloat16") for settings in ((False, False), (False, True), (True, True))]
+FAMILIES = ["qwen3_vl", "internvl", "idefics3", "llava"]
+CASES = [("qwen2_5_vl", *settings) for settings in SETTINGS] + [(name, *SETTINGS[i]) for name in FAMILIES for i in (0, -1)]
+
+
+@pytest.fixture(scope="module")
+def worlds(world, tmp_path_factory):
+    """A world of each family that whole runs are tested of, made when it is asked for."""
+    return cache(lambda family: world if family == "qwen2_5_vl" else make_world(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.mark.parametrize("family, dtype, checkpointing, frozen", CASES)
+def test_activations_are_those_of_a_real_step(worlds, tmp_path, family, dtype, checkpointing, frozen):
     """Teacher, student and every loss, forward and backward: the peak of CPU allocations within 15 %."""
-    student = resized(world.student, tmp_path / "student", 256, 8, 4, dtype)
-    teacher = resized(world.teacher, tmp_path / "teacher", 512, 16, 6, dtype)
+    small = worlds(family)
+    student = resized(small.student, tmp_path / "student", 256, 8, 4, dtype)
+    teacher = resized(small.teacher, tmp_path / "teacher", 512, 16, 6, dtype)
     settings = {"dtype": dtype, "freeze_vision": frozen, "gradient_checkpointing": checkpointing}
-    vocabulary, batch = world.vocabulary, world.batch(samples=10, images=6)
-    run = world.run(
+    vocabulary, batch = small.vocabulary, small.batch(samples=10, images=6)
+    run = small.run(
         tmp_path / "run",
         student={"path": tmp_path / "student"} | settings,
         teacher={"path": tmp_path / "teacher", "dtype": dtype},
         losses={"rows_per_chunk": int(batch.supervised.sum())},
     )
-    student.model.visual.requires_grad_(not frozen)
+    vision_tower(student).requires_grad_(not frozen)
     if checkpointing:
         enable_checkpointing(student)
     align, taps = build_align(run, ((3, 5),), student), (Tap([3]), Tap([5]))
@@ -120,7 +139,7 @@ def test_activations_are_those_of_a_real_step(world, tmp_path, dtype, checkpoint
 
     step()
     planned = memory(read_pair(run), Machine(1, 2**30, 1e12, 0.5), batch.labels.numel())
-    lasting = sum(planned[name] for name in ("activations", "tapped_qk"))
+    lasting = sum(planned[name] for name in ("activations", "masks", "tapped_qk"))
     planned_bytes = lasting + max(planned["layer_backward"], planned["alignment"] + planned["logits_chunk"])
     measured = allocated_at_most(step)
     print(f"planned / measured = {planned_bytes / measured:.3f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from laid_ds.models.attention import attention_shape, decoder, vision_tower
 from laid_ds.models.family import Family, trainable
 from laid_ds.models.folder import first_paragraph
 from laid_ds.models.load import model_class
-from laid_ds.models.meta_run import Attention, MetaRun, meta_run
+from laid_ds.models.meta_run import OUTSIDE, Attention, MetaRun, meta_run
 from laid_ds.models.rope_gain import gain_shapes
 
 MEASURED_TOKENS = 1024
 MERGED_SIDES = ("spatial_merge_size", "scale_factor", "downsample_factor", "pooling_kernel_size")
+BLOCKS_IN_WINDOWS = ("gemma4_text",)  # tokens of an image see each other in the layers with windows alone
 SHRUNK_SIDES = ("downsample_ratio", "pixel_shuffle_ratio")
-MERGED_PATCHES = {"minicpmv4_6": 16.0, "got_ocr2": 16.0, "molmo2": 4.0}  # in their code; no config says it
+MERGED_PATCHES = {"minicpmv4_6": 16.0, "got_ocr2": 16.0, "molmo2": 4.0, "phi4_multimodal": 4.0}  # in their code; no config says it
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Sizes:
     """Elements by name; a tied head is counted once."""
     vision: frozenset[str] | None
     """Names of the parameters that student.freeze_vision freezes; None where it finds no vision tower."""
+    constant: frozenset[str]
+    """Names of the parameters that no run trains (biases that a router moves by itself)."""
     images: int
     """Elements that only images pass: the vision tower and what joins it to the decoder."""
     linear: tuple[tuple[str, int, int], ...]
@@ -57,6 +61,8 @@ class Sizes:
     """What one token leaves in one decoder layer, in the mean, for the backward pass, without activation checkpointing."""
     heaviest_bytes: int
     """The same in the layer that keeps most."""
+    outside_bytes: int
+    """The same before and after all layers (rotations, the last norm)."""
     widest_bytes: int
     """The widest tensor among it (of the MLP), per token."""
     vision_layers: int
@@ -90,10 +96,12 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
     language = _language(model)
     gains = None if expected.gain == "none" else tuple(gain_shapes(model).values())
     run = _run(model, expected)
+    of_layers = [run.kept[layer] for layer in range(len(inside.layers))]
     return Sizes(
         name=config.model_type,
         parameters={name: parameter.numel() for name, parameter in model.named_parameters()},
         vision=_tower_names(model),
+        constant=frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
         images=sum(
             parameter.numel() for name, parameter in model.named_parameters() if id(parameter) not in language and "audio" not in name
         ),
@@ -113,8 +121,9 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
         vocabulary=text.vocab_size,
         flops_per_token=run.flops // MEASURED_TOKENS + 2 * head.weight.numel(),
         attention=dict(Counter(run.attention)),
-        kept_bytes=round(run.kept.total() / MEASURED_TOKENS / len(inside.layers)),
-        heaviest_bytes=max(run.kept[layer] for layer in range(len(inside.layers))) // MEASURED_TOKENS,
+        kept_bytes=round(sum(of_layers) / MEASURED_TOKENS / len(of_layers)),
+        heaviest_bytes=max(of_layers) // MEASURED_TOKENS,
+        outside_bytes=run.kept[OUTSIDE] // MEASURED_TOKENS,
         widest_bytes=run.widest // MEASURED_TOKENS,
         **_of_vision(config),
     )
@@ -131,19 +140,23 @@ def _made(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 
 
 def _run(model: PreTrainedModel, expected: Family) -> MetaRun:
-    """The decoder's forward pass. Masks are tensors in every layer where images are blocks, and where attention goes by chunks."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    """The decoder's forward pass."""
     try:
-        return meta_run(
-            model,
-            MEASURED_TOKENS,
-            lambda layer: expected.image_blocks or (kinds is not None and kinds[layer] == "chunked_attention"),
-        )
+        return meta_run(model, MEASURED_TOKENS, partial(_is_masked, model.config.get_text_config(), expected))
     except Exception as error:
         raise ValueError(
             f"{expected.model_type} with the text decoder {expected.decoder} cannot be planned: without weights its decoder does not run"
             f" ({type(error).__name__}: {first_paragraph(error)})"
         ) from error
+
+
+def _is_masked(text: PretrainedConfig, expected: Family, layer: int) -> bool:
+    """Whether a layer's mask is a tensor: where images are blocks, and for windows and chunks of families that do not pack (attention.py
+    gives the others bounds in place of a mask)."""
+    kind = (getattr(text, "layer_types", None) or {layer: "full_attention"})[layer]
+    if kind == "full_attention":
+        return expected.image_blocks and expected.decoder not in BLOCKS_IN_WINDOWS
+    return not expected.packable and kind in ("sliding_attention", "chunked_attention")
 
 
 def _language(model: PreTrainedModel) -> set[int]:

@@ -92,7 +92,8 @@ def _activations(pair: Pair, tokens: int) -> int:
     embedded tokens before and after the images are put among them; the last hidden states. A trained vision tower is taken to keep as
     much per hidden element."""
     student, width, checkpointed = pair.student, BYTES[pair.run.student.dtype], pair.run.student.gradient_checkpointing
-    kept = student.layers * student.kept_bytes + sum(student.attention.values()) * _gain_kept(pair)
+    gains = sum(student.attention.values()) * _gain_kept(pair)
+    kept = student.layers * student.kept_bytes + student.outside_bytes + gains
     layers = {False: kept, True: student.layers * width * student.hidden, "offload": 0}[checkpointed]
     vision = _vision_kept(student, width, checkpointed) if moves(pair.run, vision=True) else 0
     return round(tokens * (layers + 3 * width * student.hidden + vision))

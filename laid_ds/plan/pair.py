@@ -81,8 +81,8 @@ def moves(run: Run, vision: bool) -> bool:
 def trained_parameters(pair: Pair) -> list[int]:
     """Elements of each parameter that the optimizer moves."""
     vision = pair.student.vision or frozenset()
-    own = [size for name, size in pair.student.parameters.items() if moves(pair.run, name in vision)]
-    return own + added_parameters(pair)
+    own = {name: size for name, size in pair.student.parameters.items() if name not in pair.student.constant}
+    return [size for name, size in own.items() if moves(pair.run, name in vision)] + added_parameters(pair)
 
 
 def added_parameters(pair: Pair) -> list[int]:
