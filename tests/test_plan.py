@@ -6,26 +6,37 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 from laid_ds import cli, config
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.stream import Stream
 from laid_ds.method.distill import Ask, Student, Teacher, train_step
 from laid_ds.method.schedule import omega
 from laid_ds.models.attention import Tap, enable_checkpointing, listen, vision_tower
+from laid_ds.models.family import families
 from laid_ds.models.load import model_class
+from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
+from laid_ds.plan.advice import CHECKPOINTING, STUDENT, TEACHER, with_settings
 from laid_ds.plan.flops import model_flops, step_flops
+from laid_ds.plan.lengths import build_packing, read_lengths
 from laid_ds.plan.memory import memory, peak_bytes
-from laid_ds.plan.pair import Machine, read_pair
+from laid_ds.plan.pair import Machine, added_parameters, read_pair, trained_parameters
+from laid_ds.plan.propose import fastest, ladder, propose
 from laid_ds.plan.report import plan
-from laid_ds.run.build import build, build_align
+from laid_ds.run.build import build, build_align, build_pairs, build_prepare, build_renderer
 from laid_ds.runtime import engine
+from tests.models.family_models import CONFIGS as TINY
+from tests.models.family_models import TOKENS, tiny_model
 from tests.support.processes import run_ranks
 from tests.support.world import make_world
 
@@ -227,3 +238,186 @@ def test_a_folder_with_nothing_but_a_config_is_enough(world, tmp_path):
         shutil.copy(world.folder / who / "config.json", tmp_path / who)
     run = world.run(tmp_path / "run", student={"path": tmp_path / "student"}, teacher={"path": tmp_path / "teacher"})
     assert plan(read_pair(run), A100, 100).fits
+
+
+def tiny_pair(row, folder, **student):
+    """A run in which a row of the table of families teaches itself, from configs alone."""
+    AutoConfig.for_model(row.model_type, **(TOKENS | TINY[row.model_type, row.decoder])).save_pretrained(folder / "model")
+    engine_file = {"path": folder / "model", "deepspeed": ROOT / "ds_configs" / "zero3_cpu.json"}
+    tree = {"name": "tiny", "output": folder / "run", "steps": 10, "data": {"shards": [str(folder / "none")]}, "teacher": engine_file}
+    tree |= {"student": engine_file | student, "gain": {"enabled": row.gain != "none"}, "losses": {"match": float(not row.image_blocks)}}
+    return config.Run.model_validate(tree)
+
+
+@pytest.mark.parametrize("row", list(families()), ids=lambda row: f"{row.model_type}-{row.decoder}")
+def test_every_row_is_planned(row, tmp_path):
+    """What is trained is what a run would train, to the element: the student's own parameters, mixtures and gains."""
+    freeze = row.model_type != "phi4_multimodal"
+    run = tiny_pair(row, tmp_path, freeze_vision=freeze)
+    pair = read_pair(run)
+    found = plan(pair, A100)
+    assert found.fits
+    assert found.hours > 0
+    assert found.samples == 40
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["tokens_from"] == "assumed"
+    student = tiny_model(row.model_type, row.decoder)
+    if freeze:
+        vision_tower(student).requires_grad_(False)
+    align = build_align(run, build_pairs(run), student)
+    trained = [parameter for parameter in (*student.parameters(), *align.parameters()) if parameter.requires_grad]
+    assert sum(trained_parameters(pair)) == sum(parameter.numel() for parameter in trained)
+    assert sorted(added_parameters(pair)) == sorted(parameter.numel() for parameter in align.parameters())
+
+
+def test_what_a_family_cannot_is_a_sentence(tmp_path):
+    rows = {row.model_type: row for row in families()}
+    run = tiny_pair(rows["phi4_multimodal"], tmp_path / "phi", freeze_vision=True)
+    with pytest.raises(ValueError, match=r"phi4_multimodal has no vision tower .* set student.freeze_vision = false"):
+        read_pair(run)
+    run = tiny_pair(rows["llama4"], tmp_path / "llama4")
+    with pytest.raises(ValueError, match=r"a RoPE gain folds nowhere in llama4: set gain.enabled=false"):
+        read_pair(run.model_copy(update={"gain": config.Gain(enabled=True)}))
+
+
+def streamed(run, gpus):
+    """Tokens of the rows, or of the samples of packs, of the micro-batches that all ranks really get, in their order."""
+    dataset = Dataset.open(list(run.data.shards))
+    renderer = build_renderer(run, load_processor(run.student.path))
+    per_step = run.data.micro_batch * gpus * run.optimizer.accumulation
+    prepare = build_prepare(run, renderer, per_step)
+    packing = build_packing(run, dataset, renderer, per_step)
+    streams = [
+        iter(Stream(dataset, micro_batch=run.data.micro_batch, rank=rank, world_size=gpus, seed=run.seed, prepare=prepare, packing=packing))
+        for rank in range(gpus)
+    ]
+    batches = [next(stream) for _ in range(run.steps * run.optimizer.accumulation) for stream in streams]
+    if packing is not None:
+        return [tuple(batch.segments[0].bincount().tolist()) for batch in batches]
+    return [tuple(batch.segments.shape) for batch in batches]
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"images": None, "questions": None},
+        {"images": None, "questions": None, "micro_batch": 1},
+        {"images": [2, 5], "questions": None, "micro_batch": 3},
+        {"images": [1, 6], "grow_from": 2, "questions": None},
+        {"images": None, "questions": None, "micro_batch": 1, "tokens_per_pack": 700},
+        {"images": [1, 3], "questions": None, "micro_batch": 1, "tokens_per_pack": 700},
+    ],
+    ids=["whole", "single", "windows", "growing", "packs", "packed windows"],
+)
+def test_lengths_are_those_that_the_stream_makes(world, tmp_path, data, gpus):
+    """Each micro-batch within 6 %, all together within 3 %: tokens of some windows are counted and those of the others scaled."""
+    run = world.run(tmp_path / "run", data=data, optimizer={"accumulation": 2})
+    found, expected = read_lengths(run, Dataset.open(world.shards), gpus), streamed(run, gpus)
+    assert len(found.micro_batches) == len(expected)
+    assert found.every
+    if "tokens_per_pack" in data:
+        assert [len(pack) for pack in found.micro_batches] == [len(pack) for pack in expected]
+        sums = [sum(pack) for pack in expected]
+    else:
+        assert all(len(rows) == shape[0] for rows, shape in zip(found.micro_batches, expected, strict=True))
+        sums = [rows * tokens for rows, tokens in expected]
+    assert all(sum(rows) == pytest.approx(total, rel=0.06) for rows, total in zip(found.micro_batches, sums, strict=True))
+    assert found.mean == pytest.approx(sum(sums) / len(sums), rel=0.03)
+    assert found.longest >= 0.99 * max(sums)
+    assert "as the processor of" in found.counted_by
+
+
+def test_without_a_processor_the_index_is_believed(world, tmp_path):
+    run = world.run(tmp_path / "run", student={"path": tmp_path / "nothing"}, data={"images": None, "questions": None, "micro_batch": 1})
+    dataset = Dataset.open(world.shards)
+    found = read_lengths(run, dataset, 1)
+    assert set(found.micro_batches) <= {(int(tokens),) for tokens in dataset.lengths}
+    assert "holds no processor" in found.counted_by
+
+
+def test_a_plan_reads_the_shards_unless_tokens_are_given(world, tmp_path):
+    """Ranks wait for the one with the longest micro-batch, so that a step lasts longer than the mean says."""
+    run = world.run(tmp_path / "run", data={"images": [1, 6], "questions": None}, steps=50)
+    pair, machine = read_pair(run), replace(A100, gpus=3)
+    read, given = plan(pair, machine), plan(pair, machine, 500)
+    lengths = read_lengths(run, Dataset.open(world.shards), 3)
+    assert (read.tokens, read.tokens_from, given.tokens, given.tokens_from) == (lengths.longest, "shards", 500, "given")
+    assert read.step_seconds > read.step_flops / (machine.peak_flops * machine.mfu)
+    assert given.step_seconds == pytest.approx(given.step_flops / (machine.peak_flops * machine.mfu))
+    assert read.hours == pytest.approx(50 * read.step_seconds / 3600)
+    assert read.samples == given.samples == 50 * 3 * 2
+    assert read.epochs == pytest.approx(300 / 12)
+    assert read.total_tokens == pytest.approx(50 * 3 * lengths.mean)
+    assert f"{lengths.longest:,} in the longest" in read.as_text()
+
+
+def test_missing_shards_are_said_and_do_not_stop_a_plan(pair):
+    found = plan(pair, A100)
+    assert (found.tokens, found.tokens_from, found.epochs) == (8192, "assumed", None)
+    assert "no shards to read (data/haystacks" in found.as_text()
+    assert not plan(pair, A100, 8192).notes
+
+
+def test_rows_of_a_micro_batch_do_not_see_each_other(pair):
+    """Two rows of half the length cost less than one row, by their scores."""
+    two = replace(pair, run=paper("data.micro_batch=2", "optimizer.accumulation=1"))
+    one = replace(pair, run=paper("optimizer.accumulation=1"))
+    assert step_flops(two, 20_000) == pytest.approx(2 * step_flops(one, 10_000))
+    assert step_flops(two, 20_000) < step_flops(one, 20_000)
+
+
+@pytest.mark.parametrize(
+    "gpus, tokens, settings",
+    [
+        (64, 1000, {CHECKPOINTING: False}),
+        (4, 20_000, {CHECKPOINTING: True}),
+        (4, 60_000, {CHECKPOINTING: True, TEACHER: "zero3_teacher_offload.json"}),
+        (4, 90_000, {CHECKPOINTING: "offload", TEACHER: "zero3_teacher_offload.json"}),
+        (1, 8192, {CHECKPOINTING: "offload", TEACHER: "zero3_teacher_offload.json", STUDENT: "zero3_student_offload.json"}),
+    ],
+)
+def test_what_is_proposed_is_the_fastest_that_fits(pair, gpus, tokens, settings):
+    machine = replace(A100, gpus=gpus)
+    found = fastest(pair, machine, tokens)
+    assert {key: value if key == CHECKPOINTING else Path(value).name for key, value in found.settings.items()} == settings
+    assert found.plan.fits
+    faster = takewhile(lambda other: other != found.settings, ladder(pair))
+    assert not any(plan(with_settings(pair, other), machine, tokens).fits for other in faster)
+
+
+def test_a_recipe_with_what_is_proposed_is_planned_so():
+    machine, configs = replace(A100, gpus=1, gpu_bytes=20 * 2**30), (CONFIGS / "qwen2_5_vl_3b.json", CONFIGS / "qwen2_5_vl_7b.json")
+    found = propose(paper(), machine, 8192, *configs)
+    assert len(found.settings) == 3
+    overrides = [f"{key}={json.dumps(value) if key == CHECKPOINTING else value}" for key, value in found.settings.items()]
+    assert plan(read_pair(paper(*overrides), *configs), machine, 8192) == found.plan
+
+
+def test_what_fits_nowhere_is_proposed_with_least_memory(pair):
+    found = fastest(pair, replace(A100, gpus=1), 10_000_000)
+    assert not found.plan.fits
+    assert len(found.settings) == 3
+    assert 0 < found.plan.tokens_that_fit < 10_000_000
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[1]", '{"model_type": "qwen3", "hidden_size": 64}', '{"model_type": "qwen2_5_vl", "text_config": 3}']
+)
+def test_a_config_that_cannot_be_planned_is_one_sentence(tmp_path, capsys, monkeypatch, text):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "broken.json").write_text(text)
+    words = [
+        "plan",
+        str(PAPER),
+        "--student-config",
+        str(tmp_path / "broken.json"),
+        "--teacher-config",
+        str(CONFIGS / "qwen2_5_vl_32b.json"),
+    ]
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main([*words, "--json"])
+    assert exit_status.value.code == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert str(tmp_path / "broken.json") in said.err
+    assert len(said.err.strip().splitlines()) == 1

@@ -10,9 +10,12 @@ import random
 import re
 from dataclasses import replace
 from itertools import dropwhile, pairwise
+from typing import TypeVar
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError, Record, Sample, Turn
+
+Windowed = TypeVar("Windowed", Sample, Record)
 
 LOOKED_AT = 64  # samples of each source that are looked at before a run
 IMAGE = r"(?:images?|pictures?|pics?|photos?|photographs?|figures?|frames?|slides?|pages?)"
@@ -119,7 +122,7 @@ def _images_lead(sample: Sample | Record) -> bool:
     return not sample.fixed and sorted(segment for segment in first.segments[:count] if isinstance(segment, int)) == list(range(count))
 
 
-def draw_window(sample: Sample, images: int, questions: int | None, seed: tuple[int, ...]) -> Sample:
+def draw_window(sample: Windowed, images: int, questions: int | None, seed: tuple[int, ...]) -> Windowed:
     """A window of `images` images that asks at most `questions` of the sample's questions (all when None).
 
     Which questions, which other images, and the order of all images follow from `seed` alone. Asks fewer questions when their needles
@@ -163,7 +166,7 @@ def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Samp
     return _renumbered(window, [with_kept(turn) for turn in window.turns])
 
 
-def _questions(sample: Sample, images: int, most: int | None, rng: random.Random) -> list[int]:
+def _questions(sample: Sample | Record, images: int, most: int | None, rng: random.Random) -> list[int]:
     """Turn numbers of the questions of a window whose needles fit into it together: in a random order, or as they stand."""
     order = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]
     rng.shuffle(order)
@@ -180,7 +183,7 @@ def _questions(sample: Sample, images: int, most: int | None, rng: random.Random
     return sorted(chosen) if _standing(sample) else chosen
 
 
-def _leading(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
+def _leading(sample: Sample | Record, asked: list[int], kept: list[int]) -> list[Turn]:
     """The images `kept` in that order at the start, then the asked questions with their answers."""
     turns: list[Turn] = [turn for turn in sample.turns if turn.role == "system"]
     for place, number in enumerate(asked):
@@ -190,7 +193,7 @@ def _leading(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
     return turns
 
 
-def _in_place(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
+def _in_place(sample: Sample | Record, asked: list[int], kept: list[int]) -> list[Turn]:
     """The turns with the images `kept`, in that order, in the places that remain."""
     if not (sample.haystack or _side_by_side(sample)):
         kept = sorted(kept, key=[image for turn in sample.turns for image in _images(turn)].index)
@@ -205,7 +208,7 @@ def _in_place(sample: Sample, asked: list[int], kept: list[int]) -> list[Turn]:
     return [windowed(turn) for number, turn in enumerate(sample.turns) if turn.role == "system" or number in answered.union(asked)]
 
 
-def _side_by_side(sample: Sample) -> bool:
+def _side_by_side(sample: Sample | Record) -> bool:
     """Whether no words stand between the images that may move."""
     loose = [
         [place for place, segment in enumerate(turn.segments) if isinstance(segment, int) and segment not in sample.fixed]
@@ -215,7 +218,7 @@ def _side_by_side(sample: Sample) -> bool:
     return not any(isinstance(segment, str) and segment.strip() for segments in between for segment in segments)
 
 
-def _renumbered(sample: Sample, turns: list[Turn]) -> Sample:
+def _renumbered(sample: Windowed, turns: list[Turn]) -> Windowed:
     """The sample with these turns and the images that they show, numbered in the order in which they come."""
     kept = [segment for turn in turns for segment in turn.segments if isinstance(segment, int)]
     place = {old: new for new, old in enumerate(kept)}

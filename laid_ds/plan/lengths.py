@@ -14,16 +14,18 @@ import numpy as np
 
 from laid_ds.config import Run
 from laid_ds.data.dataset import Dataset, LocalFolder
-from laid_ds.data.haystack import images_drawn, why_whole
+from laid_ds.data.haystack import draw_window, images_drawn
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import ESTIMATE
 from laid_ds.data.order import Packing
-from laid_ds.data.record import DataError, Turn, estimate_tokens
+from laid_ds.data.record import DataError, Record, Turn, estimate_tokens
 from laid_ds.data.stream import Slot, Stream
 from laid_ds.method.schedule import image_range
 from laid_ds.models.processor import Renderer, load_processor
 
-COUNTED = 64  # samples whose tokens are counted
+COUNTED, LEAST = 64, 4  # samples whose tokens are counted: at most and at least
+IMAGES = 640  # of a source, whose tokens are counted: some 20 s of photographs
+KNOTS = 8  # sizes of windows that are counted
 MOST_SLOTS = 100_000  # places of micro-batches that are looked at; later ones are taken to be like them
 SHOWN, UNSHOWN = [Turn("user", (0,))], [Turn("user", ())]
 
@@ -33,7 +35,9 @@ class Lengths:
     """The micro-batches of a run in the order of its stream, all ranks side by side."""
 
     micro_batches: tuple[tuple[int, ...], ...]
-    """Tokens of each row, padding included, or of each sample of a pack."""
+    """Tokens to be expected of each row, padding included, or of each sample of a pack."""
+    longest: int
+    """Tokens of a micro-batch, on the safe side."""
     samples: float
     """Samples of one micro-batch, in the mean."""
     data_samples: int
@@ -44,10 +48,6 @@ class Lengths:
     """Whose tokens these are, as the rest of a sentence."""
 
     @property
-    def longest(self) -> int:
-        return max(map(sum, self.micro_batches))
-
-    @property
     def mean(self) -> float:
         return sum(map(sum, self.micro_batches)) / len(self.micro_batches)
 
@@ -55,47 +55,69 @@ class Lengths:
 def read_lengths(run: Run, dataset: Dataset, gpus: int) -> Lengths:
     """The micro-batches that the stream of this run makes of its shards (`dataset`) on so many GPUs.
 
-    Windows are as long as the sample without the images that are left out, by the mean image; a source that holds a sample which stays
-    whole is taken to stay whole, so that nothing is underestimated. Raises DataError for a sample that cannot be read or rendered, or
-    that no pack can hold.
+    Of each source some samples are counted, as windows of several sizes where the run draws them; the others are taken to be to their
+    lengths in the index as these are. Raises DataError for a sample that cannot be read or rendered, or that no pack can hold.
     """
-    data, renderer = run.data, _renderer(run)
+    data, renderer, planned = run.data, _renderer(run), dataset.token_counts(run.data.count_tokens)
+    number = max(LEAST, min(COUNTED, int(IMAGES // max(1.0, float(dataset.num_images.mean())))))
     looked_at = [
-        dataset.spread(source, COUNTED) if isinstance(folder, LocalFolder) else []  # of a URL a whole shard would have to come
+        dataset.spread(source, number) if isinstance(folder, LocalFolder) else []  # of a URL a whole shard would have to come
         for source, folder in enumerate(dataset.folders)
     ]
-    counted = {i: _count(renderer, dataset, i) for indices in looked_at for i in indices}
-    planned = dataset.token_counts(data.count_tokens)
-    exact = data.count_tokens != ESTIMATE
-    scale = 1.0 if exact or not counted else sum(total for total, _ in counted.values()) / sum(int(planned[i]) for i in counted)
-    of_images = [tokens for _, images in counted.values() for tokens in images]
-    image_tokens = sum(of_images) / len(of_images) if of_images else planned.sum() / max(1, dataset.num_images.sum())
-    stays = np.repeat(
-        [any(why_whole(dataset.record(i)) is not None for i in indices) for indices in looked_at],
-        [int(sizes.sum()) for sizes in dataset.source_shard_sizes],
-    )
+    curves = [_curve(run, dataset, renderer, planned, indices) for indices in looked_at]
+    source_of = np.repeat(range(len(curves)), [int(sizes.sum()) for sizes in dataset.source_shard_sizes])
     per_step = data.micro_batch * gpus * run.optimizer.accumulation
 
-    def length(position: int, index: int) -> int:
-        whole = planned[index] * scale
+    def length(position: int, index: int) -> tuple[float, float]:
+        """Tokens that are to be expected of a place of the stream, and the most."""
         bounds = image_range(position // per_step, run.steps, data) if data.tokens_per_pack is None else data.images
-        if bounds is None or stays[index]:
-            return round(whole)
-        left_out = max(0, int(dataset.num_images[index]) - images_drawn(run.seed, position, bounds))
-        return max(1, round(whole - left_out * image_tokens))
+        images = images_drawn(run.seed, position, bounds) if bounds else 0
+        curve = curves[source_of[index]]
+        return planned[index] * np.interp(images, curve.images, curve.mean), planned[index] * np.interp(images, curve.images, curve.most)
 
     packing = build_packing(run, dataset, renderer, per_step, [i for indices in looked_at for i in indices])
     alone = {"rank": 0, "world_size": 1, "micro_batch": 1, "prepare": list}
     stream = Stream(dataset, **alone, seed=run.seed, shuffle=data.shuffle, weights=data.weights, packing=packing)
     needed = run.steps * per_step
     slots = list(islice(_slots(stream), min(needed, max(per_step, MOST_SLOTS // per_step * per_step))))
+    both = [[length(*place) for place in slot] for slot in slots]
+    expected, most = ([[round(pair[i]) for pair in slot] for slot in both] for i in (0, 1))
+    longest = max(map(sum, _micro_batches(most, data.micro_batch, packing is not None)))
     return Lengths(
-        micro_batches=tuple(_micro_batches([[length(*place) for place in slot] for slot in slots], data.micro_batch, packing is not None)),
+        micro_batches=tuple(_micro_batches(expected, data.micro_batch, packing is not None)),
+        longest=longest if packing is None else min(longest, packing.budget),
         samples=data.micro_batch * sum(map(len, slots)) / len(slots),
         data_samples=len(dataset),
         every=len(slots) == needed,
-        counted_by=_told(run, renderer, exact),
+        counted_by=_told(run, renderer, data.count_tokens),
     )
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Tokens of a source's samples for each token of the index, by the images of their windows."""
+
+    images: list[int]
+    mean: list[float]
+    most: list[float]
+
+
+def _curve(run: Run, dataset: Dataset, renderer: Renderer | None, planned: np.ndarray, indices: list[int]) -> _Curve:
+    """By some samples; without any (a URL's) windows are taken to be as long as their share of images."""
+    bounds = run.data.images
+    images = sorted({round(size) for size in np.linspace(*bounds, KNOTS)}) if bounds else [0]
+    if not indices:
+        share = [1.0 if bounds is None else min(1.0, size / max(1.0, float(dataset.num_images.mean()))) for size in images]
+        return _Curve(images, share, share)
+    found = [
+        [
+            _count(renderer, dataset, i, draw_window(dataset.record(i), size, run.data.questions, (run.seed, i)) if bounds else None)
+            for size in images
+        ]
+        for i in indices
+    ]
+    totals, whole = np.array([[total for total, _ in row] for row in found]), planned[indices]
+    return _Curve(images, (totals.sum(0) / whole.sum()).tolist(), (totals / whole[:, None]).max(0).tolist())
 
 
 def _slots(stream: Stream) -> Iterator[Slot]:
@@ -118,12 +140,10 @@ def _renderer(run: Run) -> Renderer | None:
     return Renderer(load_processor(run.student.path, run.student.trust_remote_code), Pixels(run.data.decoder, run.data.resizer))
 
 
-def _told(run: Run, renderer: Renderer | None, exact: bool) -> str:
-    if exact:
-        return f"as the samples record them under {run.data.count_tokens!r}"
+def _told(run: Run, renderer: Renderer | None, name: str) -> str:
     if renderer is not None:
         return f"as the processor of {run.student.path} makes them"
-    return f"as the index estimates them, 28 x 28 pixels a token ({run.student.path} holds no processor)"
+    return f"as the index has them under {name!r} ({run.student.path} holds no processor to count with)"
 
 
 def build_packing(
@@ -154,14 +174,15 @@ def build_packing(
     )
 
 
-def _count(renderer: Renderer | None, dataset: Dataset, i: int) -> tuple[int, list[int]]:
-    """Tokens of sample i, and of each of its images; without a renderer as the index estimates them.
+def _count(renderer: Renderer | None, dataset: Dataset, i: int, window: Record | None = None) -> tuple[int, list[int]]:
+    """Tokens of sample i, or of a window of it, and of each of its images; without a renderer as the index estimates them.
 
     Raises DataError, naming the sample, when it cannot be rendered.
     """
-    record = dataset.record(i)
+    record = window or dataset.record(i)
     if renderer is None:
-        return int(dataset.lengths[i]), [estimate_tokens(SHOWN, [image]) - estimate_tokens(UNSHOWN, []) for image in record.images]
+        of_images = [estimate_tokens(SHOWN, [image]) - estimate_tokens(UNSHOWN, []) for image in record.images]
+        return estimate_tokens(record.turns, record.images), of_images
     try:
         return renderer.count(record), [renderer.image_length(image.width, image.height) for image in record.images]
     except ValueError as error:

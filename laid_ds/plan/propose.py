@@ -31,27 +31,32 @@ def propose(
     """The fastest settings under which the micro-batches of a run fit on the GPUs of a machine; if none does, those that take least.
 
     run: a draft; of its models the folders' config.json is read (or the JSON files given instead), of its shards the index. All that it
-    says stays, but for what `Proposal.settings` names. tokens: of the longest micro-batch of a GPU; None takes it from the shards.
+    says stays, but for what `Proposal.settings` names. tokens: of the longest micro-batch of a GPU; None takes it from the shards, or
+    assumes some and says so in `plan.notes`.
 
     From the fastest on: everything kept; checkpointing (a third more to compute); the teacher's weights on the CPU; checkpointed
     activations there too; the optimizer too.
 
     >>> draft = config.load("draft.toml")
     >>> found = propose(draft, Machine(gpus=4, gpu_bytes=80 * 2**30, peak_flops=312e12, mfu=0.35))
-    >>> found.settings, found.plan.tokens_that_fit, found.plan.hours
+    >>> found.settings, found.plan.fits, found.plan.tokens_that_fit, found.plan.hours
 
     Raises ValueError for what `read_pair` and `plan` refuse.
     """
-    pair = read_pair(run, student_config, teacher_config)
-    for settings in _ladder(pair):
+    return fastest(read_pair(run, student_config, teacher_config), machine, tokens)
+
+
+def fastest(pair: Pair, machine: Machine, tokens: int | None = None) -> Proposal:
+    """The same for a pair that was read before."""
+    for settings in ladder(pair):
         found = Proposal(settings, plan(with_settings(pair, settings), machine, tokens))
         if found.plan.fits:
             break
     return found
 
 
-def _ladder(pair: Pair) -> list[Settings]:
-    """From fast to frugal: each adds to the one before."""
+def ladder(pair: Pair) -> list[Settings]:
+    """Settings from fast to frugal, each with those of the one before."""
     run = pair.run
     teacher = {} if pair.teacher is None else {TEACHER: str(run.teacher.deepspeed.with_name(TEACHER_OFFLOAD))}
     optimizer = {STUDENT: str(run.student.deepspeed.with_name(STUDENT_OFFLOAD))}
