@@ -30,7 +30,7 @@ from laid_ds.plan.advice import CHECKPOINTING, STUDENT, TEACHER, with_settings
 from laid_ds.plan.flops import model_flops, step_flops
 from laid_ds.plan.lengths import build_packing, read_lengths
 from laid_ds.plan.memory import memory, peak_bytes
-from laid_ds.plan.pair import Machine, added_parameters, read_pair, trained_parameters
+from laid_ds.plan.pair import Machine, added_parameters, align_parameters, read_pair, trained_parameters
 from laid_ds.plan.propose import fastest, ladder, propose
 from laid_ds.plan.report import plan
 from laid_ds.run.build import build, build_align, build_pairs, build_prepare, build_renderer
@@ -267,6 +267,15 @@ def test_every_row_is_planned(row, tmp_path):
     trained = [parameter for parameter in (*student.parameters(), *align.parameters()) if parameter.requires_grad]
     assert sum(trained_parameters(pair)) == sum(parameter.numel() for parameter in trained)
     assert sorted(added_parameters(pair)) == sorted(parameter.numel() for parameter in align.parameters())
+
+
+def test_chosen_heads_have_no_mixtures_and_a_student_that_teaches_itself_needs_no_second_model(world, tmp_path):
+    chosen = world.run(tmp_path / "run", align={"pairs": [[0, 1], [1, 0]], "heads": [[[0, 2]], [[1, 1], [0, 3]]]}, losses={"match": 0.0})
+    align = build_align(chosen, build_pairs(chosen), world.load("student"))
+    assert sorted(align_parameters(read_pair(chosen))) == sorted(parameter.numel() for parameter in align.parameters())
+    own = world.run(tmp_path / "run", student={"lora": {"targets": ["q_proj", "k_proj"]}})
+    own = config.Run.model_validate(config.as_tree(own) | {"teacher": {"self": True}})
+    assert memory(read_pair(own), A100, 100)["teacher_parameters"] == 0
 
 
 def test_what_a_family_cannot_is_a_sentence(tmp_path):

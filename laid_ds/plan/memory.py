@@ -14,7 +14,19 @@ from bisect import bisect_right
 from typing import Any
 
 from laid_ds.models.sizes import Sizes
-from laid_ds.plan.pair import BYTES, FP32, OPTIMIZER_BYTES, Machine, Pair, added_parameters, compared, has_gains, moves, trained_parameters
+from laid_ds.plan.pair import (
+    BYTES,
+    FP32,
+    OPTIMIZER_BYTES,
+    Machine,
+    Pair,
+    added_parameters,
+    compared,
+    has_gains,
+    moves,
+    teaches_itself,
+    trained_parameters,
+)
 
 RESERVED = 0.08  # of the GPU: CUDA context, NCCL buffers, fragmentation
 PERSISTENT = 100_000  # DeepSpeed's defaults, in elements
@@ -72,7 +84,7 @@ def _share(sizes: list[int], ranks: int) -> int:
 
 
 def _teacher_bytes(pair: Pair, ranks: int) -> int:
-    if pair.teacher is None:
+    if pair.teacher is None or teaches_itself(pair.run):
         return 0
     return BYTES[pair.run.teacher.dtype] * _held(list(pair.teacher.parameters.values()), ranks, pair.teacher_zero)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.config import Model, Run
-from laid_ds.method.align import layer_pairs
+from laid_ds.method.align import compared_heads, layer_pairs
 from laid_ds.models.sizes import Sizes, model_sizes, read_config
 from laid_ds.runtime.engine import read_deepspeed
 
@@ -59,7 +59,8 @@ def read_pair(run: Run, student_config: Path | None = None, teacher_config: Path
         raise ValueError(f"a RoPE gain folds nowhere in {student.name}: set gain.enabled=false")
     if not run.taught:
         return Pair(run, student, None, _zero(run.student, run, True), {})
-    return Pair(run, student, sizes(run.teacher, teacher_config), _zero(run.student, run, True), _zero(run.teacher, run, False))
+    teacher = sizes(run.teacher, teacher_config or (student_config if run.teacher.self else None))
+    return Pair(run, student, teacher, _zero(run.student, run, True), _zero(run.teacher, run, False))
 
 
 def _zero(model: Model, run: Run, trains: bool) -> dict[str, Any]:
@@ -108,7 +109,14 @@ def align_parameters(pair: Pair) -> list[int]:
     (heads, keys, size), (teacher_heads, teacher_keys, teacher_size) = student.heads, teacher.heads
     mixing = [heads * teacher_heads] + ([keys * teacher_keys] if run.align.mixing == "separate" else [])
     projection = [2 * size * teacher_size] if size != teacher_size else []
-    return (mixing + projection) * len(compared(pair)) + gains
+    chosen = compared_heads(run.align.heads, compared(pair), heads, teacher_heads)
+    of_pairs = [(mixing if couples is None else []) + projection for couples in chosen]
+    return [size for sizes in of_pairs for size in sizes] + gains
+
+
+def teaches_itself(run: Run) -> bool:
+    """Whether the student's own weights teach without the factors beside them: no second model is loaded then."""
+    return run.teacher is not None and run.teacher.self and run.student.lora is not None
 
 
 def has_gains(run: Run) -> bool:
