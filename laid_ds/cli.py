@@ -24,10 +24,12 @@ def train(
     from laid_ds import config
     from laid_ds.run.check import check, data_notes
     from laid_ds.run.folder import check_output
+    from laid_ds.runtime import lock
     from laid_ds.runtime.local import launch
 
     run = config.load(recipe, overrides or [])
     check_output(run)
+    lock.wait_until_free(run.output)
     check(run)
     if dry_run:
         for note in data_notes(run):
@@ -245,14 +247,15 @@ def prune(
 ) -> None:
     """Remove checkpoints. Never the one that the run goes on from, unless --damaged finds it so. Not while the run is running."""
     from laid_ds.run.folder import recorded
-    from laid_ds.runtime import checkpoint
+    from laid_ds.runtime import checkpoint, lock
 
     _checkpoints(run)
-    if damaged:
-        removed = checkpoint.go_back(run)
-    else:
-        options = recorded(run)["run"]["checkpoint"]
-        removed = checkpoint.prune(run, keep_last or options["keep_last"], keep_every or options.get("keep_every"))
+    with lock.alone(run):
+        if damaged:
+            removed = checkpoint.go_back(run)
+        else:
+            options = recorded(run)["run"]["checkpoint"]
+            removed = checkpoint.prune(run, keep_last or options["keep_last"], keep_every or options.get("keep_every"))
     print(json.dumps({"removed": removed}) if as_json else f"removed: {', '.join(removed) or 'nothing'}")
 
 

@@ -8,12 +8,14 @@ import os
 import sys
 
 from laid_ds.runtime import environment
+from laid_ds.runtime.launchers import end_with_launchers
 from laid_ds.runtime.stop import StopRequest, ignore_signals
 
 
 def main(arguments: list[str] | None = None) -> int:
     """RECIPE [section.key=value ...]; DeepSpeed's launcher puts --local_rank before them. Returns the exit status."""
     stop = StopRequest().listen()  # before the imports below, which take seconds
+    end_with_launchers(os.environ)
     try:
         os.environ.update(environment.bridge(os.environ))
         environment.open_rank_log(os.environ)
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from laid_ds import config
     from laid_ds.data.record import DataError
+    from laid_ds.data.stream import is_lost_worker
     from laid_ds.disk import DiskError
     from laid_ds.method.distill import NonFiniteLoss
     from laid_ds.run.loop import StoppedByOthers, train
@@ -44,11 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.write(f"laid: {error}\n")  # one write: ranks that speak together do not mix their words
         return 2
     except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
+        if not (distributed.is_lost_peer(error) or is_lost_worker(error)):
             raise
-        sys.stderr.write(
-            f"laid: rank {distributed.rank()} lost another rank; the same command goes on from the newest checkpoint ({error})\n"
-        )
+        lost = "one of its data workers" if is_lost_worker(error) else "another rank"
+        sys.stderr.write(f"laid: rank {distributed.rank()} lost {lost}; the same command goes on from the newest checkpoint ({error})\n")
         return 1
     finally:
         ignore_signals()

@@ -87,6 +87,7 @@ def slurm(
     """Submit a recipe as a SLURM job that saves when warned and goes on after preemption, time limit and failure."""
     given = dict(locals())
     from laid_ds import config
+    from laid_ds.run.folder import reopen
     from launch import slurm as commands
     from launch.job import Job, read_job
     from launch.record import write_record
@@ -109,6 +110,8 @@ def slurm(
     for one in runs if check else ():
         _check(one)
     write_record(target, recipe, config.as_tree(run), script, os.environ)
+    for one in runs:
+        reopen(one)
     jobs = commands.submit(target.run, job.chain)
     print(f"submitted job {', '.join(jobs)}; next: laid-launch status {shlex.quote(str(run.output))}")
 
@@ -191,8 +194,10 @@ def _check(run: Run) -> None:
     """What `laid train` refuses, too, before any process starts."""
     from laid_ds.run.check import check
     from laid_ds.run.folder import check_output
+    from laid_ds.runtime import lock
 
     check_output(run)
+    lock.wait_until_free(run.output)
     check(run)
 
 

@@ -14,6 +14,7 @@ FLOORS = {
     "laid_ds.config": 1,
     "laid_ds.disk": 1,
     "laid_ds.files": 1,
+    "laid_ds.parent": 1,
     "laid_ds.kernels": 1,
     "laid_ds.evaluation.window": 1,
     "laid_ds.evaluation.report": 1,

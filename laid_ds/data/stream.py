@@ -7,6 +7,7 @@ over epochs. Micro-step `t` of rank `r` takes the slots `start + t*W*B + r*B + [
 import copy
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from laid_ds.data.haystack import images_drawn
 from laid_ds.data.order import Packing, Packs, Shuffle, blend_order, global_order, plan_packs, random_bits, single_packs
 from laid_ds.data.record import DataError, Sample
 from laid_ds.data.slabs import Sender, Slabs
+from laid_ds.parent import end_with
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Stream:
         if self.workers == 0:
             yield from map(self._reader.__getitem__, self._micro_batches())
             return
+        rank = os.getpid()
         slabs = Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
         loader = DataLoader(
             Sender(self._reader.__getitem__, slabs.memory),
@@ -89,6 +92,7 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             collate_fn=_unchanged,
+            worker_init_fn=lambda _: end_with(rank),
             multiprocessing_context="fork",  # the slabs are shared by inheritance
             generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
         )
@@ -248,6 +252,11 @@ class _Reader:
 def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int, image_tokens: int) -> np.ndarray:
     """The most tokens that windows of `drawn` images have: all text, and what the images that are left out would have taken is gone."""
     return np.maximum(lengths - np.maximum(num_images - drawn, 0) * image_tokens, 1)
+
+
+def is_lost_worker(error: RuntimeError) -> bool:
+    """Whether a process that prepares batches is gone: killed, most often for want of memory."""
+    return str(error).startswith("DataLoader worker")
 
 
 def budgeted_lengths(dataset: Dataset, packing: Packing) -> np.ndarray:

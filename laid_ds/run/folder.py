@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,30 @@ from pydantic import ValidationError
 from laid_ds.config import Run, as_tree
 from laid_ds.disk import nearest, writing
 from laid_ds.files import read_json
-from laid_ds.runtime import checkpoint, distributed
+from laid_ds.runtime import checkpoint, distributed, lock
 from laid_ds.runtime.stop import DONE, STOP, clear
 
 MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
-MAY_BE_THERE = ("run.json.partial", "launch", STOP)  # in a folder that no run has claimed yet: a job script lives in launch/
+MAY_BE_THERE = ("run.json.partial", "launch", STOP, lock.FILE)  # in a folder that no run has claimed yet: a job script lives in launch/
 SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
 
 
 def check_output(run: Run) -> None:
-    """Raises ValueError unless the folder is new and can be made, or belongs to this very run and is unfinished."""
+    """Raises ValueError unless the folder is new and can be made, or belongs to this very run, which has steps to do."""
     _check_can_be_made(run.output)
     record = run.output / "run.json"
-    if (run.output / DONE).is_file():
-        raise ValueError(f"{run.output} holds a finished run; give another output=... or remove the folder")
+    if (run.output / DONE).is_file() and run.steps <= _done_steps(run):
+        raise ValueError(
+            f"{run.output} holds a finished run of {_done_steps(run)} steps; give more steps=... to go on from there, another output=... "
+            "or remove the folder"
+        )
     if record.is_file():
-        differing = _differences(_with_defaults(recorded(run.output)["run"]), as_tree(run))
-        differing = [name for name in differing if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
+        old = _with_defaults(recorded(run.output)["run"])
+        differing = [name for name in _differences(old, as_tree(run)) if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
+        if "steps" in differing and run.steps > old["steps"]:
+            differing.remove("steps")
+        if differing == ["steps"]:
+            raise ValueError(f"{run.output} holds a run of {old['steps']} steps, which can get more but not fewer (steps={run.steps})")
         if differing:
             raise ValueError(
                 f"{run.output} holds another run (it differs in {', '.join(differing)}); give another output=... or remove the folder"
@@ -80,20 +88,62 @@ def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
 
 
-def open_output(run: Run, started: float) -> None:
-    """Claim the run folder by writing the resolved run into it, and clear what attempts before `started` said of their end."""
+def open_output(run: Run, started: float) -> int | None:
+    """Lock the run folder for as long as the ranks live, claim it by writing the resolved run into it, and clear what attempts before
+    `started` said of their end. Returns the steps that the run had until now where it is given more. Collective.
+
+    Raises ValueError on every rank where the folder is not this run's, or another training holds it.
+    """
+    steps_before = distributed.on_rank_0(partial(_claim, run, started))
+    if distributed.rank() != 0:
+        lock.join(run.output, distributed.rank())
+    distributed.barrier()
+    return steps_before
+
+
+def _claim(run: Run, started: float) -> int | None:
     check_output(run)
     _check_global_batch(run)
-    record = run.output / "run.json"
-    distributed.barrier()
-    if distributed.rank() == 0:
-        with writing(run.output, "the run"):
-            run.output.mkdir(parents=True, exist_ok=True)
-        clear(run.output, started)
-        if not record.is_file():
-            resolved = {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size()}
-            checkpoint.write_durably(record, json.dumps(resolved, indent=1))
-    distributed.barrier()
+    with writing(run.output, "the run"):
+        run.output.mkdir(parents=True, exist_ok=True)
+    handle = lock.take(run.output)
+    check_output(run)  # again: of what happened while another training held it
+    _check_global_batch(run)
+    clear(run.output, started)
+    steps_before = None
+    if not (run.output / "run.json").is_file():
+        write_record(run, {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size()})
+    elif run.steps > recorded(run.output)["run"]["steps"]:
+        steps_before = _prolong(run)
+    reopen(run)
+    lock.let_ranks_in(run.output, handle)
+    return steps_before
+
+
+def _prolong(run: Run) -> int:
+    """Record that a run has more steps now; returns those that it had."""
+    record = recorded(run.output)
+    before = record["run"]["steps"]
+    after = next((saved.step for saved in checkpoint.all_saved(run.output) if saved.is_latest), 0)
+    record["run"]["steps"] = run.steps
+    record["prolonged"] = [*record.get("prolonged", []), {"after_step": after, "from": before, "to": run.steps}]
+    write_record(run, record)
+    return before
+
+
+def reopen(run: Run) -> None:
+    """A run that has steps to do is not done: job scripts look at the file alone."""
+    if (run.output / DONE).is_file() and run.steps > _done_steps(run):
+        (run.output / DONE).unlink()
+
+
+def write_record(run: Run, record: dict[str, Any]) -> None:
+    checkpoint.write_durably(run.output / "run.json", json.dumps(record, indent=1))
+
+
+def _done_steps(run: Run) -> int:
+    """Steps of a finished run; done.json of other versions may not say."""
+    return read_json(run.output / DONE).get("steps", run.steps)
 
 
 def versions() -> dict[str, str]:

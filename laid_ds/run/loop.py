@@ -37,7 +37,7 @@ from laid_ds.runtime.stop import DONE, REQUEUE, StopRequest
 
 def train(run: Run, stop: StopRequest) -> None:
     """Run to the end, or until asked to stop, from the latest checkpoint if there is one. Every rank calls it."""
-    open_output(run, stop.started)
+    steps_before = open_output(run, stop.started)
     seed_everything(run.seed + distributed.rank())
     notes = data_notes(run)
     training = build(run)
@@ -47,6 +47,8 @@ def train(run: Run, stop: StopRequest) -> None:
     saved = checkpoint.latest(run.output)
     first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
+    if steps_before:
+        reporter.say(prolonged(run, steps_before, first))
     for note in notes:
         reporter.say(note)
     if first == 0:
@@ -64,6 +66,15 @@ def train(run: Run, stop: StopRequest) -> None:
     else:
         _mark(run.output / DONE, {"steps": run.steps})
         reporter.say(f"done; next: laid export {run.output} OUT")
+
+
+def prolonged(run: Run, steps_before: int, first: int) -> str:
+    """What the schedules do where a run is given more steps."""
+    rate = schedule.learning_rate_factor(first, run.steps, run.optimizer)
+    return (
+        f"prolonged from {steps_before} to {run.steps} steps: after step {first} all schedules are those of a run of {run.steps} steps, "
+        f"and the learning rate goes on at {rate:.0%} of optimizer.lr ({run.optimizer.decay})"
+    )
 
 
 def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: StopRequest) -> tuple[int, str]:
@@ -168,8 +179,14 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
         "lr": training.student.optimizer.param_groups[0]["lr"],
         "gradient_norm": norm,
         **mixture,
-        "keys": [key for batch in batches for key in batch.keys],
+        "keys": _keys(batches),
     }
+
+
+def _keys(batches: list[Batch]) -> list[str]:
+    """Keys of a step's samples on all ranks, in the stream's order: the same on any number of ranks. Collective."""
+    of_ranks = distributed.gathered([list(batch.keys) for batch in batches])
+    return [key for micro_step in zip(*of_ranks, strict=True) for keys in micro_step for key in keys]
 
 
 def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLoss) -> None:

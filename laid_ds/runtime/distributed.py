@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def started() -> bool:
@@ -38,6 +41,31 @@ def add(values: Iterable[float]) -> list[float]:
 def largest(values: Iterable[float]) -> list[float]:
     """Maximum of each value over all ranks."""
     return _reduced(values, "max")
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` (anything that can be pickled) of every rank, on every rank."""
+    if not started():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(act: Callable[[], T]) -> T | None:
+    """act() on rank 0, while the others wait; what it returns there, None on them. A ValueError of it is raised on every rank."""
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = act()
+        except ValueError as error:
+            failure = error
+    (failed,) = largest([float(failure is not None)])
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ValueError("refused by rank 0, which says why")
+    return result
 
 
 def _reduced(values: Iterable[float], operation: str) -> list[float]:

@@ -15,21 +15,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 
 import psutil
 import torch
 
+from laid_ds.parent import adopt_orphans, end_with
 from laid_ds.runtime.environment import DEVICES, without_ranks
+from laid_ds.runtime.launchers import MODULE, STARTED_BY
 
 LAUNCHERS = ("deepspeed", "torchrun")
-RANK = ("-m", "laid_ds.train")  # how both launchers start a rank
+RANK = ("-m", MODULE)  # how both launchers start a rank
 
 
 def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launcher: str = "deepspeed") -> int:
     """Train RECIPE [section.key=value ...] with `ranks` processes (default: one per GPU, or 1); the launcher's exit status.
 
-    Port 0 takes a free one. Ctrl-C and SIGTERM reach the ranks, which save and leave; we wait for them.
+    Port 0 takes a free one. Ctrl-C, SIGTERM and a closed terminal reach the ranks, which save and leave; we wait for them. Should this
+    process, the launcher or a rank be killed, none of the others stays behind.
     Raises ValueError for an unknown launcher and for more ranks than there are GPUs.
     """
     gpus = torch.cuda.device_count()
@@ -49,13 +53,19 @@ def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launch
         if process is not None:
             _stop_ranks(process.pid)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
+    adopt_orphans()
+    environment[STARTED_BY] = str(os.getpid())
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid()))
     if received:
         _stop_ranks(process.pid)
     status = process.wait()
-    return 128 + received[0] if received else status
+    _end_orphans()
+    if status < 0 and not received:
+        sys.stderr.write(f"laid: {signal.Signals(-status).name} ended the launcher; the same command goes on from the newest checkpoint\n")
+    return 128 + received[0] if received else 128 - status if status < 0 else status
 
 
 def _check_gpus(ranks: int, gpus: int) -> None:
@@ -70,10 +80,10 @@ def _launcher(name: str, ranks: int, port: int) -> list[str]:
         slots = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
         place = [f"--world_info={slots}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         start = ["-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", "--no_python", *place]
-        return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", "-m", "laid_ds.train"]
+        return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", *RANK]
     if name == "torchrun":
         place = ["--nnodes=1", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
-        return [sys.executable, "-m", "torch.distributed.run", *place, "--module", "laid_ds.train"]
+        return [sys.executable, "-m", "torch.distributed.run", *place, "--module", MODULE]
     raise ValueError(f"launcher {name!r}: choose one of {', '.join(LAUNCHERS)}")
 
 
@@ -91,6 +101,13 @@ def _stop_ranks(launcher: int) -> None:
         ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
         for process in ranks or [psutil.Process(launcher)]:
             process.send_signal(signal.SIGINT)
+
+
+def _end_orphans() -> None:
+    """A launcher that ends as it should leaves none; of one that was killed, those that had just begun may be left."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _is_rank(process: psutil.Process) -> bool:
