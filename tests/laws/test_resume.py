@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import multiprocessing.connection
 import os
 import random
@@ -104,10 +105,40 @@ def test_a_run_moves_between_numbers_of_ranks(world, tmp_path, straight):
     assert [line["step"] for line in moved] == list(range(1, 9))
     for line, other in zip(moved, expected, strict=True):
         alike = line["step"] <= 6  # micro-batches of the same shape: two gradients are added, in whichever order
+        assert line["keys"] == other["keys"]  # of all ranks, in the stream's order
+        assert len(line["keys"]) == 6
         for name in ("lr", "loss", "sft", "kl", "align", "match"):
             assert line[name] == (other[name] if alike else pytest.approx(other[name], rel=1e-6)), (line["step"], name)
         assert line["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-12 if alike else 1e-6)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_000006", "step_000008"]
+
+
+def test_prolonged_is_uninterrupted_where_no_schedule_knows_the_end(world, tmp_path):
+    def make(name, steps):
+        return world.run(tmp_path / name, steps=steps, optimizer={"decay": "constant"}, match={"omega": "uniform"})
+
+    run_ranks(2, whole_run, make("straight", 6))
+    run_ranks(2, whole_run, make("run", 3))
+    with pytest.raises(AssertionError, match=r"holds a finished run of 3 steps; give more steps=\.\.\. to go on from there"):
+        run_ranks(1, whole_run, make("run", 3))
+    run_ranks(2, whole_run, make("run", 6))
+    assert lines(make("run", 6)) == lines(make("straight", 6))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["run"]["steps"] == 6
+    assert record["prolonged"] == [{"after_step": 3, "from": 3, "to": 6}]
+    assert json.loads((tmp_path / "run" / "done.json").read_text()) == {"steps": 6}
+
+
+def test_a_prolonged_run_has_the_schedules_of_a_longer_one(world, tmp_path, capfd):
+    run_ranks(1, whole_run, world.run(tmp_path / "run", steps=2))
+    longer = world.run(tmp_path / "run", steps=5)
+    killed(longer, ranks=1, step=3)
+    run_ranks(1, whole_run, longer)
+    rates = [line["lr"] / longer.optimizer.lr for line in lines(longer)]
+    assert rates == pytest.approx([1, 0.5] + [0.5 * (1 + math.cos(math.pi * step / 5)) for step in (2, 3, 4)])
+    said = capfd.readouterr().out
+    assert said.count("prolonged from 2 to 5 steps: after step 2 all schedules are those of a run of 5 steps, and the learning rate") == 1
+    assert "goes on at 65% of optimizer.lr (cosine)" in said
 
 
 def test_an_older_checkpoint_is_exported_by_its_step(straight, tmp_path):

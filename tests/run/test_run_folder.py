@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from laid_ds import config
-from laid_ds.run.folder import check_output
+from laid_ds.run.folder import check_output, reopen
 
 NOBODY = 65534
 
@@ -65,6 +65,27 @@ def test_a_finished_run_and_a_foreign_folder_are_left_alone(recorded, world, tmp
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         check_output(world.run(tmp_path / "foreign"))
+
+
+def test_a_run_can_be_given_more_steps_and_not_fewer(recorded):
+    run, _, _ = recorded
+    check_output(run.model_copy(update={"steps": 5}))
+    with pytest.raises(ValueError, match=r"holds a run of 4 steps, which can get more but not fewer \(steps=3\)"):
+        check_output(run.model_copy(update={"steps": 3}))
+
+
+def test_a_finished_run_that_has_steps_to_do_is_not_done(recorded):
+    run, _, _ = recorded
+    (run.output / "done.json").write_text('{"steps": 4}')
+    reopen(run)
+    with pytest.raises(ValueError, match="holds a finished run of 4 steps"):
+        check_output(run)
+    longer = run.model_copy(update={"steps": 5})
+    check_output(longer)
+    assert (run.output / "done.json").exists()
+    reopen(longer)
+    assert not (run.output / "done.json").exists()
+    check_output(run)
 
 
 def below_a_file(folder):
