@@ -29,7 +29,7 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
     if saved is None:
         raise ValueError(f"the run at {folder} has no checkpoint yet")
     run = Run.model_validate(resolved["run"])
-    weights = engine.checkpoint_weights(saved)
+    weights = _weights(saved)
     model = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
     if run.student.lora is not None:
         model = merge_lora(model, run.student.lora.alpha / run.student.lora.rank)
@@ -43,6 +43,16 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
         model_card(run, resolved["versions"], saved.name, results(folder, saved.name)),
         run.student.trust_remote_code,
     )
+
+
+def _weights(saved: Path) -> dict[str, Any]:
+    """Raises ValueError for a checkpoint that the run, which may be running, has removed meanwhile."""
+    try:
+        return engine.checkpoint_weights(saved)
+    except FileNotFoundError:
+        if (saved / "manifest.json").is_file():
+            raise
+        raise ValueError(f"the run goes on and has removed checkpoint {saved} while it was read; export again") from None
 
 
 def results(folder: Path, step: str) -> str:

@@ -8,8 +8,10 @@ import os
 import sys
 
 from laid_ds.runtime import environment
-from laid_ds.runtime.launchers import end_with_launchers
+from laid_ds.runtime.launchers import end_with_launchers, leave
 from laid_ds.runtime.stop import StopRequest, ignore_signals
+
+LOST = 1  # the status of a rank that goes because another process is gone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,11 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         lost = "one of its data workers" if is_lost_worker(error) else "another rank"
         sys.stderr.write(f"laid: rank {distributed.rank()} lost {lost}; the same command goes on from the newest checkpoint ({error})\n")
-        return 1
+        return LOST
     finally:
+        leave()
         ignore_signals()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == LOST:  # what Python and the libraries would tear down may wait for the dead
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

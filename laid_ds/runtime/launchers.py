@@ -1,6 +1,6 @@
-"""A rank ends with the launchers that started it: none trains on unseen, with nobody to stop it.
+"""A rank ends with the launchers that started it, and with the other ranks of its launcher: none trains on unseen, or waits for the dead.
 
-It ends at once, without a save: how long one may take nobody has said, and what follows may already wait for the folder and the devices.
+It ends without a save: how long one may take nobody has said, and what follows may already wait for the folder and the devices.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 
 import psutil
@@ -18,28 +17,54 @@ from laid_ds.parent import end_with
 
 MODULE = "laid_ds.train"
 STARTED_BY = "LAID_STARTED_BY"  # the pid of `laid train`
-SECONDS = 1.0
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0
+"""After another rank's end, for what a rank then has to say and to keep. A GPU that waits for a dead one does not notice by itself, and the
+launchers give it 30 s."""
+_leaving = threading.Event()
 
 
 def end_with_launchers(environ: Mapping[str, str]) -> None:
     """Call it first in a rank. Launchers are the processes above this one whose command line names laid_ds.train: torchrun, both of
-    DeepSpeed's, whoever started them; and `laid train`. A rank of srun has none, it ends with its job.
+    DeepSpeed's, whoever started them; and `laid train`. A rank of srun has none: its job ends it.
     """
-    parent = os.getppid()
     if STARTED_BY in environ and not psutil.pid_exists(int(environ[STARTED_BY])):
-        os.kill(os.getpid(), signal.SIGKILL)  # it went before we could ask to be told
+        _end()  # it went before we could ask to be told
     launchers = [process for process in psutil.Process().parents() if _names_us(process)]
-    if any(process.pid == parent for process in launchers):
-        end_with(parent)
-    others = [process for process in launchers if process.pid != parent]
-    if others:
-        threading.Thread(target=_watch, args=(others,), daemon=True).start()
+    if not launchers:
+        return
+    if launchers[0].pid == os.getppid():
+        end_with(launchers[0].pid)
+    ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
+    threading.Thread(target=_watch, args=(launchers, ranks), daemon=True).start()
 
 
-def _watch(launchers: Sequence[psutil.Process]) -> None:
+def leave() -> None:
+    """This rank is ending by itself: the others' ends do not concern it any more."""
+    _leaving.set()
+
+
+def _watch(launchers: list[psutil.Process], number: int) -> None:
     """Linux tells a process of its parent's end, and of nobody else's."""
-    while all(map(_lives, launchers)):
-        time.sleep(SECONDS)
+    ranks: dict[int, psutil.Process] = {}
+    while not _leaving.wait(POLL_SECONDS):
+        if not all(map(_lives, launchers)):
+            _end()
+        if len(ranks) < number:
+            ranks |= _ranks_of(launchers[0])
+        if not all(map(_lives, ranks.values())):
+            if not _leaving.wait(GRACE_SECONDS):
+                _end()
+            return
+
+
+def _ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return {process.pid: process for process in launcher.children() if _names_us(process)}
+    return {}
+
+
+def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -24,8 +24,8 @@ from typing import Any
 from laid_ds.disk import writing
 
 FILE = "lock"
-HERE_SECONDS = 15.0
-"""So long a holder on this machine may take to end: a launcher notices a dead rank, devices are given back."""
+HERE_SECONDS = 20.0
+"""So long a holder on this machine may take to end: ranks notice a dead one after 10 s if not before, devices are given back."""
 ELSEWHERE_SECONDS = 120.0
 """So long one on another machine may: an NFS server keeps what a dead node had locked for a lease, usually of 90 s."""
 POLL_SECONDS = 0.2

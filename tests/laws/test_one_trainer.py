@@ -65,7 +65,7 @@ class Attempt:
         except psutil.NoSuchProcess:  # as it was being looked at
             return None
         launchers = launchers or [command]  # torchrun is its own
-        return {"command": [command], "launcher": launchers, "rank": ranks, "worker": workers, "all": [command, *below.values()]}
+        return {"command": [command], "launcher": launchers, "rank": ranks, "worker": workers, "below": list(below.values())}
 
     def wait_for(self, condition, what):
         wait_until(lambda: condition() or self.process.poll() is not None, what)
@@ -76,7 +76,7 @@ class Attempt:
         return len([record for record in records(self.run.output) if record not in self.before])
 
     def killed(self, victim, lines, chance):
-        """kill -9 of one of these once the attempt has written so many lines; all processes that it had."""
+        """kill -9 of one of these once the attempt has written so many lines; the processes that the command had started."""
         trees = []
 
         def is_there():
@@ -88,7 +88,7 @@ class Attempt:
         if lines:
             assert len(ranks_of(self.recipe)) == 2
         chance.choice(trees[0][victim]).send_signal(signal.SIGKILL)
-        return trees[0]["all"]
+        return trees[0]["below"]
 
 
 def ranks_of(recipe):
@@ -139,11 +139,12 @@ def test_whatever_is_killed_the_same_command_goes_on_at_once(world, tmp_path):
         processes, command = attempt.killed(victim, lines, chance), attempt.process
         killed_at = time.monotonic()
         attempt = Attempt(run, recipe, BY_US if number % 3 < 2 else chance.choice(BY_HAND))
-        wait_until(lambda command=command: command.poll() is not None, f"the end of a command whose {victim} was killed")
         wait_until(lambda processes=processes: all(map(is_gone, processes)), f"the end of all when a {victim} was killed")
+        seconds = time.monotonic() - killed_at
+        wait_until(lambda command=command: command.poll() is not None, f"the end of a command whose {victim} was killed")
         assert victim != "worker" or "lost one of its data workers; the same command goes on" in attempt.said.read_text()
         attempt.before = records(run.output)
-        print(f"kill {number}: {victim} of {command.args[:3]} after {lines} lines: all gone after {time.monotonic() - killed_at:.1f} s")
+        print(f"kill {number}: {victim} of {command.args[:3]} after {lines} lines: all gone after {seconds:.1f} s")
     attempt.wait_for(lambda: attempt.lines() >= 4, "the last attempt")
     assert len(ranks_of(recipe)) == 2
     (run.output / "stop").touch()

@@ -157,6 +157,19 @@ def test_an_older_checkpoint_is_exported_by_its_step(straight, tmp_path):
     assert state["versions"]["torch"] == version("torch")
 
 
+def test_a_checkpoint_that_a_running_run_removes_while_it_is_exported_is_one_sentence(straight, tmp_path, monkeypatch):
+    copied = shutil.copytree(straight.output, tmp_path / "run")
+
+    def removed(saved):
+        shutil.rmtree(saved)
+        raise FileNotFoundError(2, "No such file or directory", str(saved))
+
+    monkeypatch.setattr(engine, "checkpoint_weights", removed)
+    with pytest.raises(ValueError, match=r"has removed checkpoint .*/step_000008 while it was read; export again"):
+        export_run(copied, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def save_again(run, saved):
     engine.start_processes()
     training = build(run)

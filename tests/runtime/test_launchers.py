@@ -39,6 +39,34 @@ def told(process, number):
     return [psutil.Process(int(process.stdout.readline().split()[1])) for _ in range(number)]
 
 
+TWIN = """
+import os, time
+from laid_ds.runtime import launchers
+launchers.GRACE_SECONDS, found = 0.0, launchers._ranks_of
+def tell(launcher):
+    ranks = found(launcher)
+    if len(ranks) == 2:
+        print("rank", os.getpid(), flush=True)
+    return ranks
+launchers._ranks_of = tell
+launchers.end_with_launchers(os.environ)
+time.sleep(3600)
+"""
+OF_TWO = """
+import os, subprocess, sys
+ranks = [subprocess.Popen([sys.executable, "-c", *sys.argv[1:]]) for _ in range(2)]
+sys.exit([rank.wait() for rank in ranks][0])
+"""
+
+
+def test_a_rank_ends_with_another_of_its_launcher():
+    """Of itself: it waits for nobody here, and its launcher does nothing about it."""
+    process = start(OF_TWO, TWIN, environ={"LOCAL_WORLD_SIZE": "2"})
+    told(process, 2)[1].kill()
+    assert process.wait() == 256 - 9
+    process.stdout.close()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_ends_with_any_of_its_launchers(victim):
     process = start(LAUNCHER, LAUNCHER, RANK)

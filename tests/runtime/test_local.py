@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from laid_ds.runtime import local
 from laid_ds.runtime.environment import DEVICES, without_ranks
 from laid_ds.train import main
-from tests.support.processes import free_port, interrupted, run_ranks
+from tests.support.processes import free_port, interrupted, run_ranks, wait_until
 from tests.support.recipes import write_recipe
 from tests.support.slurm import lines
 
@@ -114,6 +115,39 @@ def test_ranks_see_the_devices_that_were_chosen_and_nothing_of_another_launcher(
         assert told.get("LOCAL_SIZE", "2") == told.get("LOCAL_WORLD_SIZE", "2") == "2"
         assert not {"OMPI_COMM_WORLD_LOCAL_RANK", "PET_NNODES"} & told.keys()
         assert told.get("TORCHELASTIC_USE_AGENT_STORE") == (None if launcher == "deepspeed" else "True")  # torchrun's own
+
+
+ASKED = """
+import os, pathlib, signal, sys
+def asked(*_):
+    pathlib.Path(sys.argv[1], "asked").touch()
+    sys.exit(0)
+signal.signal(signal.SIGINT, asked)
+pathlib.Path(sys.argv[1], "ready").touch()
+while True:
+    signal.pause()
+"""
+START_STUB = """
+import sys
+from laid_ds.runtime import local
+local.RANK, command = ("-m", "asked"), local._launcher
+local._launcher = lambda *options: [word.replace("laid_ds.train", "asked") for word in command(*options)]
+sys.exit(local.launch([sys.argv[1]], 1))
+"""
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_asks_the_ranks_to_save_unless_nohup_keeps_it_away(tmp_path, nohup):
+    (tmp_path / "asked.py").write_text(ASKED)
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    command = [sys.executable, "-c", START_STUB, str(tmp_path)]
+    process = subprocess.Popen(["nohup", *command] if nohup else command, env=environ, start_new_session=True)
+    wait_until((tmp_path / "ready").is_file, "the rank")
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        process.send_signal(signal.SIGTERM)  # which reaches it after the other
+    assert process.wait() == 128 + (signal.SIGTERM if nohup else signal.SIGHUP)
+    assert (tmp_path / "asked").is_file()
 
 
 def test_the_part_of_deepspeed_that_looks_for_other_machines_is_left_out():
