@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from laid_ds.run.loop import train
@@ -126,19 +127,33 @@ def run_to(run, step):
     train(run, StopRequest().listen())
 
 
-def test_whatever_is_killed_the_same_command_goes_on_at_once(world, tmp_path):
+@pytest.fixture
+def start():
+    """Attempts that do not outlive the test."""
+    started = []
+
+    def attempt(run, recipe, command):
+        started.append(Attempt(run, recipe, command))
+        return started[-1]
+
+    yield attempt
+    for attempt in started:
+        attempt.process.kill()
+
+
+def test_whatever_is_killed_the_same_command_goes_on_at_once(world, tmp_path, start):
     def make(name):
         return world.run(tmp_path / name, steps=1_000_000, checkpoint={"every_steps": 3}, data={"workers": 1}, match={"rows": 5})
 
     chance, run = random.Random(KILLS), make("killed")
     recipe = write_recipe(run, tmp_path / "recipe.toml")
-    attempt = Attempt(run, recipe, BY_US)
+    attempt = start(run, recipe, BY_US)
     for number in range(KILLS):
         victim = VICTIMS[number % 4] if number < 4 else chance.choice(VICTIMS)
         lines = chance.choice((0, 1, 2, 4) if attempt.by_us and victim != "worker" else (1, 2, 4))
         processes, command = attempt.killed(victim, lines, chance), attempt.process
         killed_at = time.monotonic()
-        attempt = Attempt(run, recipe, BY_US if number % 3 < 2 else chance.choice(BY_HAND))
+        attempt = start(run, recipe, BY_US if number % 3 < 2 else chance.choice(BY_HAND))
         wait_until(lambda processes=processes: all(map(is_gone, processes)), f"the end of all when a {victim} was killed")
         seconds = time.monotonic() - killed_at
         wait_until(lambda command=command: command.poll() is not None, f"the end of a command whose {victim} was killed")
