@@ -1,6 +1,7 @@
 """A rank ends with the launchers that started it, and with the other ranks of its launcher: none trains on unseen, or waits for the dead.
 
-It ends without a save: how long one may take nobody has said, and what follows may already wait for the folder and the devices.
+When its own launcher is gone it ends without a save: how long one may take nobody has said, and what follows may already wait for the
+folder and the devices. DeepSpeed's outer launcher is another thing: at Ctrl-C it goes first, while the inner one lets the ranks save.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """After another rank's end, for what a rank then has to say and to keep. A GPU that waits for a dead one does not notice by itself, and the
 launchers give it 30 s."""
+SAVE_SECONDS = 30.0
+"""After an outer launcher's end, for the step and the save; so much the inner one gives, too."""
 _leaving = threading.Event()
 
 
@@ -49,19 +52,23 @@ def _watch(launchers: list[psutil.Process], number: int) -> None:
     ranks: dict[int, psutil.Process] = {}
     while not _leaving.wait(POLL_SECONDS):
         if not all(map(_lives, launchers)):
-            _end()
+            os.kill(os.getpid(), signal.SIGTERM)  # which asks for a save (stop.py)
+            return _end_after(SAVE_SECONDS)
         if len(ranks) < number:
             ranks |= _ranks_of(launchers[0])
         if not all(map(_lives, ranks.values())):
-            if not _leaving.wait(GRACE_SECONDS):
-                _end()
-            return
+            return _end_after(GRACE_SECONDS)
 
 
 def _ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         return {process.pid: process for process in launcher.children() if _names_us(process)}
     return {}
+
+
+def _end_after(seconds: float) -> None:
+    if not _leaving.wait(seconds):
+        _end()
 
 
 def _end() -> None:
