@@ -8,9 +8,11 @@ import copy
 import json
 import logging
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +85,6 @@ class Stream:
         if self.workers == 0:
             yield from map(self._reader.__getitem__, self._micro_batches())
             return
-        rank = os.getpid()
         slabs = Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
         loader = DataLoader(
             Sender(self._reader.__getitem__, slabs.memory),
@@ -92,7 +93,7 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             collate_fn=_unchanged,
-            worker_init_fn=lambda _: end_with(rank),
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             multiprocessing_context="fork",  # the slabs are shared by inheritance
             generator=torch.Generator(),  # else each new iterator would draw from the global one, and resume would shift it
         )
@@ -252,6 +253,13 @@ class _Reader:
 def _of_windows(lengths: np.ndarray, num_images: np.ndarray, drawn: np.ndarray | int, image_tokens: int) -> np.ndarray:
     """The most tokens that windows of `drawn` images have: all text, and what the images that are left out would have taken is gone."""
     return np.maximum(lengths - np.maximum(num_images - drawn, 0) * image_tokens, 1)
+
+
+def _begin_worker(rank: int, number: int) -> None:
+    """A worker ends with its rank, and not before it: DeepSpeed's launcher and SLURM send SIGTERM to all processes of a rank, which asks it
+    to finish its step and save."""
+    end_with(rank)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def is_lost_worker(error: RuntimeError) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from laid_ds.run.loop import train
@@ -55,6 +56,12 @@ def ask_by_term(run):
     kill(signal.SIGTERM)(run)
 
 
+def ask_with_workers(run):
+    for worker in psutil.Process().children():  # as DeepSpeed's launcher and SLURM do
+        worker.terminate()
+    kill(signal.SIGTERM)(run)
+
+
 def ask_by_usr1(run):
     kill(signal.SIGUSR1)(run)
 
@@ -83,6 +90,13 @@ def test_one_rank_is_asked_and_all_save_the_same_step(world, tmp_path, ask, reas
     assert json.loads((run.output / "requeue.json").read_text()) == {"step": 2, "reason": reason}
     assert checkpoint.latest(run.output).name == "step_000002"
     assert not (run.output / "done.json").exists()
+
+
+def test_data_workers_that_are_asked_as_well_live_until_it_is_saved(world, tmp_path):
+    run = world.run(tmp_path / "run", steps=8, checkpoint={"every_steps": 100}, data={"workers": 1})
+    run_ranks(2, asked_at_step, run, 2, ask_with_workers)
+    assert json.loads((run.output / "requeue.json").read_text()) == {"step": 2, "reason": "SIGTERM"}
+    assert checkpoint.latest(run.output).name == "step_000002"
 
 
 def test_the_clock_asks_too(world, tmp_path):
