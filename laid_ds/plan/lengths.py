@@ -26,7 +26,7 @@ from laid_ds.models.processor import Renderer, load_processor
 COUNTED, LEAST = 64, 4  # samples whose tokens are counted: at most and at least
 IMAGES = 640  # of a source, whose tokens are counted: some 20 s of photographs
 KNOTS = 8  # sizes of windows that are counted
-MOST_SLOTS = 100_000  # places of micro-batches that are looked at; later ones are taken to be like them
+MOST_SLOTS = 20_000  # places of micro-batches that are looked at; later ones are taken to be like them
 SHOWN, UNSHOWN = [Turn("user", (0,))], [Turn("user", ())]
 
 
