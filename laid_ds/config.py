@@ -91,6 +91,9 @@ class Data(Section):
     """A number shuffles within windows of so many samples (for URLs: few shards are then needed at a time)."""
     on_bad: Literal["raise", "replace"] = "raise"
     """A sample that cannot be read stops the run, or is replaced by another that (seed, position) chooses, and logged."""
+    image_pixels: Range | None = None
+    """Show both models every image at an area of [least, most] pixels (models/image_pixels.py says how each family keeps to that); the
+    exported folder says the same. None leaves it to the student's own processor, which may show a photograph as thousands of tokens."""
     decoder: Literal["exact", "pil", "fast"] = "exact"
     """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
     resizer: Literal["pil", "torch"] = "pil"

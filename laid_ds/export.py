@@ -42,6 +42,7 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
         output,
         model_card(run, resolved["versions"], saved.name, results(folder, saved.name)),
         run.student.trust_remote_code,
+        run.data.image_pixels,
     )
 
 

@@ -18,6 +18,7 @@ from laid_ds.method.align import Align, compared_heads, layer_pairs
 from laid_ds.method.distill import OwnTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import trainable
+from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
 from laid_ds.models.lora import add_lora
 from laid_ds.models.positions import position_rule
@@ -121,9 +122,11 @@ def _asks_lse(run: Run, model: Model) -> bool:
 
 
 def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
-    """Samples to tensors, with position ids where samples are to share a row."""
+    """Samples to tensors, their images within the run's limits, with position ids where samples are to share a row. Raises ValueError for
+    limits that the family cannot keep."""
     positions = position_rule(config_of(run.student)) if run.data.tokens_per_pack is not None else None
-    return Renderer(processor, Pixels(run.data.decoder, run.data.resizer), positions=positions)
+    limited = limit_pixels(processor, run.data.image_pixels)
+    return Renderer(limited, Pixels(run.data.decoder, run.data.resizer), positions=positions)
 
 
 def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:

@@ -19,6 +19,7 @@ from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import vision_tower
 from laid_ds.models.chat import learn_template, template_note
 from laid_ds.models.family import check_packable, trainable
+from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.load import PreTrainedModel, open_model
 from laid_ds.models.lora import check_peft, factor_elements
 from laid_ds.models.processor import (
@@ -101,6 +102,8 @@ def _check_folders(run: Run) -> ProcessorMixin:
                 raise ValueError(f"{model.path}: image tokens of {family.model_type} see each other both ways; set losses.match = 0")
             processors.append(load_processor(model.path, model.trust_remote_code))
     check_chat_template(processors[0], run.student.path)
+    for processor in processors:
+        limit_pixels(processor, run.data.image_pixels)
     if len(processors) == 2:
         check_same_tokenizer(*processors)
         check_same_pictures(*processors)
