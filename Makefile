@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-slurm test-energon test-templates check bench study clean
+.PHONY: install demo test test-slurm test-energon test-templates test-processors check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -92,6 +92,12 @@ TRL := .trl
 test-templates: install
 	test -d $(TRL)/trl || $(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $(TRL) trl
 	PYTHONPATH=$(TRL) $(BIN)/python -m pytest tests/models/test_templates.py -k real
+
+# Our folders by stock AutoProcessor: its video processors need torchvision, whose wheel comes alone, for another build of torch.
+TORCHVISION := .torchvision
+test-processors: install
+	test -d $(TORCHVISION)/torchvision || $(BIN)/pip install --quiet --no-deps --target $(TORCHVISION) torchvision==0.28.0
+	LAID_TORCHVISION=$(TORCHVISION) $(BIN)/python -m pytest tests/models/test_auto_processor.py
 
 check: install
 	$(BIN)/ruff check .

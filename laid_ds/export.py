@@ -62,6 +62,9 @@ def results(folder: Path, step: str) -> str:
     metrics.jsonl: the losses of that step. evaluation.jsonl: the last held-out accuracy. evaluation.json: what `laid eval` wrote there.
     """
     number, parts = int(step.rsplit("_", 1)[1]), []
+    window = [_most(folder / "metrics.jsonl", number, name) for name in ("most_images", "longest_tokens")]
+    if all(window):
+        parts.append(f"Trained on windows of at most {window[0]:,} images, and of at most {window[1]:,} tokens.")
     losses = _last(folder / "metrics.jsonl", number)
     if losses is not None:
         named = [f"{name} {losses[name]:.4g}" for name in ("loss", *TERMS) if name in losses]
@@ -84,6 +87,11 @@ def _last(path: Path, step: int) -> dict[str, Any] | None:
     return max((line for line in read_json_lines(path) if line["step"] <= step), key=lambda line: line["step"], default=None)
 
 
+def _most(path: Path, step: int, name: str) -> int:
+    """The largest value of a name in the lines up to a step, 0 if none has it."""
+    return max((line.get(name, 0) for line in read_json_lines(path) if line["step"] <= step), default=0)
+
+
 def _curve(accuracy: Mapping[Any, float]) -> str:
     return ", ".join(f"{size}: {share:.2f}" for size, share in accuracy.items())
 
@@ -95,8 +103,11 @@ def model_card(run: Run, versions: dict[str, Any], step: str, measured: str) -> 
     resolved = json.dumps(run.model_dump(mode="json"), indent=1)
     found = f"## Results\n\n{measured}\n\n" if measured else ""
     used = ", ".join(f"{name} {number}" for name, number in versions.items())
+    limits = run.data.image_pixels
+    images = f"at an area of {limits[0]:,} to {limits[1]:,} pixels" if limits else "in the sizes that its stock processor chose"
+    sizes = f"Images were shown {images}; the processor in this folder does the same. A program that overrides it shows other images."
     return (
         f"---\nlibrary_name: transformers\ntags: [laid-ds, long-context, distillation]\n---\n\n# {run.name}\n\n"
-        f"Student `{run.student.path}`, {made}{source} with laid_ds ({step}). A stock checkpoint: it loads without laid_ds.\n\n"
+        f"Student `{run.student.path}`, {made}{source} with laid_ds ({step}). A stock checkpoint: it loads without laid_ds.\n\n{sizes}\n\n"
         f"Versions: {used}.\n\n{found}## The run\n\n```json\n{resolved}\n```\n"
     )

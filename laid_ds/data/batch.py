@@ -51,6 +51,8 @@ class Batch:
     """[B, T]: the number of the token's sample within its row, and -1 for padding and stand-in images."""
     keys: tuple[str, ...]
     num_images: int
+    most_images: int = 0
+    """Of one sample, stand-ins not counted."""
     taught: Batch | None = None
     """What the teacher reads, where that is not the same: other images, the same answers in the same order."""
 
@@ -67,6 +69,11 @@ class Batch:
         """What the sums of this micro-batch are divided by, once per optimizer step; and its size with padding ("places")."""
         counted = {"rows": int(self.supervised.sum()), "tokens": int((self.segments >= 0).sum()), "samples": len(self.keys)}
         return counted | {"images": self.num_images, "places": self.segments.numel()}
+
+    def longest(self) -> dict[str, int]:
+        """Tokens and images of the samples that have most of them."""
+        tokens = max((int(row[row >= 0].bincount().max()) for row in self.segments if (row >= 0).any()), default=0)
+        return {"longest_tokens": tokens, "most_images": self.most_images}
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("labels", "segments")}
@@ -88,6 +95,7 @@ def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
         segments=padded([_segments(r, 0) for r in rendered], -1),
         keys=tuple(keys),
         num_images=sum(len(r.images) for r in rendered),
+        most_images=_most_images(rendered),
     )
 
 
@@ -106,7 +114,12 @@ def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
         segments=torch.cat([_segments(r, number) for number, r in enumerate(rendered)])[None],
         keys=tuple(keys),
         num_images=sum(len(r.images) for r in rendered),
+        most_images=_most_images(rendered),
     )
+
+
+def _most_images(rendered: list[Rendered]) -> int:
+    return max((len(r.images) for r in rendered if not r.trailing), default=0)
 
 
 def _labels(r: Rendered) -> Tensor:

@@ -176,7 +176,15 @@ def train_step(
         totals = {term: totals[term] + sums[term].item() for term in totals}
     means = {term: total / divisors[term] for term, total in zip(totals, distributed.add(totals.values()), strict=True)}
     fill = counts["tokens"] / counts.pop("places")  # the share of what was computed that is no padding
-    return means | {"loss": sum(weights[term] * mean for term, mean in means.items())} | counts | {"fill": fill}
+    loss = sum(weights[term] * mean for term, mean in means.items())
+    return means | {"loss": loss} | counts | {"fill": fill} | _longest(batches)
+
+
+def _longest(batches: Sequence[Batch]) -> dict[str, int]:
+    """Tokens and images of the longest samples of the step, over all ranks."""
+    own = [batch.longest() for batch in batches]
+    most = distributed.largest(max(longest[name] for longest in own) for name in own[0])
+    return {name: int(number) for name, number in zip(own[0], most, strict=True)}
 
 
 def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:

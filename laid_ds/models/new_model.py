@@ -59,6 +59,8 @@ class Kind:
     """Special tokens by name; NAME_token_id goes into the config."""
     processor: Callable[[Qwen2Tokenizer, dict[str, Any], int, dict[str, list[float]]], ProcessorMixin]
     """(tokenizer, config tree, most tokens of an image, mean and deviation of colours) -> processor."""
+    videos: str | None = None
+    """Class of the family's video processor. Only torchvision can make one, but a folder that does not describe it opens nowhere."""
 
 
 def _qwen(stock: type[ProcessorMixin]) -> Callable[..., ProcessorMixin]:
@@ -115,13 +117,15 @@ QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 INTERNVL = "<IMG_CONTEXT>"
 LLAVA = "<image>"
 KINDS = {
-    "qwen2_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2VLProcessor)),
-    "qwen2_5_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2_5_VLProcessor)),
-    "qwen3_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen3VLProcessor)),
-    "internvl": Kind(INTERNVL, INTERNVL_MARKS, _internvl),
+    "qwen2_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2VLProcessor), "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen2_5_VLProcessor), "Qwen2VLVideoProcessor"),
+    "qwen3_vl": Kind(QWEN, QWEN_MARKS, _qwen(Qwen3VLProcessor), "Qwen3VLVideoProcessor"),
+    "internvl": Kind(INTERNVL, INTERNVL_MARKS, _internvl, "InternVLVideoProcessor"),
     "llava": Kind(LLAVA, {"image": LLAVA}, _llava),
     "idefics3": Kind(LLAVA, {"fake_image": "<fake_token_around_image>", "image": LLAVA, "global_image": "<global-img>"}, _idefics3),
 }
+
+AS_IMAGES = ("size", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 
 
 def _template(shown: str) -> str:
@@ -153,6 +157,7 @@ def write_new_model(
     with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        _describe_videos(partial / "processor_config.json", KINDS[tree["model_type"]].videos)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -165,6 +170,14 @@ def train_processor(corpus: Sequence[SampleLike], vocabulary: int, tree: dict[st
     mean, deviation = _statistics([image for sample in corpus for image in sample.images][:500])
     tokenizer = _train_tokenizer([turn_text(turn) for sample in corpus for turn in sample.turns], vocabulary, kind.marks)
     return kind.processor(tokenizer, tree, max_image_tokens, {"image_mean": mean, "image_std": deviation})
+
+
+def _describe_videos(path: Path, kind: str | None) -> None:
+    """Add to a processor's file how frames are seen: as its images are. Without it `AutoProcessor` does not open the folder."""
+    tree = read_json(path)
+    if kind is not None:
+        shared = {name: tree["image_processor"][name] for name in AS_IMAGES if name in tree["image_processor"]}
+        path.write_text(json.dumps(tree | {"video_processor": {"video_processor_type": kind} | shared}, indent=2) + "\n")
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int, marks: dict[str, str]) -> Qwen2Tokenizer:
