@@ -62,6 +62,34 @@ def init(
     print(f"{output}: {size:,} parameters")
 
 
+@app.command(epilog="Example: laid new my.toml --student models/7B --teacher models/32B --data data/train --test data/test --gpus 4")
+def new(
+    recipe: Annotated[Path, typer.Argument(help="TOML file to write; must not exist.")],
+    student: Annotated[Path, typer.Option(help="Stock model folder of the student.")],
+    teacher: Annotated[Path, typer.Option(help="Stock model folder of the teacher.")],
+    data: Annotated[list[str], typer.Option(help="Shards to train on, a folder or URL; may be given more than once.")],
+    test: Annotated[str | None, typer.Option(help="Held-out haystacks, of pictures that are in no training sample.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/ and the recipe's name.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, one rank each; default: this machine's, or its CPU without any.")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of one GPU.")] = 80,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a commented recipe for a pair of models and a data set: what fits, what is safe to start from, and what to look at next."""
+    from laid_ds.runtime.engine import choose_accelerator
+
+    choose_accelerator()
+    from laid_ds.run.new_recipe import machine_of, next_steps, write_recipe
+
+    written = write_recipe(recipe, student, teacher, data, test, output or Path("runs") / recipe.stem, machine_of(gpus, gpu_memory))
+    steps = next_steps(recipe, written.run)
+    if as_json:
+        print(json.dumps({"recipe": str(recipe), "notes": written.notes, "next": steps, "plan": written.plan.as_json()}, allow_nan=False))
+        return
+    for note in (*written.plan.notes, *written.notes):
+        print(f"note: {note}")
+    print("\n".join([f"{recipe}: written, and its dry run passes", *(f"next: {step}" for step in steps)]))
+
+
 @app.command(epilog="Example: laid models runs/demo/models/student")
 def models(
     path: Annotated[Path | None, typer.Argument(help="Model folder to measure; without it, the table of families.")] = None,

@@ -92,8 +92,11 @@ class Data(Section):
     on_bad: Literal["raise", "replace"] = "raise"
     """A sample that cannot be read stops the run, or is replaced by another that (seed, position) chooses, and logged."""
     image_pixels: Range | None = None
-    """Show both models every image at an area of [least, most] pixels (models/image_pixels.py says how each family keeps to that); the
-    exported folder says the same. None leaves it to the student's own processor, which may show a photograph as thousands of tokens."""
+    """Show both models every image at an area of [least, most] pixels, in the way of their family (laid_ds/models/image_pixels.py); the
+    exported folder says the same.
+
+    Always worth stating: the student's own processor may show a photograph as thousands of tokens. Less to see more images in a window;
+    more where what is asked about is small in the picture."""
     decoder: Literal["exact", "pil", "fast"] = "exact"
     """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
     resizer: Literal["pil", "torch"] = "pil"

@@ -14,6 +14,8 @@ from transformers import ProcessorMixin
 
 from laid_ds.files import read_json
 
+PATCHES = 512  # of those that become a token each: 640 x 480 takes 392 of 28 x 28, 300 of 32 x 32
+
 Limits = tuple[int, int]
 Settings = dict[str, Any]
 
@@ -46,8 +48,25 @@ def write_limits(folder: Path, processor: ProcessorMixin, limits: Limits) -> Non
             path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
+def modest_limits(processor: ProcessorMixin) -> Limits | None:
+    """Limits to start from, no wider than the processor's own: room for the pictures of common benchmarks (640 x 480), not for photographs;
+    one tile where there are tiles. None where the family leaves nothing to choose, or its way is not known here."""
+    images, rule = processor.image_processor, RULES.get(_kind(processor))
+    if rule in (_resized, _still):
+        frames = images.temporal_patch_size if rule is _still else 1
+        least, most = (images.size[edge] // frames for edge in ("shortest_edge", "longest_edge"))
+        return least, max(least, min(most, PATCHES * (images.patch_size * images.merge_size) ** 2))
+    if rule is _tiled:
+        return (images.size["height"] * images.size["width"],) * 2
+    return None
+
+
+def _kind(processor: ProcessorMixin) -> str:
+    return type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+
+
 def _settings(processor: ProcessorMixin, limits: Limits) -> Settings:
-    kind = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    kind = _kind(processor)
     if kind not in RULES:
         raise ValueError(
             f"data.image_pixels = {list(limits)}: how {kind} sizes images cannot be limited here; leave it out, and the limits of the"

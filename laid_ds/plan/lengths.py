@@ -21,6 +21,7 @@ from laid_ds.data.order import Packing
 from laid_ds.data.record import DataError, Record, Turn, estimate_tokens
 from laid_ds.data.stream import Slot, Stream
 from laid_ds.method.schedule import image_range
+from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.processor import Renderer, load_processor
 
 COUNTED, LEAST = 64, 4  # samples whose tokens are counted: at most and at least
@@ -137,7 +138,8 @@ def _renderer(run: Run) -> Renderer | None:
     """What counts tokens as the student's processor does, where its folder holds one."""
     if not (Path(run.student.path) / "tokenizer_config.json").is_file():
         return None
-    return Renderer(load_processor(run.student.path, run.student.trust_remote_code), Pixels(run.data.decoder, run.data.resizer))
+    processor = load_processor(run.student.path, run.student.trust_remote_code)
+    return Renderer(limit_pixels(processor, run.data.image_pixels), Pixels(run.data.decoder, run.data.resizer))
 
 
 def _told(run: Run, renderer: Renderer | None, name: str) -> str:
