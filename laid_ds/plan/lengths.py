@@ -5,7 +5,7 @@ Tokens are the student's where its processor is at hand, by what it makes of som
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -165,6 +165,8 @@ def build_packing(
     scale = 1.0
     if data.count_tokens == ESTIMATE:  # short samples may be off by more, but by few tokens
         scale = max((counted[i][0] / int(dataset.lengths[i]) for i in by_length[len(by_length) // 2 :]), default=1.0)
+    elif renderer is not None:
+        _check_recorded(dataset, data.count_tokens, {i: tokens for i, (tokens, _) in counted.items()})
     of_image = [length for _, lengths in counted.values() for length in lengths]
     return Packing(
         data.tokens_per_pack,
@@ -174,6 +176,17 @@ def build_packing(
         images=data.images,
         image_tokens=min(of_image, default=0),
     )
+
+
+def _check_recorded(dataset: Dataset, name: str, counted: Mapping[int, int]) -> None:
+    """Raises DataError for a sample that is longer than its record says: packs planned by it would be longer than allowed."""
+    recorded = dataset.token_counts(name)
+    for i, tokens in counted.items():
+        if tokens > recorded[i]:
+            raise DataError(
+                f"the student's processor makes {tokens} tokens of it, its record under {name!r} says {recorded[i]}: leave out"
+                " data.count_tokens, or record the counts with this processor and data.image_pixels"
+            ).at(dataset.origin(i))
 
 
 def _count(renderer: Renderer | None, dataset: Dataset, i: int, window: Record | None = None) -> tuple[int, list[int]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,8 +28,10 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
 
 from laid_ds.config import as_tree
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.data.record import Sample, Turn
+from laid_ds.data.record import Sample, Turn, record_of
+from laid_ds.data.writer import ShardWriter
 from laid_ds.models.export import write_student
 from laid_ds.models.image_pixels import RULES, limit_pixels, write_limits
 from laid_ds.models.processor import Renderer, load_processor
@@ -190,6 +193,19 @@ def test_limits_that_a_family_cannot_keep_are_refused_with_what_can_be_had(world
         limit_pixels(cut, (300_000, 600_000))
     with pytest.raises(ValueError, match=r"how LlavaOnevisionImageProcessor sizes images cannot be limited here; leave it out"):
         limit_pixels(around(LlavaOnevisionImageProcessorPil()), (1, 10**6))
+
+
+def test_counts_recorded_for_smaller_pictures_plan_no_packs(world, tmp_path):
+    """Exact counts under a name of the user's, made without the run's limits, would let packs grow beyond what was allowed."""
+    samples = list(Dataset.open(world.shards))
+    plain, larger = Renderer(load_processor(world.student), Pixels()), [4 * SIDE**2, 4 * SIDE**2]
+    with ShardWriter(tmp_path / "shards", samples_per_shard=5) as writer:
+        for sample in samples:
+            writer.write(replace(sample, tokens={"mine": plain.count(record_of(sample))}))
+    data = {"shards": [str(tmp_path / "shards")], "micro_batch": 1, "tokens_per_pack": 2000, "count_tokens": "mine"}
+    check(world.run(tmp_path / "run", data=data))
+    with pytest.raises(ValueError, match=r"makes \d+ tokens of it, its record under 'mine' says \d+: leave out .*shard-00000"):
+        check(world.run(tmp_path / "run", data=data | {"image_pixels": larger}))
 
 
 def test_a_run_goes_on_with_the_limits_that_it_began_with(world, tmp_path):
