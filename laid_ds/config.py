@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from laid_ds.files import read_toml
+from laid_ds.files import home_expanded, own_or_shipped, read_toml
+from laid_ds.keys import find, meant
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,71 +27,131 @@ def _ordered(pair: tuple[int, int]) -> tuple[int, int]:
 
 
 Range = Annotated[tuple[Count, Count], AfterValidator(_ordered)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(home_expanded(str(path))))]
+Source = Annotated[str, AfterValidator(home_expanded)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """What stands under a field says what it is, and in a second paragraph when to change it; docs/recipe.md shows both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Model(Section):
-    path: Path
-    """An ordinary transformers folder."""
+    path: UserPath
+    """An ordinary transformers folder; `hf download NAME --local-dir FOLDER` makes one of a model on the hub.
+
+    Always given (but for `teacher.self`). Teacher and student must share a tokenizer, and their processors must make the same pictures."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    deepspeed: Path
-    """JSON with this engine's mechanics (see ds_configs/)."""
+    """Of the weights in the forward and backward pass; the optimizer keeps fp32 beside bfloat16.
+
+    float32 on a CPU, or to see whether rounding is to blame; it takes twice the memory."""
+    deepspeed: Annotated[Path, AfterValidator(own_or_shipped)]
+    """JSON with this engine's mechanics: ZeRO stage, offload, buckets. A file of yours, or one of ds_configs/ that comes with the package.
+
+    Another one when memory does not suffice (offload) or the model is small (ZeRO-1, ZeRO-2); `laid plan` says what each takes."""
     trust_remote_code: bool = False
-    """Run the code that lies in the folder (auto_map) with your rights; without it such a folder is refused."""
+    """Run the code that lies in the folder (auto_map) with your rights; without it such a folder is refused.
+
+    Only for a folder whose code you have read, and which transformers' own classes do not serve."""
 
 
 class Lora(Section):
     """Train low-rank factors beside frozen weights (needs the extra `lora`); the exported folder has them merged."""
 
     rank: Count = 16
+    """Inner width of the factors.
+
+    Larger where the student does not learn what full training does; memory grows with it."""
     alpha: Positive = 32.0
-    """The factors' product counts alpha / rank times."""
+    """The factors' product counts alpha / rank times.
+
+    With rank, to keep that ratio; it acts as a factor on the learning rate."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers of the decoder, by their last name."""
+    """Linear layers of the decoder, by their last name.
+
+    Fewer to save memory, or other names for another family; `k_proj` must be among them where layer 0 is compared."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the factors' inputs that are dropped in training.
+
+    Above 0 when a small set is learned by heart."""
 
 
 class Student(Model):
+    """The model that is trained."""
+
     freeze_vision: bool = False
+    """Leave the vision tower as it is.
+
+    To save its optimizer states, where what is to be learned is where to look and not what is seen."""
     gradient_checkpointing: bool | Literal["offload"] = True
-    """Keep only each layer's input for the backward pass; "offload" keeps it in the CPU's memory."""
+    """Keep only each layer's input for the backward pass, which computes the rest again; "offload" keeps it in the CPU's memory.
+
+    false when memory is left: a step then takes a quarter less computing. "offload" when even the inputs of all layers are too much."""
     lora: Lora | None = None
+    """When the optimizer states of full training do not fit, or as a baseline."""
 
 
 class Teacher(Model):
+    """The model that is learned from. It stays frozen."""
+
     self: bool = False
     """The student's own weights teach, as they are in its folder: leave out `path`. Beside [student.lora] no second model is loaded; the
-    factors and the gains are off while it teaches. Without LoRA it is loaded as any teacher, and needs `deepspeed`."""
+    factors and the gains are off while it teaches. Without LoRA it is loaded as any teacher, and needs `deepspeed`.
+
+    When there is no larger model, with `sees`: what it knows of short windows is taught on long ones."""
     sees: Literal["all", "needles"] = "all"
     """"needles": the teacher reads the same turns with only the images that their questions need (and `fixed` ones), and what it says of
-    the answers is learned. Every question must record its needles; attention of rows of other lengths is not compared."""
+    the answers is learned. Every question must record its needles; attention of rows of other lengths is not compared.
+
+    "needles" for a teacher that does not itself see as far as the training windows."""
     distractors: Annotated[int, Field(ge=0)] = 0
-    """With sees = "needles": this many other images of the same window, drawn at random, beside the needles."""
+    """With sees = "needles": this many other images of the same window, drawn at random, beside the needles.
+
+    Above 0 when a teacher with the needles alone is too easily right."""
     check_answers: bool = True
     """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess, or no better with their images
-    than with those of other samples."""
+    than with those of other samples.
+
+    false for a teacher whose answers do not matter (alignment alone), or for data on which it cannot do better."""
 
 
 class Data(Section):
-    shards: tuple[str, ...]
-    """Folders written by `laid-data`, or URLs of such (http, s3, pipe:COMMAND with {} for the file's name)."""
+    """What both models are shown, and in which batches."""
+
+    shards: tuple[Source, ...]
+    """Folders written by `laid-data`, or URLs of such (http, s3, pipe:COMMAND with {} for the file's name).
+
+    Always given. Several are read as one set, or mixed by `weights`."""
     weights: tuple[Positive, ...] | None = None
-    """Share of each of `shards` in an epoch; None takes every sample once."""
+    """Share of each of `shards` in an epoch; without it every sample comes once.
+
+    When a small set shall count more, or a large one less, than its number of samples."""
     images: Range | None = None
-    """Train on windows of [least, most] images, drawn anew for each step; None keeps samples whole, and so stays what is no haystack
-    (docs/data_format.md, Windows)."""
+    """Train on windows of [least, most] images, drawn anew for each step; without it samples stay whole, and so stays what is no haystack
+    (docs/data_format.md, Windows).
+
+    For haystacks, always: [2, N] with N as large as memory allows (`laid plan --tokens`)."""
     grow_from: Count | None = None
-    """Let the upper end of `images` grow from here to its full value over the first `grow_until` of the run (geometric)."""
+    """Let the upper end of `images` grow from here to its full value over the first `grow_until` of the run (geometric).
+
+    When the loss does not begin to fall at the full length."""
     grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the run after which `grow_from` has reached the full length.
+
+    With `grow_from`: smaller leaves more steps for the longest windows."""
     questions: Count | None = None
-    """Ask at most this many of a sample's questions in each window; None asks all."""
+    """Ask at most this many of a sample's questions in each window; without it all.
+
+    When answers of one haystack crowd out the number of haystacks, or text takes too many tokens."""
     shuffle: Literal["full", "none"] | Count = "full"
-    """A number shuffles within windows of so many samples (for URLs: few shards are then needed at a time)."""
+    """The order of the samples; a number shuffles within windows of so many samples.
+
+    A number for URLs, so that few shards are needed at a time; "none" to keep the order of the shards."""
     on_bad: Literal["raise", "replace"] = "raise"
-    """A sample that cannot be read stops the run, or is replaced by another that (seed, position) chooses, and logged."""
+    """A sample that cannot be read stops the run, or is replaced by another that (seed, position) chooses, and logged.
+
+    "replace" for large sets over a network; never to hide damage that `laid-data repair` would mend."""
     image_pixels: Range | None = None
     """Show both models every image at an area of [least, most] pixels, in the way of their family (laid_ds/models/image_pixels.py); the
     exported folder says the same.
@@ -98,16 +159,31 @@ class Data(Section):
     Always worth stating: the student's own processor may show a photograph as thousands of tokens. Less to see more images in a window;
     more where what is asked about is small in the picture."""
     decoder: Literal["exact", "pil", "fast"] = "exact"
-    """How encoded images are decoded (data/images.py); teacher and student always see the same pixels."""
+    """How encoded images are decoded; teacher and student always see the same pixels. "exact": those of the stock processors, by the
+    fastest decoder that gives them bit for bit. "pil": PIL alone. "fast": approximate JPEG, not bit-equal (needs the extra `fast`).
+
+    "fast" when workers cannot keep up and evaluation by other tools need not see the same pixels."""
     resizer: Literal["pil", "torch"] = "pil"
+    """How images are brought to the size that the processor asks for. "pil": as the stock processors. "torch": not bit-equal to it.
+
+    "torch" when workers cannot keep up."""
     micro_batch: Count = 1
-    """Samples per rank and forward pass, padded to the longest; with tokens_per_pack packs, of which there is 1."""
+    """Samples per rank and forward pass, padded to the longest; with tokens_per_pack packs, of which there is 1.
+
+    Larger while memory allows. micro_batch x accumulation x ranks is the batch, which must stay the same when a run goes on."""
     tokens_per_pack: Count | None = None
-    """Lay samples end to end in one row of at most about so many of the student's tokens, instead of padding them."""
+    """Lay samples end to end in one row of at most about so many of the student's tokens, instead of padding them.
+
+    When lengths differ (`fill` in metrics.jsonl is low), for families that can (docs/families.md, packable)."""
     count_tokens: str = "estimate"
     """How packs are planned: by the "estimate" in the shards' index, scaled to what the student's processor makes of some samples; or by
-    the exact counts that samples record under another name."""
+    the exact counts that samples record under another name.
+
+    When the shards hold exact counts for this processor (`laid-data stats --tokens NAME`): packs are then filled more tightly."""
     workers: int = Field(default=0, ge=0)
+    """Processes of each rank that prepare batches ahead; 0 prepares them in the rank itself.
+
+    On GPUs, as many as make `seconds` in metrics.jsonl fall. It changes no number."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Data:
@@ -137,32 +213,81 @@ class Data(Section):
 
 
 class Optimizer(Section):
+    """AdamW, and how its rate moves."""
+
     lr: Positive = 1e-5
+    """Learning rate of the student after the warm-up.
+
+    The first thing to sweep, in steps of 3. 1e-5 is the paper's for 7B; tiny models and LoRA take 1e-4 and more (docs/choosing.md)."""
     mixing_lr: NonNegative = 1e-5
-    """Learning rate of the head mixture; 0 keeps it as it starts."""
+    """Learning rate of the head mixture; 0 keeps it as it starts.
+
+    Not above `lr` from a one-hot start; ten times `lr` is the paper's, from a uniform one."""
     gain_lr: NonNegative = 1e-4
+    """Learning rate of the RoPE gain; 0 keeps it at 1.
+
+    With `lr`, to stay at about ten times of it."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the mean and of the square of gradients.
+
+    The second nearer to 1 where batches are small and gradients noisy."""
     weight_decay: NonNegative = 0.0
+    """AdamW's, of the student's weights alone; mixture and gain have none.
+
+    Above 0 when training from scratch."""
     clip: Positive = 1.0
+    """Largest norm of the gradient of a step, over all ranks; a larger one is scaled down to it.
+
+    When `gradient_norm` in metrics.jsonl is always above it, the clip sets the rate: lower weights of the loss, or raise it knowingly."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which all rates rise linearly from 0.
+
+    About 5 % of the run."""
     decay: Literal["cosine", "constant"] = "cosine"
+    """What the rates do after the warm-up: fall to 0 at the last step, or stay.
+
+    "constant" when you do not know yet how many steps it will be."""
     accumulation: Count = 1
+    """Micro-batches per rank whose gradients make one step.
+
+    To keep the batch (micro_batch x accumulation x ranks) on fewer GPUs."""
 
 
 class Losses(Section):
     """Weights of the terms of the loss (docs/method.md). The paper prints no values; these are ours."""
 
     align: NonNegative = 1.0
+    """Weight of head-level alignment: the student's queries and keys as a mixture of the teacher's (Paper).
+
+    0 unless it beats KL + SFT in [evaluation]; 10 in the demo, at lr 3e-3 (docs/choosing.md, Weights and rates)."""
     match: NonNegative = 1.0
+    """Weight of attention matching: the student looks where the teacher looks (ours).
+
+    0 for families whose image tokens see each other both ways, and unless it beats KL + SFT in [evaluation]."""
     kl: NonNegative = 1.0
+    """Weight of the divergence from the teacher's distribution over the answer tokens (Paper).
+
+    0 in a run without a [teacher]."""
     sft: NonNegative = 1.0
+    """Weight of the cross-entropy of the answers.
+
+    0 when the data's answers are worse than the teacher's."""
     temperature: Positive = 1.0
+    """Both models' logits are divided by it in the divergence, which is then multiplied by its square.
+
+    Above 1 to teach more of what the teacher finds unlikely; nothing but 1 was tried here."""
     divergence: Literal["kl", "reverse_kl", "jsd"] = "kl"
-    """What losses.kl weighs: KL(teacher || student) (the paper), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    """What losses.kl weighs: KL(teacher || student) (the paper), KL(student || teacher), or the generalised Jensen-Shannon divergence.
+
+    "reverse_kl" or "jsd" when the student cannot cover all that the teacher says; nothing but "kl" was compared here."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the teacher in the mixture of "jsd"."""
+    """Share of the teacher in the mixture of "jsd".
+
+    With divergence = "jsd" only."""
     rows_per_chunk: Count = 256
-    """Rows of logits that exist at one time."""
+    """Answer tokens whose logits exist at one time. It changes memory and speed, and no number beyond rounding.
+
+    Smaller for large vocabularies on full GPUs."""
 
     @property
     def listens(self) -> bool:
@@ -171,56 +296,127 @@ class Losses(Section):
 
 
 class Align(Section):
+    """Which layers are compared, and by which mixture of the teacher's heads."""
+
     pairs: Literal["last", "proportional"] | tuple[tuple[int, int], ...] = "last"
-    """(student layer, teacher layer) pairs, or a rule that makes them. The paper: last to last."""
+    """(student layer, teacher layer) pairs, counted from 0, or a rule that makes them. The paper: last to last. "proportional": every
+    student layer, with the teacher's at the same depth.
+
+    For a real pair, nearly always: to the layers that `laid probe` finds to retrieve."""
     heads: Literal["all"] | tuple[tuple[tuple[int, int], ...], ...] = "all"
     """For each of `pairs` the (student head, teacher head) couples that are compared; all other heads are free and nothing is mixed. "all"
-    (the paper): every student head listens to a learned mixture. `laid probe` says which heads retrieve (docs/choosing.md)."""
+    (the paper): every student head listens to a learned mixture.
+
+    For a real pair, with `pairs`: to the heads that `laid probe` finds to retrieve (docs/choosing.md)."""
     start: Literal["one_hot", "uniform"] = "one_hot"
-    """`one_hot` (ours, anchored): each student head starts on one teacher head. `uniform`: the mean of all heads (the paper's recipe)."""
+    """`one_hot` (ours, anchored): each student head starts on one teacher head. `uniform`: the mean of all heads (the paper's recipe).
+
+    "uniform" to repeat the paper."""
     start_logit: Positive = 3.0
-    """Logit of the chosen head at a one-hot start; inf-like values (30 and more) freeze the choice in practice."""
+    """Logit of the chosen head at a one-hot start; inf-like values (30 and more) freeze the choice in practice.
+
+    Larger to hold on to the chosen head; smaller to let the mixture be learned."""
     weights: Literal["softmax", "free"] = "softmax"
+    """Whether a mixture's weights are a distribution (ours) or any numbers (the paper's text).
+
+    "free" to repeat the paper; matching needs "softmax"."""
     mixing: Literal["tied", "separate"] = "tied"
+    """One mixture for queries and keys (the paper), or one for each (ours).
+
+    "separate" when the models group their key heads differently."""
     reduction: Literal["relative", "mean", "sum"] = "relative"
+    """How a head's squared error is scaled: by the squared norm of its target, so that 1 means nothing is copied (ours); as a mean over
+    elements; or not at all (the paper's Eq. 7, literally).
+
+    "sum" to repeat the paper; the weight then depends on lengths and sizes."""
 
 
 class Match(Section):
+    """How attention matching weighs distances (docs/method.md, 2). Ours throughout."""
+
     omega: Literal["uniform", "frontier", "power"] = "frontier"
+    """The weight of a distance: all alike; more beyond a frontier that moves outwards; or a power of it that grows.
+
+    "uniform" is the plain control: no distance weighting was seen to help (docs/log.md)."""
     gamma: NonNegative = 4.0
+    """How much more than 1 the far side of the frontier weighs, before all weights are scaled to mean 1.
+
+    With omega = "frontier" only."""
     frontier_tokens: tuple[NonNegative, NonNegative] = (64.0, 4096.0)
-    """The frontier moves from the first to the second distance over the run."""
+    """The frontier moves from the first to the second distance, in tokens, over the run.
+
+    With omega = "frontier": the second to about the longest training window."""
     width_tokens: Positive = 256.0
+    """How soft the frontier is, in tokens.
+
+    With omega = "frontier": smaller for short windows (16 in the demo)."""
     delta_tokens: Positive = 256.0
+    """The distance, in tokens, from which on the power counts.
+
+    With omega = "power" only."""
     alpha: NonNegative = 1.0
+    """The exponent at the end of the run; it grows from 0.
+
+    With omega = "power" only."""
     rows: Count | None = None
-    """Compare this many sampled rows per sample instead of all (an unbiased estimate)."""
+    """Compare this many sampled rows per sample instead of all (an unbiased estimate).
+
+    When matching takes too much of a step: its time is proportional to the rows."""
     rows_from: Literal["all", "answers"] = "all"
-    """Compare every row, or only those from which a token of an answer is predicted; the mean is over the rows compared."""
+    """Compare every row, or only those from which a token of an answer is predicted; the mean is over the rows compared.
+
+    "answers" with chosen heads (`align.heads`), whose work is done there (docs/choosing.md)."""
 
 
 class Gain(Section):
+    """The RoPE response gain (docs/method.md, 3). Ours."""
+
     enabled: bool = True
+    """Learn a factor for each rotary plane of the student's heads; it folds into the exported weights.
+
+    false for families where nothing folds (docs/families.md), and in baselines."""
 
 
 class Checkpoint(Section):
+    """When a run is saved, and what stays."""
+
     every_steps: Count = 500
+    """Steps between two checkpoints; the last step is always saved.
+
+    So that at most minutes to an hour of work can be lost: a power cut loses the steps since the last one."""
     keep_last: Count = 2
-    """Keep this many of the newest checkpoints."""
+    """Keep this many of the newest checkpoints.
+
+    1 when the disk is small; more to go back by hand. A checkpoint takes 12 bytes per trained parameter, and those of what is frozen."""
     keep_every: Count | None = None
-    """Keep also the checkpoints of every so many steps, for good."""
+    """Keep also the checkpoints of every so many steps, for good.
+
+    To export and evaluate earlier states later (`laid export --step`)."""
 
 
 class Evaluation(Section):
     """A small held-out haystack evaluation before the first step, every so many steps and at the end (evaluation.jsonl)."""
 
-    shards: str
-    """Test shards with recorded needles and choices."""
+    shards: Source
+    """Test shards with recorded needles and choices, of pictures that are not trained on.
+
+    Always given, where the section is."""
     every_steps: Count = 500
+    """Steps between two evaluations; before the first and after the last step there is always one.
+
+    So that the run holds some ten of them: each costs forward passes of every size."""
     sizes: tuple[Count, ...] = (1, 2, 5, 10, 20, 50)
-    """Numbers of images; the first one's accuracy before training sets the threshold of the window."""
+    """Numbers of images; the first one's accuracy before training sets the threshold of the window.
+
+    Up to well above the training windows, and no more than the haystacks hold."""
     haystacks: Count = 32
+    """Haystacks that are asked at each size, the first of the shards.
+
+    More for steadier figures: 32 questions leave a standard error of up to 9 points."""
     questions: Count = 1
+    """Questions asked of each haystack.
+
+    More for steadier figures at nearly no cost, where haystacks hold several."""
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> Evaluation:
@@ -230,27 +426,58 @@ class Evaluation(Section):
 
 
 class Stop(Section):
+    """When a run stops before its end."""
+
     after_minutes: Positive | None = None
-    """Save and stop once the process is this old; the same command goes on from there. For clusters that give no warning signal."""
+    """Save and stop once the process is this old; the same command goes on from there.
+
+    For clusters that give no warning signal: some minutes less than their time limit."""
 
 
 class Logging(Section):
+    """What a run tells of itself, beside metrics.jsonl with every step."""
+
     every_steps: Count = 1
+    """Steps between two lines on the console; a minute after the last one there is a line anyway.
+
+    Larger where steps take less than a second."""
     attention_every_steps: Count | None = None
-    """Record entropy and mass by distance of the compared layers, of both models, in metrics.jsonl every so many steps."""
+    """Record entropy and mass by distance of the compared layers, of both models, in metrics.jsonl every so many steps.
+
+    To see whether the student's attention reaches farther."""
     peak_tflops: Positive | None = None
-    """Peak of one device in the run's dtype (A100 bf16: 312, H100: 989); with it each line says which share of it the model gets (MFU)."""
+    """Peak of one device in the run's dtype (A100 bf16: 312, H100: 989); with it each line says which share of it the model gets (MFU).
+
+    Whenever you care about speed."""
     tensorboard: bool = False
+    """Write scalars for TensorBoard into the run folder (needs the extra `tensorboard`).
+
+    When you watch runs there."""
     wandb: bool = False
+    """Report to Weights & Biases (needs the extra `wandb`, and your login).
+
+    When you watch runs there."""
 
 
 class Run(Section):
     """Everything that decides the outcome of a run."""
 
     name: str
-    output: Path
+    """What the run is called in its log, job and model card.
+
+    Always given."""
+    output: UserPath
+    """Folder of the run: checkpoints, metrics, and run.json with all of these values. Relative to where the command is started.
+
+    Always given; another one for another run. The same one goes on where it stopped."""
     seed: int = 0
+    """Of the order of samples, the windows, the rows that are sampled and LoRA's start.
+
+    To see how much of a result is luck."""
     steps: Count
+    """Optimizer steps of the whole run; rates and windows follow the share of it that is done.
+
+    Always given. An epoch has samples / (micro_batch x accumulation x ranks) steps (`laid-data plan`)."""
     student: Student
     teacher: Teacher | None = None
     """Without a teacher the run is plain supervised training (only losses.sft may be positive)."""
@@ -316,7 +543,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
 
     Raises ValueError with one line per wrong key or value, each with its place in the file.
     """
-    path = Path(path)
+    path = own_or_shipped(Path(path))
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
     tree = read_toml(path)
@@ -325,7 +552,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
     try:
         return Run.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentence(path, item) for item in error.errors())) from None
+        raise ValueError("\n".join(_sentences(path, error.errors()))) from None
 
 
 def as_tree(run: Run) -> dict[str, Any]:
@@ -343,6 +570,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
     if text.strip().lower() == "none":
+        if key not in tree and find(Run, name.strip()) is None:
+            raise ValueError(f"override {override!r}: {_unknown(name.strip())}")
         tree.pop(key, None)
     else:
         tree[key] = _toml_value(text.strip())
@@ -355,14 +584,32 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _sentence(path: Path, item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "the run"
+def _sentences(path: Path, items: list[Any]) -> list[str]:
+    """One for each place; of the alternatives that a key has, each of which pydantic names, none is told but what the key may hold."""
+    found: dict[str, list[Any]] = {}
+    for item in items:
+        found.setdefault(_place(item["loc"]), []).append(item)
+    return [f"{path}: {_sentence(place, those[0], len(those))}" for place, those in found.items()]
+
+
+def _place(loc: tuple[Any, ...]) -> str:
+    """The dotted name that an error is about, without the alternative and the place in a list behind a key."""
+    parts = [str(part) for part in loc]
+    whole = next((".".join(parts[:end]) for end in range(len(parts), 0, -1) if find(Run, ".".join(parts[:end]))), "")
+    return whole if whole and find(Run, whole).section is None else ".".join(parts)
+
+
+def _sentence(place: str, item: Any, alternatives: int) -> str:
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key {place!r}; see laid_ds/config.py for the keys of each section"
+        return _unknown(place)
     if item["type"] == "missing":
-        return f"{path}: {place!r} is missing"
-    return (
-        f"{path}: {place}: {item['msg'].removeprefix('Value error, ')} (value: {item['input']!r})"
-        if item["loc"]
-        else f"{path}: {item['msg'].removeprefix('Value error, ')}"
-    )
+        return f"{place!r} is missing"
+    reason = item["msg"].removeprefix("Value error, ")
+    if alternatives > 1:
+        reason = f"give {find(Run, place).values}"
+    return f"{place}: {reason} (value: {item['input']!r})" if place else reason
+
+
+def _unknown(place: str) -> str:
+    near = meant(Run, place)
+    return f"unknown key {place!r}; {f'did you mean {near!r}? ' if near else ''}docs/recipe.md has all keys (python -m laid_ds.recipe_page)"

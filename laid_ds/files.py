@@ -9,6 +9,23 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_CHARACTERS = 80
+SHIPPED = ("ds_configs", "recipes")  # folders beside laid_ds, in a checkout as where it is installed
+
+
+def own_or_shipped(path: Path) -> Path:
+    """A file as the user names it; else, if none is there and it is one that comes with this package (`ds_configs/NAME`, `recipes/NAME`),
+    that one."""
+    path = Path(home_expanded(str(path)))
+    shipped = Path(__file__).resolve().parents[1] / path
+    return shipped if not path.exists() and path.parts[:1] and path.parts[0] in SHIPPED and shipped.is_file() else path
+
+
+def home_expanded(name: str) -> str:
+    """A path or URL with `~` at its start as the home folder. Raises ValueError where there is no such user."""
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:
+        raise ValueError(f"{name}: there is no such home folder; write the whole path") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from laid_ds.files import read_toml
+from laid_ds.keys import meant
 from launch.secrets import names_of_secrets
 
 
@@ -114,5 +115,9 @@ def _read_site(path: Path) -> dict[str, Any]:
 
 def _sentence(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = meant(Job, place)
+        hint = f"did you mean {near!r}? " if near else ""
+        return f"unknown key {place!r} in the site file; {hint}its keys are the options of `laid-launch slurm`, with _ for -"
     text = item["msg"].removeprefix("Value error, ")
     return f"{place}: {text} (value: {item['input']!r})" if place else text

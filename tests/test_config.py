@@ -42,6 +42,30 @@ def test_overrides_are_typed_and_dotted(recipe):
     assert not run.gain.enabled
 
 
+def test_what_is_wrong_with_one_key_is_one_line(recipe):
+    with pytest.raises(ValueError) as error:
+        config.load(recipe, ["data.shuffle=some", "optimizer.lrr=1", "student.gradient_checkpointing=maybe"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_the_home_folder_may_be_written_short(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = config.load(recipe, ["output=~/run", "student.path=~/m", 'data.shards=["~/d", "http://h/~d"]', "student.deepspeed=~/z.json"])
+    assert (run.output, run.student.path, run.student.deepspeed) == (tmp_path / "run", tmp_path / "m", tmp_path / "z.json")
+    assert run.data.shards == (f"{tmp_path}/d", "http://h/~d")
+
+
+def test_a_file_of_the_users_comes_before_the_one_that_is_shipped(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["student.deepspeed=ds_configs/zero3_cpu.json"]
+    assert config.load(recipe, words).student.deepspeed == ROOT / "ds_configs" / "zero3_cpu.json"
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3_cpu.json").write_text("{}")
+    assert config.load(recipe, words).student.deepspeed == Path("ds_configs/zero3_cpu.json")
+    assert config.load(recipe, ["student.deepspeed=ds_configs/none.json"]).student.deepspeed == Path("ds_configs/none.json")
+    assert config.load("recipes/demo.toml").name == "demo laid"
+
+
 def test_a_section_can_be_removed(recipe):
     run = config.load(recipe, ["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0"])
     assert run.teacher is None
@@ -51,7 +75,16 @@ def test_a_section_can_be_removed(recipe):
     "overrides, sentence",
     [
         (["optimiser.lr=1"], "unknown key 'optimiser'"),
-        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'? docs/recipe.md has all keys"),
+        (["lr=1"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (["optimizer.momentum=1"], "unknown key 'optimizer.momentum'; docs/recipe.md has all keys"),
+        (["evaluaton=none"], "override 'evaluaton=none': unknown key 'evaluaton'; did you mean 'evaluation'?"),
+        (["data.shuffle=some"], 'data.shuffle: give "full" or "none" or a whole number at least 1 (value: \'some\')'),
+        (
+            ["align.pairs=[[0, 1, 2]]"],
+            'align.pairs: give "last" or "proportional" or a list, each [a whole number, a whole number] (value: ',
+        ),
+        (["student.path=~nobody-of-this-name/m"], "~nobody-of-this-name/m: there is no such home folder"),
         (["optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0 (value: -1)"),
         (["steps=none"], "'steps' is missing"),
         (["data.images=[8, 2]"], "the first number must not exceed the second, got [8, 2]"),

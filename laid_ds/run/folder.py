@@ -38,6 +38,7 @@ def check_output(run: Run) -> None:
     if record.is_file():
         old = _with_defaults(recorded(run.output)["run"])
         differing = [name for name in _differences(old, as_tree(run)) if not name.startswith(MAY_CHANGE + SHARES_OF_BATCH)]
+        differing = [name for name in differing if not _same_engine(name, run)]
         if "steps" in differing and run.steps > old["steps"]:
             differing.remove("steps")
         if differing == ["steps"]:
@@ -112,7 +113,8 @@ def _claim(run: Run, started: float) -> int | None:
     clear(run.output, started)
     steps_before = None
     if not (run.output / "run.json").is_file():
-        write_record(run, {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size()})
+        resolved = {"run": as_tree(run), "versions": versions(), "world_size": distributed.world_size(), "engines": _engines(run)}
+        write_record(run, resolved)
     elif run.steps > recorded(run.output)["run"]["steps"]:
         steps_before = _prolong(run)
     reopen(run)
@@ -144,6 +146,19 @@ def write_record(run: Run, record: dict[str, Any]) -> None:
 def _done_steps(run: Run) -> int:
     """Steps of a finished run; done.json of other versions may not say."""
     return read_json(run.output / DONE).get("steps", run.steps)
+
+
+def _engines(run: Run) -> dict[str, Any]:
+    """What the files of the engines say."""
+    files = {who: model.deepspeed for who, model in (("student", run.student), ("teacher", run.teacher)) if model is not None}
+    return {who: read_json(file) for who, file in files.items() if file.is_file()}
+
+
+def _same_engine(name: str, run: Run) -> bool:
+    """Whether the path of an engine's file is another, but not what the file says: one that is shipped lies where laid_ds is installed."""
+    who, _, key = name.partition(".")
+    recorded_now = recorded(run.output).get("engines", {}).get(who), _engines(run).get(who)
+    return key == "deepspeed" and None not in recorded_now and recorded_now[0] == recorded_now[1]
 
 
 def versions() -> dict[str, str]:

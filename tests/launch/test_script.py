@@ -139,7 +139,7 @@ def test_what_a_script_cannot_hold_is_refused(change):
     [
         ({"launcher": "mpirun"}, "launcher: Input should be 'srun', 'torchrun' or 'deepspeed'"),
         ({"nodes": 0}, "nodes: Input should be greater than or equal to 1"),
-        ({"nodse": 2}, "nodse: Extra inputs are not permitted"),
+        ({"nodse": 2}, "unknown key 'nodse' in the site file; did you mean 'nodes'"),
         ({"image": "x.sif"}, "`container` and `image` go together"),
         ({"setup": ["export HF_TOKEN=hunter2"]}, "HF_TOKEN would be written into the job script"),
         ({"extra": ["exclude=n3"]}, "is not an option of sbatch"),
@@ -149,6 +149,14 @@ def test_what_a_script_cannot_hold_is_refused(change):
 def test_wrong_options_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         read_job(None, options)
+
+
+@pytest.mark.parametrize("key, near", [("acount", "'account'"), ('"gpus-per-node"', "'gpus_per_node'"), ("zzz", None)])
+def test_a_mistyped_key_of_a_site_file_is_answered_with_the_one_that_was_meant(tmp_path, key, near):
+    (tmp_path / "site.toml").write_text(f'{key} = "vision"\n')
+    with pytest.raises(ValueError, match=r"unknown key .* in the site file; ") as error:
+        read_job(tmp_path / "site.toml", {})
+    assert (f"did you mean {near}?" in str(error.value)) if near else ("did you mean" not in str(error.value))
 
 
 def test_a_site_file_gives_what_is_not_given(tmp_path):

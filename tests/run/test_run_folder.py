@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from laid_ds import config
-from laid_ds.run.folder import check_output, reopen
+from laid_ds.run.folder import check_output, open_output, reopen
 
 NOBODY = 65534
 
@@ -47,6 +47,26 @@ def test_another_run_is_refused_by_what_differs(recorded, section, key, value):
     write(tree)
     with pytest.raises(ValueError, match=rf"holds another run \(it differs in {section}.{key}\)"):
         check_output(run)
+
+
+def test_an_engines_file_may_lie_elsewhere_and_may_not_say_something_else(world, tmp_path):
+    """A shipped one lies where laid_ds is installed."""
+    files = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for file, buckets in zip(files, (1000, 1000, 2000), strict=True):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": buckets}}))
+    first, moved, other = (world.run(tmp_path / "run", student={"deepspeed": file}) for file in files)
+    open_output(first, 0.0)
+    record = json.loads((first.output / "run.json").read_text())
+    assert record["run"]["student"]["deepspeed"] == str(files[0])
+    assert record["engines"]["student"] == json.loads(files[0].read_text())
+    assert record["engines"].keys() == {"student", "teacher"}
+    check_output(moved)
+    with pytest.raises(ValueError, match=r"holds another run \(it differs in student.deepspeed\)"):
+        check_output(other)
+    (first.output / "run.json").write_text(json.dumps({"run": record["run"]}))  # as versions before wrote it
+    check_output(first)
+    with pytest.raises(ValueError, match=r"it differs in student.deepspeed"):
+        check_output(moved)
 
 
 def test_what_does_not_decide_the_outcome_may_change(recorded):
