@@ -67,6 +67,8 @@ class Build:
     """Of the format's reader."""
     haystack: bool = False
     """The user's word that every question stays true whichever images are left out or moved."""
+    follow_links: bool = False
+    """Links in the image folder may lead out of it; the user trusts whoever made them."""
 
     def facts(self) -> bytes:
         """The build, and the contents of its source, as `build.json` holds them."""
@@ -74,8 +76,9 @@ class Build:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         names = {"source": self.source.name, "images": self.images.name, "processor": self.processor and self.processor.name}
         fields = {**self.__dict__, **names, "source_sha256": digest}
-        if not self.haystack:  # as builds without it were written
-            del fields["haystack"]
+        for name in ("haystack", "follow_links"):
+            if not fields[name]:  # as builds without it were written
+                del fields[name]
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
@@ -83,7 +86,8 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     """Write the data set."""
     _refuse_what_changes_nothing(plan)
     check_key(f"{plan.prefix}-{0:08d}")
-    root = ImageRoot(plan.images, decode=plan.decode, shrink=plan.shrink, keep_rest=plan.keep_rest)
+    choices = {"decode": plan.decode, "shrink": plan.shrink, "keep_rest": plan.keep_rest, "follow_links": plan.follow_links}
+    root = ImageRoot(plan.images, **choices)
     work = _make_reader(plan, partial(FORMATS[plan.format], **plan.options), root)
     facts = plan.facts()
     if resume and (out / DATASET).exists() and _same_build(out, facts):

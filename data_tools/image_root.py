@@ -8,6 +8,7 @@ import binascii
 import copy
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,11 +30,11 @@ JPEG_QUALITY = 95
 class ImageRoot:
     """Reads images under one folder; no name leads out of it. `changes` counts what was done to them."""
 
-    def __init__(self, folder: Path, *, decode: bool = True, shrink: bool = False, keep_rest: bool = False):
+    def __init__(self, folder: Path, *, decode: bool = True, shrink: bool = False, keep_rest: bool = False, follow_links: bool = False):
         """decode: to the last row, not the header alone. shrink: scale down an image beyond the limits, which is else refused. keep_rest: a
-        document may lose images that cannot be read."""
-        self.folder = folder.resolve()
-        self.decode, self.shrink, self.keep_rest = decode, shrink, keep_rest
+        document may lose images that cannot be read. follow_links: links in the folder may lead out of it, names still may not."""
+        self.given, self.folder = Path(os.path.abspath(folder)), folder.resolve()
+        self.decode, self.shrink, self.keep_rest, self.follow_links = decode, shrink, keep_rest, follow_links
         self.changes: Counter[str] = Counter()
         if not self.folder.is_dir():
             raise DataError(f"image root {folder} is no folder")
@@ -113,16 +114,31 @@ class ImageRoot:
         name = name.removeprefix("file://")
         if "://" in name:
             raise DataError(f"image {name[:200]!r} is a URL; fetch it into the image root and name the file")
+        by_link = False
         try:
             for spelling in dict.fromkeys((name, name.lstrip("/"), name.replace("\\", "/").lstrip("/"))):
                 path = (self.folder / spelling).resolve()
                 if path.is_relative_to(self.folder) and path.is_file():
                     return path
+                linked = self._linked(spelling)
+                if linked is not None and self.follow_links:
+                    return linked
+                by_link |= linked is not None
         except (ValueError, OSError, RuntimeError) as error:  # a null character, a name too long, a loop of links
             raise DataError(f"image name {name[:200]!r}: {error}") from None
+        if by_link:
+            raise DataError(f"image name {name[:200]!r} leads out of the image root by a link; --follow-links allows that")
         if not path.is_relative_to(self.folder):
             raise DataError(f"image name {name[:200]!r} leads out of the image root")
         raise DataError(f"image {name[:200]!r} is not in {self.folder}")
+
+    def _linked(self, name: str) -> Path | None:
+        """The file of a name that, as it is written, stays in the root: `..` is taken off before any link is followed."""
+        for root in (self.folder, self.given):
+            path = Path(os.path.normpath(root / name))
+            if path.is_relative_to(root) and path.is_file():
+                return path
+        return None
 
 
 def _from_base64(text: str, name: str) -> bytes:

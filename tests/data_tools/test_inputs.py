@@ -24,6 +24,23 @@ def test_a_name_that_is_no_file_under_the_root_is_refused_with_the_name(pictures
         ImageRoot(pictures).read(name)
 
 
+def test_a_link_out_of_the_root_is_followed_by_choice_alone(pictures, tmp_path):
+    """`..` never climbs: not out of the root, and not from where a link leads."""
+    secret = (pictures.parent / "secret.jpg").read_bytes()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "far").symlink_to(pictures / "deep")
+    (tmp_path / "root" / "gone.jpg").symlink_to(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match=r"'link.jpg' leads out of the image root by a link; --follow-links allows that"):
+        ImageRoot(pictures).read("link.jpg")
+    assert ImageRoot(pictures, follow_links=True).read("link.jpg") == secret
+    root = ImageRoot(tmp_path / "root", follow_links=True)
+    for name in ("far/p6.png", "/far/p6.png", str(tmp_path / "root" / "far" / "p6.png")):
+        assert root.read(name) == (pictures / "deep" / "p6.png").read_bytes()
+    for name in ("far/../../secret.jpg", "far/../p0.jpg", "../root2/x.jpg", str(pictures / "p0.jpg"), "gone.jpg"):
+        with pytest.raises(DataError, match="image"):
+            root.read(name)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds next to nothing."""
 
