@@ -6,6 +6,7 @@ Whatever is refused here is refused by name, before minutes of loading and never
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ READ_AS_JSON = (
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in this order; an index names the files that together hold the weights."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKED_TYPES = ("U8", "I8", "U4", "I4")  # of matrices: several small numbers, or one that needs a scale
 
 
@@ -37,6 +39,7 @@ def check_folder(path: str | Path, trust_remote_code: bool = False) -> None:
     An adapter is refused: from_pretrained would put it on top of the weights without a word, a second time where they hold it already.
     """
     path = Path(path)
+    check_no_hub_name(path)
     _check_small_files(path)
     _check_adapter(path)
     own_code = [name for name in READ_AS_JSON if _mentions(_tree(path / name), "auto_map")]
@@ -48,6 +51,15 @@ def check_folder(path: str | Path, trust_remote_code: bool = False) -> None:
     method = _quantisation(_tree(path / "config.json"))
     if method is not None:
         raise _quantised(path, f"config.json says {method}")
+
+
+def check_no_hub_name(path: Path) -> None:
+    """Raises ValueError, with what to do, for what looks like a name on the hub: nothing is downloaded here."""
+    if HUB_NAME.fullmatch(str(path)) and not path.exists() and not path.parent.is_dir():
+        raise ValueError(
+            f"no model at {path}: it is no folder here, and nothing is downloaded on the way; if it is a name on the hub,"
+            f" `hf download {path} --local-dir models/{path.name}` first, then give models/{path.name}"
+        )
 
 
 def first_paragraph(error: Exception) -> str:
