@@ -5,22 +5,22 @@ Exit codes: 0 done and sound, 1 damage was found, 2 bad input or usage.
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from data_tools.console import show
+from laid_ds.terminal import next_step, run_app, with_version, working
 
 app = typer.Typer(
     name="laid-data",
     help="Build, check, repair, look at and convert data sets.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
 )
+app.callback()(with_version)
 
 
 def argument(help: str):
@@ -55,11 +55,17 @@ Prefix = Annotated[str, option("Start of the keys; the number of the entry follo
 Decode = Annotated[bool, option("Decode every image to its last row, not only its header.", "--decode/--no-decode")]
 Shrink = Annotated[bool, option("Scale down images beyond the limits, which are else refused.", "--shrink")]
 KeepRest = Annotated[bool, option("obelics, mmc4: a document may lose images that cannot be read.", "--keep-rest")]
+FollowLinks = Annotated[bool, option("Links in the image folder may lead out of it (only a folder that you trust).", "--follow-links")]
 Ignore = Annotated[list[str] | None, option("Field of the entries to leave out; may be given again.", show_default=False)]
 Processor = Annotated[Path | None, option("Refuse what the processor of this model folder cannot take.", show_default=False)]
 SkipBad = Annotated[bool, option("Go on after bad entries; rejected.jsonl names each.", "--skip-bad")]
 Licence = Annotated[str, option("Licence to record with each sample.")]
 CORES = os.cpu_count() or 1
+
+
+def _then_verify(out: Path, json: bool) -> None:
+    if not json:
+        next_step("laid-data", "verify", out, "--deep")
 
 
 @app.command()
@@ -79,6 +85,7 @@ def build(
     skip_bad: SkipBad = False,
     decode: Decode = True,
     shrink: Shrink = False,
+    follow_links: FollowLinks = False,
     keep_rest: KeepRest = False,
     ignore: Ignore = None,
     processor: Processor = None,
@@ -93,8 +100,9 @@ def build(
     from data_tools import build
 
     bounds, more = (samples, megabytes << 20), (skip_bad, decode, shrink, keep_rest, tuple(ignore or ()), processor)
-    plan = build.Build(format, source, images, prefix, licence, source_name, *bounds, *more, haystack=haystack)
+    plan = build.Build(format, source, images, prefix, licence, source_name, *bounds, *more, haystack=haystack, follow_links=follow_links)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
+    _then_verify(out, json)
 
 
 @app.command("import")
@@ -110,6 +118,7 @@ def import_(
     skip_bad: SkipBad = False,
     decode: Decode = True,
     shrink: Shrink = False,
+    follow_links: FollowLinks = False,
     ignore: Ignore = None,
     processor: Processor = None,
     resume: Resume = False,
@@ -125,8 +134,10 @@ def import_(
     options = {name: value for name, value in (("seed", seed), ("depth", depth)) if value is not None}
     ignored = tuple(ignore or ())
     more = {"skip_bad": skip_bad, "decode": decode, "shrink": shrink, "ignore": ignored, "processor": processor, "options": options}
+    more["follow_links"] = follow_links
     plan = build.Build(format, source, images, prefix, licence, **more)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
+    _then_verify(out, json)
 
 
 @app.command()
@@ -153,7 +164,9 @@ def score(
     """
     from data_tools import benchmark_files
 
-    show(benchmark_files.score(benchmark, results, seed), json)
+    with working("scoring"):
+        scored = benchmark_files.score(benchmark, results, seed)
+    show(scored, json)
 
 
 @app.command()
@@ -243,7 +256,9 @@ def plan(
     """
     from data_tools import describe
 
-    show(describe.plan(folders, describe.Layout(world_size, micro_batch, budget, group, seed, epoch, shuffle, weights, tokens)), json)
+    with working("planning"):
+        planned = describe.plan(folders, describe.Layout(world_size, micro_batch, budget, group, seed, epoch, shuffle, weights, tokens))
+    show(planned, json)
 
 
 @app.command()
@@ -362,13 +377,9 @@ if importlib.util.find_spec("data_tools.synth"):
     app.add_typer(synth.app, name="synth")
 
 
-def main() -> None:
-    """Entry point: whatever is wrong with the input becomes one sentence on stderr and exit code 2."""
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"laid-data: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    run_app(app, "laid-data", arguments)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,35 @@
-"""What the verbs print: one JSON object or plain lines on stdout, progress on stderr if that is a terminal."""
+"""What the verbs print: one JSON object or plain lines on stdout, progress on stderr."""
 
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from laid_ds.terminal import print_json, track
 
-Item = TypeVar("Item")
+__all__ = ["show", "track"]
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
     """Print a verb's result."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print_json(result)
         return
     for name, value in result.items():
         _show_field(name, value)
 
 
 def _show_field(name: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        value = ", ".join(f"{key} {_number(item)}" for key, item in value.items())
     if isinstance(value, list) and value and not isinstance(value[0], (int, float)):
         print(f"{name}:")
         for item in value:
             print(f"  {_line(item)}")
         return
-    print(f"{name.replace('_', ' ')}: {_number(value)}")
+    print(f"{name.replace('_', ' ')}: {_line(value)}")
 
 
-def _line(item: Any) -> str:
-    return ", ".join(f"{key} {_number(value)}" for key, value in item.items()) if isinstance(item, Mapping) else str(item)
-
-
-def _number(value: Any) -> str:
+def _line(value: Any) -> str:
+    """A value as people read it: no braces, no brackets."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_line(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return " / ".join(map(_line, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Pass the items on, with a progress bar where somebody can see it."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        yield from progress.track(items, total=total, description=label)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+from laid_ds.files import own_or_shipped
+from laid_ds.terminal import next_step, print_facts, print_json, print_table, run_app, say, track, with_version, working
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.callback()(with_version)
 
 
 @app.command(epilog="Example: laid train recipes/demo.toml losses.match=0 --ranks 2")
@@ -22,20 +26,26 @@ def train(
 ) -> None:
     """Run a recipe with DeepSpeed's launcher, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.run.check import check, data_notes
-    from laid_ds.run.folder import check_output
-    from laid_ds.runtime import lock
-    from laid_ds.runtime.local import launch
 
     run = config.load(recipe, overrides or [])
-    check_output(run)
-    lock.wait_until_free(run.output)
-    check(run)
+    if not dry_run:  # whose stdout is the run as JSON
+        print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
+    with working("looking at models, data and disk"):  # the imports among it: torch, transformers and DeepSpeed take seconds
+        from laid_ds.run.check import check, data_notes
+        from laid_ds.run.folder import check_output
+        from laid_ds.runtime import lock
+        from laid_ds.runtime.local import launch
+
+        check_output(run)
+        lock.wait_until_free(run.output)
+        check(run)
+        notes = data_notes(run) if dry_run else []
     if dry_run:
-        for note in data_notes(run):
-            print(note, file=sys.stderr)
+        for note in notes:
+            say(note)
         print(json.dumps(config.as_tree(run), indent=1))
         return
+    print("nothing speaks against it; the ranks start", flush=True)
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port))
 
 
@@ -57,9 +67,13 @@ def init(
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
-    samples = [dataset.read(i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
-    size = write_new_model(model_config, output, samples, vocabulary, image_tokens, seed)
+    model_config = own_or_shipped(model_config)
+    places = [(dataset, i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
+    samples = [dataset.read(i) for dataset, i in track(places, "reading samples")]
+    with working("making the model and its tokenizer"):
+        size = write_new_model(model_config, output, samples, vocabulary, image_tokens, seed)
     print(f"{output}: {size:,} parameters")
+    next_step("laid", "train", "RECIPE", f"student.path={output}")
 
 
 @app.command(epilog="Example: laid new my.toml --student models/7B --teacher models/32B --data data/train --test data/test --gpus 4")
@@ -102,12 +116,15 @@ def models(
 
     choose_accelerator()
     if path is None:
-        rows = table()
-        lines = ["  ".join(f"{value!s:<22}" for value in row).rstrip() for row in (rows[0], *(row.values() for row in rows))]
-        print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
+        (print_json if as_json else print_table)(table())
         return
-    found = probe_folder(path)
-    print(json.dumps(found, indent=1) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    with working(f"measuring {path}"):
+        found = probe_folder(path)
+    if as_json:
+        print_json(found)
+        return
+    layers = Counter(found["rotary_dims"].values())
+    print_facts(found | {"rotary_dims": [f"{dims} in {number} layers" for dims, number in layers.items()]})
 
 
 @app.command(epilog="Example: laid export runs/demo/laid runs/demo/models/laid")
@@ -121,8 +138,10 @@ def export(
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
-    export_run(run, output, step)
+    with working(f"exporting {run}"):
+        export_run(run, output, step)
     print(f"{output}: loads with transformers' from_pretrained")
+    next_step("laid", "eval", "SHARDS", f"student={output}", "--out", run / "evaluation.json")
 
 
 @app.command("eval", epilog="Example: laid eval runs/demo/test teacher=runs/demo/models/teacher laid=runs/demo/models/laid --out e.json")
@@ -169,11 +188,12 @@ def probe(
 
     choose_accelerator()
     layers, heads = depth_and_heads(student) if student else (0, 0)
-    found = measure(model, shards, images, haystacks, dtype)
+    with working(f"looking where {model} looks"):
+        found = measure(model, shards, images, haystacks, dtype)
     pairs = found.pairs(layers) if student else []
     proposed = {"pairs": pairs, "heads": found.couples(pairs, heads)}
     if as_json:
-        print(json.dumps(found.as_json() | (proposed if student else {}), allow_nan=False))
+        print_json(found.as_json() | (proposed if student else {}))
     else:
         print(found.as_text())
         if pairs:
@@ -192,7 +212,8 @@ def yarn(
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
-    write_yarn(model, output, factor)
+    with working(f"copying {model}"):
+        write_yarn(model, output, factor)
     print(f"{output}: positions stretched {factor:g} times by YaRN")
 
 
@@ -205,8 +226,13 @@ def report(
     """Turn results files into a table, a picture and one self-contained report.html."""
     from laid_ds.evaluation.report import write_report
 
-    summary = write_report(folder, baseline)
-    print(json.dumps(summary.as_json(), allow_nan=False) if as_json else summary.as_text())
+    with working("bootstrapping windows, drawing and writing"):
+        summary = write_report(folder, baseline)
+    if as_json:
+        print_json(summary.as_json())
+        return
+    print(summary.as_text())
+    print(f"next: open {summary.path} in a browser")
 
 
 @app.command(epilog="Examples: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80; laid plan my.toml --gpus 8 --tokens 20000 --json")
@@ -232,9 +258,15 @@ def plan(
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
-    pair = read_pair(config.load(recipe, overrides or []), student_config, teacher_config)
-    found = plan(pair, Machine(gpus, int(gpu_memory * 2**30), peak_tflops * 1e12, mfu), tokens)
-    print(json.dumps(found.as_json(), allow_nan=False) if as_json else found.as_text())
+    with working("reading the models' configs"):
+        configs = [path and own_or_shipped(path) for path in (student_config, teacher_config)]
+        pair = read_pair(config.load(recipe, overrides or []), *configs)
+        found = plan(pair, Machine(gpus, int(gpu_memory * 2**30), peak_tflops * 1e12, mfu), tokens)
+    if as_json:
+        print_json(found.as_json())
+        return
+    print(found.as_text())
+    next_step("laid", "train", recipe, *(overrides or []), "--dry-run")
 
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Look at, verify and remove the checkpoints of a run.")
@@ -251,8 +283,10 @@ def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         {"name": saved.path.name, "step": saved.step, "ranks": saved.ranks, "bytes": saved.num_bytes, "latest": saved.is_latest}
         for saved in _checkpoints(run)
     ]
-    lines = [f"{r['name']}  {r['ranks']} ranks  {r['bytes'] / 1e6:,.1f} MB{'  latest' if r['latest'] else ''}" for r in rows]
-    print(json.dumps(rows) if as_json else "\n".join(lines))
+    if as_json:
+        print_json(rows)
+        return
+    print_table([{"name": r["name"], "step": r["step"], "ranks": r["ranks"], "MB": r["bytes"] / 1e6, "latest": r["latest"]} for r in rows])
 
 
 @checkpoint.command(epilog="Example: laid checkpoint verify runs/demo/laid")
@@ -260,8 +294,11 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
     """Read every file of every checkpoint and compare size and checksum; status 1 when one is damaged."""
     from laid_ds.runtime.checkpoint import damage
 
-    rows = [{"name": saved.path.name, "damage": damage(saved.path)} for saved in _checkpoints(run)]
-    print(json.dumps(rows) if as_json else "\n".join(f"{row['name']}  {row['damage'] or 'whole'}" for row in rows))
+    rows = [{"name": saved.path.name, "damage": damage(saved.path)} for saved in track(_checkpoints(run), "reading checkpoints")]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table([row | {"damage": row["damage"] or "whole"} for row in rows])
     raise typer.Exit(int(any(row["damage"] for row in rows)))
 
 
@@ -280,11 +317,15 @@ def prune(
     _checkpoints(run)
     with lock.alone(run):
         if damaged:
-            removed = checkpoint.go_back(run)
+            with working("reading checkpoints"):
+                removed = checkpoint.go_back(run)
         else:
             options = recorded(run)["run"]["checkpoint"]
             removed = checkpoint.prune(run, keep_last or options["keep_last"], keep_every or options.get("keep_every"))
-    print(json.dumps({"removed": removed}) if as_json else f"removed: {', '.join(removed) or 'nothing'}")
+    if as_json:
+        print_json({"removed": removed})
+    else:
+        print(f"removed: {', '.join(removed) or 'nothing'}")
 
 
 def _checkpoints(run: Path) -> list:
@@ -298,19 +339,8 @@ def _checkpoints(run: Path) -> list:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: user errors are one sentence on stderr and status 2; Ctrl-C is status 130."""
-    try:
-        app(arguments)
-    except ValueError as error:
-        print(f"laid: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:  # no file of the user's
-            raise
-        print(f"laid: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Entry point."""
+    run_app(app, "laid", arguments)
 
 
 def _named(models: list[str]) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import sys
 from laid_ds.runtime import environment
 from laid_ds.runtime.launchers import end_with_launchers, leave
 from laid_ds.runtime.stop import StopRequest, ignore_signals
+from laid_ds.terminal import working
 
 LOST = 1  # the status of a rank that goes because another process is gone
 
@@ -24,13 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"laid: {error}\n")
         return 2
-    from laid_ds import config
-    from laid_ds.data.record import DataError
-    from laid_ds.data.stream import is_lost_worker
-    from laid_ds.disk import DiskError
-    from laid_ds.method.distill import NonFiniteLoss
-    from laid_ds.run.loop import StoppedByOthers, train
-    from laid_ds.runtime import distributed, engine
+    with working("importing torch, transformers and DeepSpeed", active=os.environ.get("RANK") == "0"):
+        from laid_ds import config
+        from laid_ds.data.record import DataError
+        from laid_ds.data.stream import is_lost_worker
+        from laid_ds.disk import DiskError
+        from laid_ds.method.distill import NonFiniteLoss
+        from laid_ds.run.loop import StoppedByOthers, train
+        from laid_ds.runtime import distributed, engine
 
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     try:

@@ -5,7 +5,6 @@ One sentence and status 2 when something is wrong.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from laid_ds.files import own_or_shipped
+from laid_ds.terminal import print_json, run_app, with_version, working
+
 if TYPE_CHECKING:
     from laid_ds.config import Run
     from launch.job import Job
     from launch.script import Target
 
-app = typer.Typer(
-    name="laid-launch", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
-)
+app = typer.Typer(name="laid-launch", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app.callback()(with_version)
 
 Recipe = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.", show_default=False)]
@@ -43,10 +44,13 @@ def local(
 ) -> None:
     """Run a recipe on this machine, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.runtime.local import launch
 
     run = config.load(recipe, overrides or [])
+    print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
     _check(run)
+    print("nothing speaks against it; the ranks start", flush=True)
+    from laid_ds.runtime.local import launch
+
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port, launcher))
 
 
@@ -94,6 +98,7 @@ def slurm(
     from launch.script import render
 
     given["sweep"] = [_words(text) for text in sweep] if sweep else None
+    recipe = own_or_shipped(recipe)
     job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
     run = config.load(recipe, overrides or [])
     target = _target(run, recipe, overrides or [], job)
@@ -124,7 +129,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     _must_exist(run)
     jobs, runs = commands.find(run), [commands.progress(path) for path in commands.runs_of(run)]
     if as_json:
-        print(json.dumps({"jobs": jobs, "runs": runs}))
+        print_json({"jobs": jobs, "runs": runs})
         return
     for row in jobs:
         details = "  ".join(f"{name} {row[name]}" for name in ("nodes", "reason", "elapsed", "left", "exit", "restarts") if row.get(name))
@@ -192,13 +197,14 @@ def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
 
 def _check(run: Run) -> None:
     """What `laid train` refuses, too, before any process starts."""
-    from laid_ds.run.check import check
-    from laid_ds.run.folder import check_output
-    from laid_ds.runtime import lock
+    with working("looking at models, data and disk"):  # the imports among it
+        from laid_ds.run.check import check
+        from laid_ds.run.folder import check_output
+        from laid_ds.runtime import lock
 
-    check_output(run)
-    lock.wait_until_free(run.output)
-    check(run)
+        check_output(run)
+        lock.wait_until_free(run.output)
+        check(run)
 
 
 def _must_exist(run: Path) -> None:
@@ -207,17 +213,8 @@ def _must_exist(run: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: user errors are one sentence on stderr and status 2."""
-    try:
-        app(arguments)
-    except ValueError as error:
-        print(f"laid-launch: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:  # no file of the user's
-            raise
-        print(f"laid-launch: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_app(app, "laid-launch", arguments)
 
 
 if __name__ == "__main__":

@@ -33,27 +33,34 @@ from laid_ds.run.metrics import Reporter
 from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import checkpoint, distributed, engine
 from laid_ds.runtime.stop import DONE, REQUEUE, StopRequest
+from laid_ds.terminal import next_step, working
 
 
 def train(run: Run, stop: StopRequest) -> None:
     """Run to the end, or until asked to stop, from the latest checkpoint if there is one. Every rank calls it."""
+    active = distributed.rank() == 0
     steps_before = open_output(run, stop.started)
     seed_everything(run.seed + distributed.rank())
     notes = data_notes(run)
-    training = build(run)
-    active = distributed.rank() == 0
+    with working("loading the models", active=active):
+        training = build(run)
     flops = partial(model_flops, read_pair(run)) if active and run.logging.peak_tflops else None
     reporter = Reporter(run.output, run.steps, run.logging, active, as_tree(run), flops)
-    saved = checkpoint.latest(run.output)
-    first = _resume(run, training, saved) if saved else 0
+    with working("looking for a checkpoint and loading it", active=active):
+        saved = checkpoint.latest(run.output)
+        first = _resume(run, training, saved) if saved else 0
     reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
     if steps_before:
         reporter.say(prolonged(run, steps_before, first))
     for note in notes:
         reporter.say(note)
     if first == 0:
-        reporter.say(str(look(run, training)))
-        for sentence in sight(run, training):
+        with working("the first look", active=active):
+            seen = look(run, training)
+        reporter.say(str(seen))
+        with working("do the models see their images?", active=active):
+            sentences = sight(run, training)
+        for sentence in sentences:
             reporter.say(sentence)
     stop.listen_to_ctrl_c()
     try:
@@ -65,7 +72,9 @@ def train(run: Run, stop: StopRequest) -> None:
         reporter.say(f"stopped after step {finished} ({reason}); the same command goes on from there")
     else:
         _mark(run.output / DONE, {"steps": run.steps})
-        reporter.say(f"done; next: laid export {run.output} OUT")
+        reporter.say("done")
+        if active:
+            next_step("laid", "export", run.output, f"models/{run.output.name}")
 
 
 def prolonged(run: Run, steps_before: int, first: int) -> str:
@@ -96,7 +105,8 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
         if reason or (step + 1) % run.checkpoint.every_steps == 0 or step + 1 == run.steps:
             state = {"step": step + 1, "stream": training.stream.state_dict(), "run": as_tree(run), "versions": versions()}
-            checkpoint.save(training.student, run.output, state, run.checkpoint)
+            with reporter.working("saving"):
+                checkpoint.save(training.student, run.output, state, run.checkpoint)
         if reason:
             return step + 1, reason
     return run.steps, ""
@@ -148,7 +158,8 @@ def _resume(run: Run, training: Training, saved: Path) -> int:
 
 def _evaluate(run: Run, training: Training, reporter: Reporter, step: int) -> None:
     """Ask the student about held-out haystacks; every rank takes its share."""
-    accuracy = progress.measure(training.student, training.renderer, run.evaluation)
+    with reporter.working("held-out haystacks"):
+        accuracy = progress.measure(training.student, training.renderer, run.evaluation)
     if distributed.rank() == 0:
         allowed = progress.held_out(run.evaluation)
         found = progress.record(run.output / progress.FILE, step, accuracy, 1 / allowed.choices, allowed.left_out)

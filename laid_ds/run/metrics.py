@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from laid_ds.config import Logging
 from laid_ds.disk import writing
 from laid_ds.files import read_json_lines
 from laid_ds.runtime import distributed
+from laid_ds.terminal import working
 
+MOST_SECONDS = 60  # between two lines on the console, whatever logging.every_steps says
 LABELS = {"align": "align", "match": "match", "kl": "kl", "sft": "ce"}
 
 
@@ -39,11 +42,11 @@ class Reporter:
         self.console = Console(quiet=not active)
         self.progress = _progress(self.console) if self.console.is_terminal else None
         self.sinks = _sinks(output, options, run) if active else []
-        self.started = self.last = time.monotonic()
+        self.started = self.last = self.told = time.monotonic()
 
     def start(self, step: int) -> None:
         """Begin at `step`; lines of metrics.jsonl from there on belong to a continuation that was abandoned and are dropped."""
-        self.started = self.last = time.monotonic()
+        self.started = self.last = self.told = time.monotonic()
         self.first_step = step
         if self.active:
             keep_until(self.output / "metrics.jsonl", step)
@@ -62,13 +65,18 @@ class Reporter:
             lines.write(json.dumps(record) + "\n")
         for sink in self.sinks:
             sink(step, {name: value for name, value in record.items() if isinstance(value, int | float)})
-        if step % self.options.every_steps == 0 or step == self.steps:
+        if step % self.options.every_steps == 0 or step == self.steps or now - self.told >= MOST_SECONDS:
+            self.told = now
             self.say(self._line(step, record, seconds))
         if self.progress:
             self.progress.update(self.task, completed=step, description=f"loss {record['loss']:.4g}")
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def working(self, label: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Tell of something long between the steps, where no bar is shown already."""
+        return working(label, active=self.active and not self.progress)
 
     def stop(self) -> None:
         if self.progress:

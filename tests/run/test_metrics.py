@@ -56,6 +56,17 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert "loss 1.5  ce 1.5  |g| 0.5" in lines[0]
 
 
+def test_a_minute_after_the_last_line_there_is_another(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 9, Logging(every_steps=100), True, {})
+    reporter.start(0)
+    reporter.step(1, VALUES)
+    assert capsys.readouterr().out == ""
+    reporter.told -= 60.0
+    reporter.step(2, VALUES)
+    reporter.step(3, VALUES)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/9"]
+
+
 def test_memory_and_the_share_of_the_peak_are_said(tmp_path, capsys):
     reporter = Reporter(tmp_path, 9, Logging(peak_tflops=2), True, {}, flops=lambda samples, tokens: samples * tokens * 1e10)
     reporter.start(0)
