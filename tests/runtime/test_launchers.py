@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -70,7 +71,10 @@ def test_a_rank_ends_with_another_of_its_launcher():
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_ends_with_any_of_its_launchers(victim):
     process = start(LAUNCHER, LAUNCHER, RANK)
-    chain = told(process, 3)
+    chain = told(process, 2)
+    _, rank, dies_with_parent, _ = process.stdout.readline().split()
+    assert int(dies_with_parent) == signal.SIGKILL
+    chain.append(psutil.Process(int(rank)))
     chain[victim].kill()
     process.wait()
     wait_until(lambda: all(map(is_gone, chain)), "the end of the rank and its launchers")

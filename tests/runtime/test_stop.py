@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -57,8 +58,9 @@ def ask_by_term(run):
 
 
 def ask_with_workers(run):
-    for worker in psutil.Process().children():  # as DeepSpeed's launcher and SLURM do
-        worker.terminate()
+    workers = [str(worker.pid) for worker in psutil.Process().children()]
+    assert workers
+    subprocess.run(["kill", "-TERM", *workers], check=True)  # not by their parent: DeepSpeed's launcher and SLURM do it
     kill(signal.SIGTERM)(run)
 
 
