@@ -94,10 +94,11 @@ def new(
     choose_accelerator()
     from laid_ds.run.new_recipe import machine_of, next_steps, write_recipe
 
-    written = write_recipe(recipe, student, teacher, data, test, output or Path("runs") / recipe.stem, machine_of(gpus, gpu_memory))
+    with working("measuring the pair, planning and trying the recipe"):
+        written = write_recipe(recipe, student, teacher, data, test, output or Path("runs") / recipe.stem, machine_of(gpus, gpu_memory))
     steps = next_steps(recipe, written.run)
     if as_json:
-        print(json.dumps({"recipe": str(recipe), "notes": written.notes, "next": steps, "plan": written.plan.as_json()}, allow_nan=False))
+        print_json({"recipe": str(recipe), "notes": written.notes, "next": steps, "plan": written.plan.as_json()})
         return
     for note in (*written.plan.notes, *written.notes):
         print(f"note: {note}")

@@ -25,6 +25,7 @@ CASES = {
     "laid checkpoint prune": ("{run}", "--keep-last", "1"),
     "laid checkpoint verify": ("{run}",),
     "laid models": ("{world}/student",),
+    "laid new": ("{new}.toml", "--student", "{world}/student", "--teacher", "{world}/teacher", "--data", "{shards}"),
     "laid plan": ("{recipe}",),
     "laid probe": ("{world}/teacher", "{shards}", "--images", "2", "--haystacks", "2", "--student", "{world}/student"),
     "laid report": ("{results}",),
