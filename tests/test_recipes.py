@@ -81,7 +81,7 @@ def test_a_recipe_to_start_from_says_what_is_so(path):
 def test_a_dry_run_says_what_is_not_here(world, path):
     with pytest.raises(ValueError, match=r"^data/haystacks is no finished data set"):
         check(config.load(path))
-    with pytest.raises(ValueError, match=r"^no model at models/\S+ \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"^no model at models/\S+: it is no folder here"):
         check(config.load(path, [f'data.shards=["{world.shards}"]']))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from laid_ds.config import Run
+from laid_ds.config import Model, Run
 from laid_ds.plan.pair import Machine, Pair
 from laid_ds.plan.report import Plan
 
@@ -113,8 +113,8 @@ def recipe_text(run: Run, pair: Pair, plan: Plan, machine: Machine | None, sampl
         student=_toml(student.path),
         teacher=_toml(teacher.path),
         dtype=_toml(student.dtype),
-        student_engine=_toml(student.deepspeed),
-        teacher_engine=_toml(teacher.deepspeed),
+        student_engine=_engine(student),
+        teacher_engine=_engine(teacher),
         freeze=_toml(student.freeze_vision),
         checkpointing=_toml(student.gradient_checkpointing),
         shards=_toml(list(data.shards)),
@@ -140,6 +140,11 @@ def fifth_of(run: Run) -> int:
 def _toml(value: Any) -> str:
     """A text, a path, a number, a truth or a list of such, as TOML writes it: JSON's way is among TOML's."""
     return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _engine(model: Model) -> str:
+    """As it is named anywhere: in a folder without ds_configs/ the one that laid_ds comes with is meant."""
+    return _toml(f"ds_configs/{model.deepspeed.name}")
 
 
 def _facts(sizes: Any) -> str:

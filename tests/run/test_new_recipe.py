@@ -76,6 +76,15 @@ def test_every_line_of_a_new_recipe_is_a_key_or_a_reason_and_fits_a_window(world
         assert not line or line.startswith(("#", "[")) or " = " in line
 
 
+def test_a_new_recipe_names_engines_of_no_machine(world, tmp_path, monkeypatch):
+    """Written in a folder without ds_configs/, it is good in any other."""
+    monkeypatch.chdir(tmp_path)
+    written(world, tmp_path / "my.toml")
+    said = (tmp_path / "my.toml").read_text()
+    assert 'deepspeed = "ds_configs/zero3_student.json"' in said
+    assert 'deepspeed = "ds_configs/zero3_teacher.json"' in said
+
+
 def test_what_is_there_is_left_alone_and_what_cannot_work_is_not_written(worlds, world, tmp_path):
     there = tmp_path / "there.toml"
     there.write_text("mine")
