@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from data_tools.compose.command import EXAMPLE, compose
 from data_tools.console import show
 from laid_ds.terminal import next_step, run_app, with_version, working
 
@@ -103,6 +104,9 @@ def build(
     plan = build.Build(format, source, images, prefix, licence, source_name, *bounds, *more, haystack=haystack, follow_links=follow_links)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
     _then_verify(out, json)
+
+
+app.command(epilog=EXAMPLE)(compose)
 
 
 @app.command("import")

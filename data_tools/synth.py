@@ -1,4 +1,4 @@
-"""`laid-data synth haystack`: Visual-Haystacks-like samples composed from the real pictures of the easy-vqa package (MIT).
+"""`laid-data synth haystack`: a source of `compose` that makes its pictures, Visual-Haystacks-like, from those of the easy-vqa package (MIT).
 
 An image is a scene of two objects, cut out of two pictures: the one that names the image (the anchor, upper left) and the other one (the
 target, lower right). An object is a shape in a colour: 3 x 8 = 24 kinds. A question names an anchor that stands in exactly one image of the
@@ -11,12 +11,14 @@ haystack; no other object of the haystack is of that kind.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -24,10 +26,13 @@ import numpy as np
 import typer
 from PIL import Image
 
+from data_tools.compose.check import refuse_leaks, shortcuts
+from data_tools.compose.draw import Draft, Question
+from data_tools.compose.pool import Picture
+from data_tools.compose.writing import sample_of, write
 from data_tools.console import show, track
-from laid_ds.data.dataset import Dataset
-from laid_ds.data.record import Sample, Turn
-from laid_ds.data.writer import ShardWriter
+from laid_ds.data.record import Sample, describe
+from laid_ds.disk import whole_folder
 
 COLOURS = ("black", "gray", "red", "green", "blue", "brown", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -36,8 +41,12 @@ CELL = 32  # pixels; a scene is 2 x 2 cells
 MARGIN = 1.15  # of a cut-out around its object
 FOREGROUND = 60  # summed channel difference to the background above which a pixel belongs to the object
 
+FACTS = {"source": "easy-vqa 1.0", "licence": "MIT", "meta": {"world": "two-object scenes"}}
+JUDGED = ("question", "bag", "depth")
+"""Its bags are even with their needles, so the images without the needle say which one is missing, to whom knows which to leave out."""
+
 Kind = tuple[str, str]
-Question = Literal["colour", "yes-no", "caption"]
+Ask = Literal["colour", "yes-no", "caption"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,14 @@ class Scene:
     target: Kind
     image: bytes
     """PNG."""
+
+    @cached_property
+    def picture(self) -> Picture:
+        """The scene as haystacks hold it; of its colours the target's alone is one to answer with."""
+        info, kinds = describe(self.image), [" ".join(kind) for kind in (self.anchor, self.target)]
+        kind = (info.fmt, info.width, info.height, info.num_bytes)
+        digest = hashlib.sha256(self.image).hexdigest()
+        return Picture(" and ".join(kinds), self, digest, kind, frozenset(kinds), frozenset({*kinds, self.target[0]}))
 
 
 def pictures(split: str) -> dict[Kind, list[Path]]:
@@ -113,7 +130,7 @@ def scenes(split: str, number: int, seed: int) -> dict[Kind, list[Scene]]:
     return made
 
 
-def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions: int, ask: tuple[Question, ...], seed: str) -> Sample:
+def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions: int, ask: tuple[Ask, ...], seed: str) -> Draft:
     """One haystack. Each asked anchor stands in one image, nothing else in the haystack is of an asked kind, and the targets' colours are
     as even as the number of images allows, so that the bag of all objects tells nothing about an answer."""
     rng = random.Random(seed)
@@ -129,14 +146,8 @@ def haystack(key: str, library: dict[Kind, list[Scene]], images: int, questions:
     shown = [scene(anchor, colour) for anchor, colour in zip(anchors, colours, strict=True)]
     rng.shuffle(shown)
     places = {scene.anchor: place for place, scene in enumerate(shown)}
-    turns: list[Turn] = []
-    for anchor in asked:
-        text, answer, choices = _question(rng, rng.choice(ask), shown, places[anchor])
-        lead = () if turns else tuple(range(images))
-        turns += [Turn("user", (*lead, text), needles=(places[anchor],), choices=choices), Turn("assistant", (answer,))]
-    return Sample(
-        key, tuple(turns), tuple(s.image for s in shown), source="easy-vqa 1.0", licence="MIT", meta={"world": "two-object scenes"}
-    )
+    said = tuple(_question(rng, rng.choice(ask), shown, places[anchor]) for anchor in asked)
+    return Draft(key, tuple(scene.picture for scene in shown), said)
 
 
 def _asked_kinds(rng: random.Random, questions: int) -> list[Kind]:
@@ -145,24 +156,24 @@ def _asked_kinds(rng: random.Random, questions: int) -> list[Kind]:
     return rng.sample(free, questions)
 
 
-def _question(rng: random.Random, ask: Question, shown: list[Scene], needle: int) -> tuple[str, str, tuple[str, ...]]:
-    """(text, answer, choices) about the image at `needle`."""
+def _question(rng: random.Random, ask: Ask, shown: list[Scene], needle: int) -> Question:
+    """A question about the image at `needle`."""
     scene = shown[needle]
     anchor = " ".join(scene.anchor)
     if ask == "caption":
-        return "What is in the image?", f"{anchor} and {' '.join(scene.target)}", ()
+        return Question("What is in the image?", f"{anchor} and {' '.join(scene.target)}", (), needle)
     if ask == "colour":
-        return f"What colour is the other shape in the image with the {anchor}?", scene.target[0], COLOURS
+        text = f"What colour is the other shape in the image with the {anchor}?"
+        evenly = -(-len(shown) // len(COLOURS)) / len(shown)  # a colour that is shown most is right so often
+        return Question(text, scene.target[0], COLOURS, needle, watched=COLOURS, bag_chance=evenly)
     elsewhere = [other.target for other in shown if other.target != scene.target]
     answer = rng.choice(("yes", "no")) if elsewhere else "yes"
-    target = scene.target if answer == "yes" else rng.choice(elsewhere)
-    return f"For the image with the {anchor}, is there a {' '.join(target)}?", answer, ("yes", "no")
+    target = " ".join(scene.target if answer == "yes" else rng.choice(elsewhere))
+    return Question(f"For the image with the {anchor}, is there a {target}?", answer, ("yes", "no"), needle, watched=(target,))
 
 
-def haystacks(
-    split: str, samples: int, images: int, questions: int, ask: tuple[Question, ...], seed: int, num_scenes: int
-) -> Iterator[Sample]:
-    """The samples of one data set, a pure function of its arguments."""
+def drafts(split: str, samples: int, images: int, questions: int, ask: tuple[Ask, ...], seed: int, num_scenes: int) -> Iterator[Draft]:
+    """The haystacks of one data set, a pure function of its arguments."""
     most = min(images, 2 * len(COLOURS))
     if not 1 <= questions <= most:
         raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {most} questions")
@@ -173,6 +184,15 @@ def haystacks(
     library = scenes(split, num_scenes, seed)
     for i in range(samples):
         yield haystack(f"{split}-{seed}-{i:06d}", library, images, questions, ask, f"haystack {split} {seed} {i}")
+
+
+def haystacks(split: str, samples: int, images: int, questions: int, ask: tuple[Ask, ...], seed: int, num_scenes: int) -> Iterator[Sample]:
+    """The same with their bytes."""
+    return (sample_of(draft, _bytes, FACTS) for draft in drafts(split, samples, images, questions, ask, seed, num_scenes))
+
+
+def _bytes(picture: Picture) -> bytes:
+    return picture.source.image
 
 
 app = typer.Typer(no_args_is_help=True, help="Make data whose answers are known.")
@@ -197,13 +217,15 @@ def haystack_command(
 ) -> None:
     """Visual-Haystacks-like samples from the pictures of the easy-vqa package."""
     asks = tuple(ask or ["colour"])
-    if split not in ("train", "test") or not set(asks) <= set(get_args(Question)):
-        raise ValueError(f"--split {split} --ask {list(asks)}: splits are train and test, questions are {', '.join(get_args(Question))}")
+    if split not in ("train", "test") or not set(asks) <= set(get_args(Ask)):
+        raise ValueError(f"--split {split} --ask {list(asks)}: splits are train and test, questions are {', '.join(get_args(Ask))}")
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
-    made = haystacks(split, samples, images, questions, asks, seed, num_scenes)
-    with ShardWriter(output, samples_per_shard=256) as writer:
-        for sample in track(made, "haystacks", samples):
-            writer.write(sample)
-    dataset = Dataset.open(output)
-    show({"folder": str(output), "samples": len(dataset), "images": samples * images, "fingerprint": dataset.fingerprint}, as_json)
+    made = list(track(drafts(split, samples, images, questions, asks, seed, num_scenes), "haystacks", samples))
+    found = shortcuts(made, JUDGED)
+    refuse_leaks(found, str(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(output, "the data set") as folder:
+        fingerprint = write(made, _bytes, lambda draft: FACTS, folder, "write").fingerprint
+    report = {"folder": str(output), "samples": samples, "images": samples * images, "fingerprint": fingerprint}
+    show(report | {"shortcuts": [baseline.row() for baseline in found]}, as_json)

@@ -1,0 +1,1 @@
+"""`laid-data compose`: haystacks from what people have."""

@@ -1,0 +1,247 @@
+"""`laid-data compose`: a pool from somebody's files, haystacks drawn from it, looked at for shortcuts, and written as train and test set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from data_tools.compose import classes, sources
+from data_tools.compose.check import Baseline, refuse_leaks, shortcuts
+from data_tools.compose.draw import DEPTHS, Draft, Shape, draw, sides
+from data_tools.compose.facts import Rule, Rules, pool_of
+from data_tools.compose.pool import Pool, Row
+from data_tools.compose.writing import as_read, write
+from data_tools.console import track
+from data_tools.formats.visual_haystacks import PROMPT
+from data_tools.image_root import ImageRoot
+from laid_ds.data.record import DataError
+from laid_ds.data.writer import write_whole
+from laid_ds.disk import whole_folder
+
+FORMATS = {
+    "questions": "--rule or --lead",
+    "llava": "--rule or --lead",
+    "vqa": "--rule or --lead",
+    "shards": "--rule or --lead",
+    "coco": "its own rule",
+    "vhs": "its own rule",
+    "classes": "its own rule",
+}
+LISTS = [name for name, rule in FORMATS.items() if rule != "its own rule"]
+PAPERS_SAMPLES, PAPERS_IMAGES = 5000, (2, 20)
+SAMPLES, IMAGES, CHOICES = 1000, (20, 20), 4
+COMPOSED, REJECTED = "composed.json", "rejected.jsonl"
+TRAIN, TEST = "train", "test"
+
+
+@dataclass(frozen=True)
+class Compose:
+    """What is composed of what. `None` is the format's own default."""
+
+    format: str
+    files: tuple[Path, ...]
+    images: Path | None
+    train: Path | None = None
+    test: Path | None = None
+    samples: int | None = None
+    size: tuple[int, int] | None = None
+    questions: int = 1
+    test_samples: int = 100
+    test_size: tuple[int, int] | None = None
+    test_share: float = 0.2
+    rule: str | None = None
+    lead: str = ""
+    instances: tuple[Path, ...] = ()
+    captions: tuple[Path, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: int | None = None
+    seed: int = 0
+    licence: str = ""
+    source_name: str = ""
+    skip_bad: bool = False
+    ignore: tuple[str, ...] = ()
+    decode: bool = True
+    jobs: int = 1
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of each part that is to be written."""
+        papers = self.format == "vhs"
+        size = self.size or (PAPERS_IMAGES if papers else IMAGES)
+        test_size = self.test_size or (size[1], size[1])
+        train = Shape(self.samples or (PAPERS_SAMPLES if papers else SAMPLES), size, self.questions)
+        shapes = {TRAIN: (self.train, train), TEST: (self.test, Shape(self.test_samples, test_size, self.questions))}
+        return {name: shape for name, (folder, shape) in shapes.items() if folder is not None}
+
+
+def compose(plan: Compose, dry_run: bool = False) -> dict[str, Any]:
+    """Write the data sets, or with `dry_run` only say what they would be. Raises DataError, one sentence, for bad input and for leaks."""
+    _check_plan(plan)
+    pool = read_pool(plan)
+    test = sides(pool.pictures, plan.test_share, plan.seed) if plan.train and plan.test else np.full(len(pool.pictures), bool(plan.test))
+    classes.check_classes(pool.pictures, test, {name: name == TEST for name in plan.shapes})
+    result: dict[str, Any] = {"format": plan.format, "pictures": len(pool.pictures), "questions_in_pool": len(pool.groups)}
+    if pool.left_out:
+        result["left_out"] = pool.left_out
+    if pool.rejected:
+        result["rejected"] = len(pool.rejected)
+    drafts = {}
+    for name, shape in plan.shapes.items():
+        members = test == (name == TEST)
+        drawn = draw(pool, members, shape, f"compose {name} {plan.seed}", f"{plan.format}-{name}")
+        drafts[name] = list(track(drawn, f"draw {name}", shape.samples))
+        if name == TEST:
+            _check_scorable(drafts[name])
+        result[name] = describe(drafts[name], int(members.sum()))
+        found = shortcuts(drafts[name])
+        result[name]["shortcuts"] = [baseline.row() for baseline in found]
+        refuse_leaks(found, f"the {name} set")
+    if not dry_run:
+        _write_all(plan, pool, drafts, result)
+    return result
+
+
+def _check_plan(plan: Compose) -> None:
+    """Raises ValueError for what cannot be meant."""
+    if not plan.train and not plan.test:
+        raise ValueError("say where to write: --train FOLDER, --test FOLDER, or both")
+    for folder in (plan.train, plan.test):
+        if folder is not None and folder.exists():
+            raise ValueError(f"{folder} exists; choose another folder or remove it")
+    if plan.train and plan.test and plan.train.absolute() == plan.test.absolute():
+        raise ValueError(f"--train and --test are both {plan.train}; give two folders")
+    if plan.rule is not None and plan.rule not in get_args(Rule):
+        raise ValueError(f"--rule {plan.rule!r} is none of {', '.join(get_args(Rule))}")
+    given = {
+        "--rule": plan.rule,
+        "--lead": plan.lead,
+        "--answers": plan.answers,
+        "--captions": plan.captions,
+        "--instances": plan.instances,
+    }
+    if plan.format not in LISTS and (said := [name for name, value in given.items() if value]):
+        raise ValueError(f"{said[0]} is for {', '.join(LISTS)}; {plan.format} makes its questions, and its rule, from classes")
+    if plan.images is None and plan.format not in ("shards", "classes"):
+        raise ValueError(f"say under which folder the pictures of {plan.files[0]} lie: --images FOLDER")
+    for path in (*plan.files, *plan.instances, *plan.captions):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+    if plan.train and plan.test and not 0 < plan.test_share < 1:
+        raise ValueError(f"--test-share {plan.test_share}: give a share of the pictures between 0 and 1")
+    for shape in plan.shapes.values():
+        if shape.questions > shape.images[0]:
+            raise ValueError(
+                f"--questions {shape.questions}: each needs a needle of its own, and there are haystacks of {shape.images[0]} images"
+            )
+
+
+def read_pool(plan: Compose) -> Pool:
+    """The pictures and questions of a plan's files."""
+    questions = sum(shape.samples * shape.questions for shape in plan.shapes.values())
+    if plan.format == "shards":
+        shards = sources.ShardPictures(plan.files)
+        return pool_of(shards.rows(), shards.read, shards.name, _rules(plan))
+    if plan.format == "classes":
+        root = _one(plan.files, "classes")
+        if plan.images is not None:
+            raise ValueError(f"--images is not needed: the pictures of classes lie in the folders of {root}")
+        read = ImageRoot(root, decode=plan.decode).read
+        return classes.classes_pool(root, read, plan.choices or CHOICES, questions, plan.skip_bad, plan.jobs, plan.seed)
+    read = ImageRoot(plan.images, decode=plan.decode).read
+    if plan.format in ("coco", "vhs"):
+        shown, _ = classes.read_instances(plan.files)
+        return classes.coco_pool(shown, read, PROMPT if plan.format == "vhs" else "", plan.skip_bad, plan.jobs)
+    return pool_of(_rows(plan), read, str, _rules(plan))
+
+
+def _rules(plan: Compose) -> Rules:
+    return Rules(plan.rule, plan.lead, plan.answers, plan.choices, plan.skip_bad, plan.jobs)
+
+
+def _one(files: Sequence[Path], format: str) -> Path:
+    if len(files) != 1:
+        raise ValueError(f"{format} takes one file or folder, not {len(files)}")
+    return files[0]
+
+
+def _rows(plan: Compose) -> Iterable[Row | DataError]:
+    """The rows of the list formats, with what COCO files know of their pictures."""
+    shown, names = classes.read_instances(plan.instances)
+    if plan.format == "vqa":
+        rows = sources.vqa_rows(plan.files, names)
+    else:
+        read = sources.llava_rows if plan.format == "llava" else sources.question_rows
+        rows = (row for path in plan.files for row in read(path, plan.ignore, plan.skip_bad))
+    if plan.instances:
+        rows = sources.with_instances(rows, shown)
+    if plan.captions:
+        rows = sources.with_captions(rows, classes.read_captions(plan.captions))
+    return rows
+
+
+def _check_scorable(drafts: Sequence[Draft]) -> None:
+    """Raises DataError for a test set of which `laid eval` would not know the chance level."""
+    counts = Counter(len(question.choices) for draft in drafts for question in draft.questions)
+    if counts[0]:
+        raise DataError(
+            "a test needs answers to choose from, and questions of the same words have one answer each: give `choices` in the rows, or "
+            "--answers; without --test the set is for training alone"
+        )
+    if len(counts) > 1:
+        offers = ", ".join(f"{number} choices {count} times" for number, count in counts.most_common())
+        raise DataError(f"a test needs one number of choices, and its questions offer {offers}; say which with --choices")
+
+
+def describe(drafts: Sequence[Draft], pictures: int) -> dict[str, Any]:
+    """What the haystacks are, in numbers."""
+    questions = [(draft, question) for draft in drafts for question in draft.questions]
+    answers = Counter(question.answer for _, question in questions)
+    depths = Counter(question.needle * DEPTHS // len(draft.pictures) for draft, question in questions)
+    sizes = Counter(len(draft.pictures) for draft in drafts)
+    return {
+        "samples": len(drafts),
+        "questions": len(questions),
+        "images": sum(size * count for size, count in sizes.items()),
+        "images_in_a_sample": [min(sizes), max(sizes)],
+        "pictures_to_draw_from": pictures,
+        "answers": dict(answers.most_common(12)) | ({"others": sum(answers.values())} if len(answers) > 12 else {}),
+        "needles_by_tenth_of_depth": [depths[tenth] for tenth in range(DEPTHS)],
+    }
+
+
+def _write_all(plan: Compose, pool: Pool, drafts: dict[str, list[Draft]], result: dict[str, Any]) -> None:
+    """All folders, or none."""
+    facts: Callable[[Draft], dict[str, Any]] = lambda draft: {  # noqa: E731
+        "source": plan.source_name or plan.files[0].name,
+        "licence": plan.licence,
+        "meta": {"image_paths": [picture.name for picture in draft.pictures]},
+    }
+    with ExitStack() as stack:
+        for name, some in drafts.items():
+            folder = plan.train if name == TRAIN else plan.test
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(whole_folder(folder, f"the {name} set"))
+            dataset = write(some, as_read(pool.read), facts, partial, f"write {name}")
+            result[name] |= {"folder": str(folder), "fingerprint": dataset.fingerprint}
+            write_whole(partial / COMPOSED, _record(plan, result[name]))
+            if pool.rejected:
+                lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in pool.rejected)
+                write_whole(partial / REJECTED, "".join(lines).encode())
+
+
+def _record(plan: Compose, part: dict[str, Any]) -> bytes:
+    """How a set was made and what was found in it, beside its shards."""
+    said = {name: value for name, value in plan.__dict__.items() if name not in ("train", "test", "jobs")}
+    return json.dumps({"compose": said, **part}, indent=1, default=str, ensure_ascii=False).encode() + b"\n"
+
+
+def baselines(drafts: Sequence[Draft]) -> list[Baseline]:
+    """The shortcuts of any haystacks."""
+    return shortcuts(drafts)

@@ -1,0 +1,349 @@
+"""Haystacks drawn from a pool: which questions, which distractors, where each needle stands. A pure function of pool, side and seed.
+
+Answers are dealt from decks, so that each is asked as often as any other of the same choices, whatever the question's words; a question of
+which some answer on offer is never true is asked once at most. Distractors bear nothing that a question excludes. Names that could give an
+answer away (the choices; a class that a yes-or-no question names) are shown by as many pictures of a haystack as the answer is blind to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from data_tools.compose.pool import YES_NO, Group, Picture, Pool, normal
+from laid_ds.data.record import DataError
+
+HAND = 512  # cards
+DEPTHS = 10  # parts of a haystack among which needles are dealt
+TRIES = 60  # of a haystack, and of a needle for a question, before it is said that there is none
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it stands in a haystack."""
+
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+    needle: int
+    """Place among the haystack's images."""
+    watched: tuple[str, ...] = ()
+    tells_what_is_shown: bool = False
+    asks_whether_shown: bool = False
+    bag_chance: float | None = None
+    """What the bag of all images leaves to chance, where its maker knows."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A haystack without its bytes."""
+
+    key: str
+    pictures: tuple[Picture, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many haystacks, of how many images and questions."""
+
+    samples: int
+    images: tuple[int, int]
+    questions: int = 1
+
+
+def sides(pictures: Sequence[Picture], test_share: float, seed: int) -> np.ndarray:
+    """[pictures] bool: which belong to the test. The share holds in every stratum, rounded, and by content: names play no part."""
+    strata: dict[str, list[int]] = defaultdict(list)
+    for number in sorted(range(len(pictures)), key=lambda i: hashlib.sha256(f"{seed} {pictures[i].digest}".encode()).digest()):
+        strata[pictures[number].stratum].append(number)
+    test = np.zeros(len(pictures), bool)
+    for numbers in strata.values():
+        test[numbers[: round(test_share * len(numbers))]] = True
+    return test
+
+
+def draw(pool: Pool, members: np.ndarray, shape: Shape, seed: str, prefix: str) -> Iterator[Draft]:
+    """The haystacks of one side (`members`: [pictures] bool). Raises DataError with what is lacking."""
+    drawer = Drawer(pool, members, shape, random.Random(seed))
+    for number in range(shape.samples):
+        yield drawer.haystack(f"{prefix}-{number:08d}")
+
+
+class NoRoom(Exception):
+    """This haystack cannot be made so; another draw may be."""
+
+
+class Deck:
+    """Deals its cards in random order, all of them before one comes again (of a large deck, HAND of them)."""
+
+    def __init__(self, cards: Callable[[], Sequence], rng: random.Random):
+        self.cards, self.rng, self.left = cards, rng, []
+
+    def deal(self):
+        if not self.left:
+            cards = self.cards()
+            self.left = [cards[i] for i in self.rng.sample(range(len(cards)), min(len(cards), HAND))]
+        return self.left.pop()
+
+    def put_back(self, card) -> None:
+        """On top: it is the next."""
+        self.left.append(card)
+
+
+class Drawer:
+    """Draws haystacks; what it has dealt is its state."""
+
+    def __init__(self, pool: Pool, members: np.ndarray, shape: Shape, rng: random.Random):
+        self.pictures, self.members, self.shape, self.rng = pool.pictures, members, shape, rng
+        self.bearing, self.showing = (_index(pool.pictures, of) for of in ("bears", "shows"))
+        self.usable = members & np.array([bool(picture.bears) for picture in pool.pictures])
+        self.needles: dict[tuple[int, str], Deck] = {}
+        self.answers: dict[tuple[str, ...], Deck] = {}
+        self.depths = Deck(lambda: range(DEPTHS), rng)
+        here = [(group, [answer for answer in group.answers if len(self._here(group, answer))]) for group in pool.groups]
+        self.even = [group for group, answers in here if _is_even(group, answers)]
+        self.often = {id(group) for group in self.even}
+        self.ends = list(accumulate(group.weight for group in self.even))
+        self.once = self._asked_once([(group, answers) for group, answers in here if answers and not _is_even(group, answers)])
+        self.dealt = 0
+
+    def _here(self, group: Group, answer: str) -> np.ndarray:
+        """Numbers of this side's pictures that give an answer."""
+        found = np.asarray(group.find(answer), np.int64)
+        return found[self.members[found]]
+
+    def haystack(self, key: str) -> Draft:
+        """The next one."""
+        reason = ""
+        for _ in range(TRIES):
+            size, asked = self.rng.randint(*self.shape.images), []
+            try:
+                return self._try(key, size, asked)
+            except NoRoom as error:
+                reason = str(error)
+                for group, answer, needle in reversed(asked):
+                    self._put_back(group, answer, needle)
+        raise DataError(f"after {self.dealt} questions no haystack of {size} images can be made: {reason}")
+
+    def _try(self, key: str, size: int, asked: list[tuple[Group, str, int]]) -> Draft:
+        if self.shape.questions > size:
+            raise DataError(f"{self.shape.questions} questions need as many needles; the haystack has {size} images")
+        for _ in range(self.shape.questions):
+            self._ask(asked)
+        pictures = [needle for _, _, needle in asked] + self._distractors(asked, size)
+        places = self._places(len(asked), size)
+        order = [-1] * size
+        for place, picture in zip(places, pictures, strict=True):
+            order[place] = picture
+        self.dealt += len(asked)
+        questions = tuple(
+            Question(group.text, answer, group.choices, place, group.watched, group.tells_what_is_shown, group.asks_whether_shown)
+            for (group, answer, _), place in zip(asked, places, strict=False)
+        )
+        return Draft(key, tuple(self.pictures[number] for number in order), questions)
+
+    def _ask(self, asked: list[tuple[Group, str, int]]) -> None:
+        """Append one more question that can stand beside those in `asked`: of as many choices, about another picture."""
+        reason = "no question is left"
+        for _ in range(TRIES):
+            group, answer = self._next_question()
+            if asked and not _of_one_kind(group, asked[0][0]):
+                self._put_back_answer(group, answer)
+                reason = f"no other question offers {len(asked[0][0].choices)} choices"
+                continue
+            needle = self._needle(group, answer, asked)
+            if needle is not None:
+                asked.append((group, answer, needle))
+                return
+            self._put_back_answer(group, answer)
+            reason = f"no needle for {group.text[:60]!r} can stand beside the other questions"
+        raise NoRoom(reason)
+
+    def _next_question(self) -> tuple[Group, str]:
+        left = sum(len(cards) for cards in self.once.values())
+        even = self.ends[-1] if self.ends else 0
+        if not left and not even:
+            raise DataError(
+                f"only {self.dealt} questions could be asked, and none of them may come twice: a question whose answer is always the same "
+                "would be learned without its picture. Add questions, or lower --samples or --questions"
+            )
+        if self.rng.random() * (left + even) < left:
+            return self._once()
+        group = self.even[bisect(self.ends, self.rng.random() * even)]
+        return group, self._deck_of(group.choices).deal()
+
+    def _once(self) -> tuple[Group, str]:
+        """A question that is asked once: its choices by how many are left, its answer from their deck if all of them are there."""
+        kinds = list(self.once)
+        cards = self.once[self.rng.choices(kinds, [len(self.once[kind]) for kind in kinds])[0]]
+        answer = cards.next_answer()
+        return cards.pop(answer), answer
+
+    def _asked_once(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[tuple[str, ...], Once]:
+        items: dict[tuple[str, ...], list[tuple[Group, str]]] = defaultdict(list)
+        for group, answers in groups:
+            items[group.choices].append((group, self.rng.choice(answers)))
+        return {choices: Once(choices, found, self._deck_of, self.rng) for choices, found in items.items()}
+
+    def _deck_of(self, choices: tuple[str, ...]) -> Deck:
+        return self.answers.setdefault(choices, Deck(lambda: choices, self.rng))
+
+    def _put_back(self, group: Group, answer: str, needle: int) -> None:
+        self._put_back_answer(group, answer)
+        self.needles[id(group), answer].put_back(needle)
+
+    def _put_back_answer(self, group: Group, answer: str) -> None:
+        if id(group) in self.often:
+            self._deck_of(group.choices).put_back(answer)
+        else:
+            self.once[group.choices].put_back(group, answer)
+
+    def _needle(self, group: Group, answer: str, asked: Sequence[tuple[Group, str, int]]) -> int | None:
+        """A picture that gives the answer and goes with the other needles."""
+        deck = self.needles.setdefault((id(group), answer), Deck(lambda: self._here(group, answer).tolist(), self.rng))
+        passed, chosen = [], None
+        for _ in range(TRIES):
+            number = deck.deal()
+            if self._go_together(group, number, asked):
+                chosen = number
+                break
+            passed.append(number)
+        deck.left[:0] = passed
+        return chosen
+
+    def _go_together(self, group: Group, number: int, asked: Sequence[tuple[Group, str, int]]) -> bool:
+        """Whether each needle may be the other question's distractor."""
+        picture = self.pictures[number]
+        for other, _, needle in asked:
+            there = self.pictures[needle]
+            if needle == number or other.text == group.text or not picture.bears or not there.bears:
+                return False
+            if picture.bears & other.excludes or there.bears & group.excludes:
+                return False
+        return True
+
+    def _distractors(self, asked: Sequence[tuple[Group, str, int]], size: int) -> list[int]:
+        number = size - len(asked)
+        if not number:
+            return []
+        legal = self.usable.copy()
+        for group, _, needle in asked:
+            legal[needle] = False
+            for label in group.excludes:
+                legal[self.bearing.get(label, [])] = False
+        if (there := int(legal.sum())) < number:
+            raise NoRoom(f"{asked[0][0].text[:60]!r} needs {number} distractors, and {there} pictures are none of what it excludes")
+        cells = self._blind_cells(asked, legal, number) or [(np.flatnonzero(legal), number)]
+        chosen = [picture for cell, count in cells for picture in self._sample(cell, count)]
+        self.rng.shuffle(chosen)
+        return chosen
+
+    def _sample(self, cell: np.ndarray, count: int) -> list[int]:
+        return [int(cell[i]) for i in self.rng.sample(range(len(cell)), count)] if count else []
+
+    def _blind_cells(self, asked: Sequence[tuple[Group, str, int]], legal: np.ndarray, number: int) -> list[tuple[np.ndarray, int]] | None:
+        """(pictures, how many of them): numbers of distractors that show each watched name, drawn without a look at the answers and as
+        widely as can be, so that one more that the needle shows is not seen. None where the pool's pictures show none of the names."""
+        watched = list(dict.fromkeys(name for group, _, _ in asked for name in group.watched))
+        cover = np.zeros(len(legal), np.int16)
+        for name in watched:
+            cover[self.showing.get(name, [])] += 1
+        alone = [self._alone(name, legal & (cover == 1)) for name in watched]
+        none = np.flatnonzero(legal & (cover == 0))
+        cells = [cell for cell in alone if len(cell)]
+        if not cells:
+            return None
+        if _is_yes_no(asked[0][0]):
+            counts = [self.rng.randint(0, min(number // len(cells), len(cell))) for cell in cells]
+            return None if number - sum(counts) > len(none) else [*zip(cells, counts, strict=True), (none, number - sum(counts))]
+        if len(none) >= number:  # that do not show any: they are one more kind
+            cells.append(none)
+        return list(zip(cells, self._composition(number, [len(cell) for cell in cells]), strict=True)) or None
+
+    def _composition(self, number: int, most: Sequence[int]) -> list[int]:
+        """A number as the sum of one part for each bound: each sum is as likely as any other, as far as the bounds allow."""
+        if sum(most) < number:
+            raise NoRoom(f"{sum(most)} pictures show one of the choices and no other")
+        cuts = sorted(self.rng.sample(range(number + len(most) - 1), len(most) - 1))
+        parts = [end - start - 1 for start, end in pairwise([-1, *cuts, number + len(most) - 1])]
+        over = sum(max(part - bound, 0) for part, bound in zip(parts, most, strict=True))
+        parts = [min(part, bound) for part, bound in zip(parts, most, strict=True)]
+        while over:
+            place = self.rng.choice([i for i, bound in enumerate(most) if parts[i] < bound])
+            parts[place], over = parts[place] + 1, over - 1
+        return parts
+
+    def _alone(self, name: str, cell: np.ndarray) -> np.ndarray:
+        numbers = self.showing.get(name, np.zeros(0, np.int64))
+        return numbers[cell[numbers]]
+
+    def _places(self, needles: int, size: int) -> list[int]:
+        """Places of the needles, dealt over the depths, then those of the others."""
+        taken: dict[int, None] = {}
+        for _ in range(needles):
+            place = int((self.depths.deal() + self.rng.random()) / DEPTHS * size)
+            while place in taken:
+                place = (place + 1) % size
+            taken[place] = None
+        return [*taken, *(place for place in range(size) if place not in taken)]
+
+
+class Once:
+    """Questions of the same choices, each dealt once."""
+
+    def __init__(self, choices: tuple[str, ...], items: Iterable[tuple[Group, str]], deck_of, rng: random.Random):
+        self.choices, self.deck_of, self.rng = choices, deck_of, rng
+        self.left: dict[str, list[Group]] = defaultdict(list)
+        for group, answer in items:
+            self.left[answer].append(group)
+        for groups in self.left.values():
+            rng.shuffle(groups)
+        self.is_even = len(choices) > 1 and set(self.left) == set(choices)
+
+    def __len__(self) -> int:
+        if self.is_even:  # balanced: over when one answer is
+            return min(len(groups) for groups in self.left.values()) * len(self.choices)
+        return sum(len(groups) for groups in self.left.values())
+
+    def next_answer(self) -> str:
+        if self.is_even:
+            return self.deck_of(self.choices).deal()
+        return self.rng.choices(list(self.left), [len(groups) for groups in self.left.values()])[0]
+
+    def pop(self, answer: str) -> Group:
+        return self.left[answer].pop()
+
+    def put_back(self, group: Group, answer: str) -> None:
+        if self.is_even:
+            self.deck_of(self.choices).put_back(answer)
+        self.left[answer].insert(self.rng.randint(0, len(self.left[answer])), group)
+
+
+def _index(pictures: Sequence[Picture], of: str) -> dict[str, np.ndarray]:
+    """Label -> numbers of the pictures that bear, or show, it."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for number, picture in enumerate(pictures):
+        for label in sorted(getattr(picture, of)):
+            found[label].append(number)
+    return {label: np.array(numbers) for label, numbers in found.items()}
+
+
+def _is_yes_no(group: Group) -> bool:
+    return {normal(choice) for choice in group.choices} == set(YES_NO)
+
+
+def _of_one_kind(group: Group, other: Group) -> bool:
+    return len(group.choices) == len(other.choices) and _is_yes_no(group) == _is_yes_no(other)
+
+
+def _is_even(group: Group, answers: Sequence[str]) -> bool:
+    """Whether each answer on offer is true of some picture: then the question may come again and again."""
+    return len(answers) > 1 and set(answers) == set(group.choices)

@@ -1,0 +1,216 @@
+"""Rows from other people's files: question lists, LLaVA, VQA, shards of single images. All of it is untrusted."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.compose.pool import Row
+from data_tools.formats.fields import check_fields, is_empty, take, take_images
+from data_tools.formats.llava import take_turns
+from data_tools.formats.marks import IMAGE_MARK, refuse_foreign_marks
+from data_tools.inputs import entries, read_json
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.record import DataError, Record
+
+KNOWN = {"image", "images", "question", "answer", "choices", "about", "shows", "caption"}
+KNOWN_LLAVA = {"about", "shows", "caption", "choices"}
+SEPARATOR = "|"  # between several things in one cell of a table
+TABLES = (".csv", ".tsv")
+HUMAN, ASSISTANT = ("human", "user"), ("gpt", "assistant")
+
+
+def question_rows(path: Path, ignore: Sequence[str] = (), keep_going: bool = False) -> Iterator[Row | DataError]:
+    """`image`, and optional `question` with `answer` and `choices`, `about`, `shows`, `caption`: JSON, JSON lines, CSV or TSV."""
+    for place, entry in _numbered(path, keep_going):
+        yield _row(place, entry, ignore)
+
+
+def _numbered(path: Path, keep_going: bool) -> Iterator[tuple[str, Any]]:
+    if path.suffix.lower() in TABLES:
+        yield from _table(path)
+        return
+    for number, entry in enumerate(entries(path, keep_going=keep_going)):
+        yield f"{path.name}, entry {number}", entry
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    """Lines of a table with a head, counted as an editor counts them."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            for line in lines:
+                place = f"{path.name}, line {lines.line_num}"
+                if None in line or None in line.values():
+                    yield (
+                        place,
+                        DataError(f"{place}: the line has not as many cells as the head names ({', '.join(lines.fieldnames or ())})"),
+                    )
+                else:
+                    yield place, {name.strip(): cell for name, cell in line.items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}") from None
+
+
+def _row(place: str, entry: Any, ignore: Sequence[str]) -> Row | DataError:
+    try:
+        if isinstance(entry, DataError):
+            return entry
+        entry = {name: value for name, value in entry.items() if name not in ignore} if isinstance(entry, dict) else entry
+        question = take(entry, "question", str, "").removeprefix(IMAGE_MARK).strip()
+        check_fields(entry, KNOWN)
+        _refuse_marks(question)
+        if question and is_empty(entry.get("answer")):
+            raise DataError(f"the question {question[:60]!r} has no answer")
+        return Row(place, _one_image(entry), question, take(entry, "answer", str, "").strip(), **_known(entry))
+    except DataError as error:
+        return DataError(f"{place}: {error.reason}")
+
+
+def _known(entry: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    names = {"choices": "choices", "about": "about", "shows": "shows", "captions": "caption"}
+    return {name: _several(entry, field) for name, field in names.items()}
+
+
+def _several(entry: dict[str, Any], field: str) -> tuple[str, ...]:
+    """A list of text, or one text; a caption is not cut."""
+    value = entry.get(field)
+    if isinstance(value, str):
+        value = [value] if field == "caption" else value.split(SEPARATOR)
+    if is_empty(value):
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"field {field!r} must be a text or a list of texts")
+    return tuple(item.strip() for item in value if item.strip())
+
+
+def _one_image(entry: dict[str, Any]) -> str:
+    images = take_images(entry)
+    if len(images) != 1 or not isinstance(images[0], str):
+        raise DataError(f"{len(images)} images; a row to compose from names one picture, by its file")
+    return images[0]
+
+
+def _refuse_marks(text: str) -> None:
+    refuse_foreign_marks(text)
+    if IMAGE_MARK in text:
+        raise DataError(f"{IMAGE_MARK} stands inside the question {text[:60]!r}; images of a haystack stand before it")
+
+
+def llava_rows(path: Path, ignore: Sequence[str] = (), keep_going: bool = False) -> Iterator[Row | DataError]:
+    """The first question of each LLaVA row with its answer; later ones may lean on it and are left out. Beside `image` and
+    `conversations` may stand `about`, `shows`, `caption` and `choices`."""
+    for place, entry in _numbered(path, keep_going):
+        try:
+            if isinstance(entry, DataError):
+                raise entry
+            yield _llava_row(place, entry, ignore)
+        except DataError as error:
+            yield error if isinstance(entry, DataError) else DataError(f"{place}: {error.reason}")
+
+
+def _llava_row(place: str, entry: Any, ignore: Sequence[str]) -> Row:
+    entry = {name: value for name, value in entry.items() if name not in ignore} if isinstance(entry, dict) else entry
+    take(entry, "image", (str, list, dict), "")
+    own = {name: value for name, value in entry.items() if name in KNOWN_LLAVA}
+    said = take_turns({name: value for name, value in entry.items() if name not in KNOWN_LLAVA})
+    texts = [(take(turn, "from", str, "") or take(turn, "role", str, ""), turn.get("value", turn.get("content"))) for turn in said]
+    if len(texts) < 2 or texts[0][0] not in HUMAN or texts[1][0] not in ASSISTANT or not all(isinstance(text, str) for _, text in texts):
+        raise DataError("a row to compose from is a question and its answer, as text")
+    question = texts[0][1].removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
+    _refuse_marks(question)
+    return Row(place, _one_image(entry), question, texts[1][1].strip(), **_known(own))
+
+
+def vqa_rows(paths: Sequence[Path], names: dict[int, str]) -> Iterator[Row | DataError]:
+    """Questions and annotations files of VQA (v2), in pairs; `names`: image id -> file name, where an instances file says it."""
+    questions, annotations = {}, {}
+    for path in paths:
+        tree = read_json(path)
+        for name, into in (("questions", questions), ("annotations", annotations)):
+            for entry in take(tree, name, list, []):
+                key = take(entry, "question_id", int)
+                if key in into:
+                    raise DataError(f"{path.name}: question_id {key} is given twice")
+                into[key] = (path.name, entry, tree.get("data_subtype") or "")
+    if not questions or not annotations:
+        lacking = "questions" if not questions else "annotations"
+        raise DataError(f"none of {', '.join(map(str, paths))} holds {lacking}; give a VQA questions file and its annotations file")
+    for key, (name, entry, subtype) in questions.items():
+        place = f"{name}, question_id {key}"
+        try:
+            if key not in annotations:
+                raise DataError("no annotation answers it")
+            number = take(entry, "image_id", int)
+            image = names.get(number) or f"COCO_{subtype}_{number:012d}.jpg"
+            answer = take(annotations[key][1], "multiple_choice_answer", str)
+            yield Row(place, image, take(entry, "question", str).strip(), answer.strip())
+        except DataError as error:
+            yield DataError(f"{place}: {error.reason}")
+
+
+Place = tuple[int, int]
+"""Number of a sample, and of its image."""
+
+
+class ShardPictures:
+    """Rows and images of data sets whose samples hold one image each. An image that stands in several samples is one picture."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self.dataset = Dataset.open(list(folders))
+
+    def rows(self) -> Iterator[Row | DataError]:
+        """A row for each sample's first question; its `meta` may hold `about`, `shows` and `caption`."""
+        first: dict[tuple[int, int], Place] = {}
+        for number in range(len(self.dataset)):
+            record, key = self.dataset.record(number), self.dataset.keys[number].decode()
+            try:
+                yield self._row(number, f"sample {key}", record, first)
+            except DataError as error:
+                yield DataError(f"sample {key}: {error.reason}")
+
+    def _row(self, number: int, place: str, record: Record, first: dict[tuple[int, int], Place]) -> Row:
+        if len(record.images) != 1:
+            raise DataError(
+                f"{len(record.images)} images; a sample to compose from has one, since no record says what tells a needle from other pictures"
+            )
+        spoken = [turn for turn in record.turns if turn.role != "system"]
+        if [turn.role for turn in spoken[:2]] != ["user", "assistant"]:
+            raise DataError("it holds no question with an answer")
+        image = first.setdefault((record.images[0].crc32, record.images[0].num_bytes), (number, 0))
+        facts = _known({name: value for name, value in record.meta.items() if name in ("about", "shows", "caption")})
+        return Row(place, image, spoken[0].text.strip(), spoken[1].text.strip(), **{**facts, "choices": spoken[0].choices})
+
+    def read(self, place: Place) -> bytes:
+        """The bytes of an image."""
+        return bytes(self.dataset.parts(place[0])[1 + place[1]])
+
+    def name(self, place: Place) -> str:
+        """What an image is called in a sentence."""
+        return f"{self.dataset.keys[place[0]].decode()}.{place[1]:03d}"
+
+
+def with_instances(rows: Iterable[Row | DataError], classes: dict[str, set[str]]) -> Iterator[Row | DataError]:
+    """The rows with the classes that instances files record of their pictures (by file name, with or without its folders)."""
+    short = {re.sub(r".*/", "", name): shown for name, shown in classes.items()}
+    for row in rows:
+        if isinstance(row, Row) and isinstance(row.image, str):
+            shown = classes.get(row.image, short.get(re.sub(r".*/", "", row.image)))
+            row = row if shown is None else replace(row, shows=(*row.shows, *sorted(shown)), listed=True)
+        yield row
+
+
+def with_captions(rows: Iterable[Row | DataError], captions: dict[str, list[str]]) -> Iterator[Row | DataError]:
+    """The rows with the captions that captions files record of their pictures."""
+    short = {re.sub(r".*/", "", name): said for name, said in captions.items()}
+    for row in rows:
+        if isinstance(row, Row) and isinstance(row.image, str):
+            said = captions.get(row.image, short.get(re.sub(r".*/", "", row.image), []))
+            row = replace(row, captions=(*row.captions, *said))
+        yield row
