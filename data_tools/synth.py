@@ -1,4 +1,4 @@
-"""`laid-data synth haystack`: a source of `compose` that makes its pictures, Visual-Haystacks-like, from those of the easy-vqa package (MIT).
+"""`laid-data synth haystack`: a source of `compose` that makes its own pictures, from those of the easy-vqa package (MIT).
 
 An image is a scene of two objects, cut out of two pictures: the one that names the image (the anchor, upper left) and the other one (the
 target, lower right). An object is a shape in a colour: 3 x 8 = 24 kinds. A question names an anchor that stands in exactly one image of the

@@ -9,9 +9,9 @@ ways. It sees, of a haystack,
     bag        the same of all pictures, the needle among them, without a word which picture it is
     depth      the question, and the needle's place
 
-Chance is one over the choices; for the bag, over those that it leaves open: what no image shows is no answer, and where none of them shows a
-cat, or all do, no needle is needed. Where nothing is on offer (open answers), the answers of the other half are, and chance is the share of
-the commonest.
+Chance is one over the choices; for the bag, over those that it leaves open: what no image shows is no answer, and where none of them
+shows a cat, or all do, no needle is needed. Where nothing is on offer (open answers), the answers of the other half are, and chance is the
+share of the commonest.
 
 The limits: a baseline knows of a picture what the source says of it, and not its pixels; it is a simple one; it sees haystacks as they are
 written, and not the windows of fewer images that a run draws of them (down to one image, where the needle is all there is).
@@ -39,7 +39,7 @@ OPEN_LEAK = 0.5  # of open answers, right without images
 ADVICE = {
     "question": "ask each question of pictures with different answers, as many of each",
     "others": "the rule lets distractors show the answer, or keeps it from them; name in `about` all that they must not show",
-    "bag": "how many pictures show each choice tells it; add pictures that show the rare ones, or say more of them in `shows`",
+    "bag": "how many pictures show each choice tells it; add pictures that show the rare ones, ask fewer questions or use more images",
     "depth": "needles must stand anywhere, whatever the answer",
 }
 

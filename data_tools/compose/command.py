@@ -139,7 +139,8 @@ def _part_lines(name: str, part: dict[str, Any]) -> list[str]:
     least, most = part["images_in_a_sample"]
     size = f"{least}" if least == most else f"{least} to {most}"
     answers = ", ".join(f"{answer} {count}" for answer, count in part["answers"].items())
-    depths = " ".join(map(str, part["needles_by_tenth_of_depth"]))
+    answers += f", others {part['other_answers']}" if part["other_answers"] else ""
+    depths = " ".join(f"{count:g}" for count in part["needles_by_tenth_of_depth"])
     lines = [
         f"{name}: {part.get('folder', '(not written)')}",
         f"  {part['samples']} haystacks of {size} images from {part['pictures_to_draw_from']} pictures, {part['questions']} questions",

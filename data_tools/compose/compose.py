@@ -1,4 +1,4 @@
-"""`laid-data compose`: a pool from somebody's files, haystacks drawn from it, looked at for shortcuts, and written as train and test set."""
+"""`laid-data compose`: a pool from somebody's files, haystacks drawn from it, looked at for shortcuts, written as train and test set."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from data_tools.compose import classes, sources
-from data_tools.compose.check import Baseline, refuse_leaks, shortcuts
+from data_tools.compose.check import refuse_leaks, shortcuts
 from data_tools.compose.draw import DEPTHS, Draft, Shape, draw, sides
 from data_tools.compose.facts import Rule, Rules, pool_of
 from data_tools.compose.pool import Pool, Row
@@ -25,18 +25,11 @@ from laid_ds.data.record import DataError
 from laid_ds.data.writer import write_whole
 from laid_ds.disk import whole_folder
 
-FORMATS = {
-    "questions": "--rule or --lead",
-    "llava": "--rule or --lead",
-    "vqa": "--rule or --lead",
-    "shards": "--rule or --lead",
-    "coco": "its own rule",
-    "vhs": "its own rule",
-    "classes": "its own rule",
-}
-LISTS = [name for name, rule in FORMATS.items() if rule != "its own rule"]
+LISTS = ("questions", "llava", "vqa", "shards")
+"""Formats that hold questions; the others make them of classes."""
 PAPERS_SAMPLES, PAPERS_IMAGES = 5000, (2, 20)
 SAMPLES, IMAGES, CHOICES = 1000, (20, 20), 4
+SHOWN_ANSWERS = 12
 COMPOSED, REJECTED = "composed.json", "rejected.jsonl"
 TRAIN, TEST = "train", "test"
 
@@ -143,32 +136,35 @@ def _check_plan(plan: Compose) -> None:
 
 
 def read_pool(plan: Compose) -> Pool:
-    """The pictures and questions of a plan's files."""
-    questions = sum(shape.samples * shape.questions for shape in plan.shapes.values())
+    """The pictures and questions of a plan's files. Each picture is read, and decoded, once; its bytes are copied later."""
     if plan.format == "shards":
         shards = sources.ShardPictures(plan.files)
         return pool_of(shards.rows(), shards.read, shards.name, _rules(plan))
+    root = _one_folder(plan) if plan.format == "classes" else plan.images
+    look, copy = (ImageRoot(root, decode=decode).read for decode in (plan.decode, False))
+    return replace(_pool_of_files(plan, look), read=lambda picture: copy(picture.source))
+
+
+def _pool_of_files(plan: Compose, read: Callable[[str], bytes]) -> Pool:
     if plan.format == "classes":
-        root = _one(plan.files, "classes")
-        if plan.images is not None:
-            raise ValueError(f"--images is not needed: the pictures of classes lie in the folders of {root}")
-        read = ImageRoot(root, decode=plan.decode).read
-        return classes.classes_pool(root, read, plan.choices or CHOICES, questions, plan.skip_bad, plan.jobs, plan.seed)
-    read = ImageRoot(plan.images, decode=plan.decode).read
+        questions = sum(shape.samples * shape.questions for shape in plan.shapes.values())
+        return classes.classes_pool(plan.files[0], read, plan.choices or CHOICES, questions, plan.skip_bad, plan.jobs, plan.seed)
     if plan.format in ("coco", "vhs"):
         shown, _ = classes.read_instances(plan.files)
         return classes.coco_pool(shown, read, PROMPT if plan.format == "vhs" else "", plan.skip_bad, plan.jobs)
     return pool_of(_rows(plan), read, str, _rules(plan))
 
 
+def _one_folder(plan: Compose) -> Path:
+    if len(plan.files) != 1 or not plan.files[0].is_dir():
+        raise ValueError(f"classes takes one folder of folders, not {', '.join(map(str, plan.files))}")
+    if plan.images is not None:
+        raise ValueError(f"--images is not needed: the pictures of classes lie in the folders of {plan.files[0]}")
+    return plan.files[0]
+
+
 def _rules(plan: Compose) -> Rules:
     return Rules(plan.rule, plan.lead, plan.answers, plan.choices, plan.skip_bad, plan.jobs)
-
-
-def _one(files: Sequence[Path], format: str) -> Path:
-    if len(files) != 1:
-        raise ValueError(f"{format} takes one file or folder, not {len(files)}")
-    return files[0]
 
 
 def _rows(plan: Compose) -> Iterable[Row | DataError]:
@@ -203,17 +199,25 @@ def describe(drafts: Sequence[Draft], pictures: int) -> dict[str, Any]:
     """What the haystacks are, in numbers."""
     questions = [(draft, question) for draft in drafts for question in draft.questions]
     answers = Counter(question.answer for _, question in questions)
-    depths = Counter(question.needle * DEPTHS // len(draft.pictures) for draft, question in questions)
     sizes = Counter(len(draft.pictures) for draft in drafts)
+    depths = sum(_depth(question.needle, len(draft.pictures)) for draft, question in questions)
     return {
         "samples": len(drafts),
         "questions": len(questions),
         "images": sum(size * count for size, count in sizes.items()),
         "images_in_a_sample": [min(sizes), max(sizes)],
         "pictures_to_draw_from": pictures,
-        "answers": dict(answers.most_common(12)) | ({"others": sum(answers.values())} if len(answers) > 12 else {}),
-        "needles_by_tenth_of_depth": [depths[tenth] for tenth in range(DEPTHS)],
+        "answers": dict(answers.most_common(SHOWN_ANSWERS)),
+        "other_answers": sum(count for _, count in answers.most_common()[SHOWN_ANSWERS:]),
+        "needles_by_tenth_of_depth": np.round(depths, 1).tolist(),
     }
+
+
+def _depth(place: int, images: int) -> np.ndarray:
+    """[10] The share of an image in each tenth of its haystack: in a short one it lies in several."""
+    edges = np.arange(DEPTHS + 1) / DEPTHS
+    start, end = place / images, (place + 1) / images
+    return (np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)).clip(0) * images
 
 
 def _write_all(plan: Compose, pool: Pool, drafts: dict[str, list[Draft]], result: dict[str, Any]) -> None:
@@ -237,11 +241,7 @@ def _write_all(plan: Compose, pool: Pool, drafts: dict[str, list[Draft]], result
 
 
 def _record(plan: Compose, part: dict[str, Any]) -> bytes:
-    """How a set was made and what was found in it, beside its shards."""
+    """How a set was made and what was found in it, beside its shards. Files by their names: where they lay says nothing."""
     said = {name: value for name, value in plan.__dict__.items() if name not in ("train", "test", "jobs")}
-    return json.dumps({"compose": said, **part}, indent=1, default=str, ensure_ascii=False).encode() + b"\n"
-
-
-def baselines(drafts: Sequence[Draft]) -> list[Baseline]:
-    """The shortcuts of any haystacks."""
-    return shortcuts(drafts)
+    fields = {"compose": said, **{name: value for name, value in part.items() if name != "folder"}}
+    return json.dumps(fields, indent=1, default=lambda path: path.name, ensure_ascii=False).encode() + b"\n"

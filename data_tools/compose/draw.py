@@ -10,19 +10,27 @@ from __future__ import annotations
 import hashlib
 import random
 from bisect import bisect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
 from data_tools.compose.pool import YES_NO, Group, Picture, Pool, normal
 from laid_ds.data.record import DataError
 
-HAND = 512  # cards
+HAND = 512  # cards of a large deck
+PACKS = 8  # of answers, shuffled into one deck
 DEPTHS = 10  # parts of a haystack among which needles are dealt
+MOST_WATCHED = 60  # bits of a number
 TRIES = 60  # of a haystack, and of a needle for a question, before it is said that there is none
+
+
+Dealt = tuple[Group, str, int]
+"""A question, its answer, and the number of its needle."""
+Cells = list[tuple[np.ndarray, int]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class Drawer:
         self.bearing, self.showing = (_index(pool.pictures, of) for of in ("bears", "shows"))
         self.usable = members & np.array([bool(picture.bears) for picture in pool.pictures])
         self.needles: dict[tuple[int, str], Deck] = {}
-        self.answers: dict[tuple[str, ...], Deck] = {}
+        self.answers: dict[Any, Deck] = {}
+        self.sharing = Counter(group.choices for group in pool.groups)
         self.depths = Deck(lambda: range(DEPTHS), rng)
         here = [(group, [answer for answer in group.answers if len(self._here(group, answer))]) for group in pool.groups]
         self.even = [group for group, answers in here if _is_even(group, answers)]
@@ -133,7 +142,7 @@ class Drawer:
                     self._put_back(group, answer, needle)
         raise DataError(f"after {self.dealt} questions no haystack of {size} images can be made: {reason}")
 
-    def _try(self, key: str, size: int, asked: list[tuple[Group, str, int]]) -> Draft:
+    def _try(self, key: str, size: int, asked: list[Dealt]) -> Draft:
         if self.shape.questions > size:
             raise DataError(f"{self.shape.questions} questions need as many needles; the haystack has {size} images")
         for _ in range(self.shape.questions):
@@ -150,7 +159,7 @@ class Drawer:
         )
         return Draft(key, tuple(self.pictures[number] for number in order), questions)
 
-    def _ask(self, asked: list[tuple[Group, str, int]]) -> None:
+    def _ask(self, asked: list[Dealt]) -> None:
         """Append one more question that can stand beside those in `asked`: of as many choices, about another picture."""
         reason = "no question is left"
         for _ in range(TRIES):
@@ -178,7 +187,7 @@ class Drawer:
         if self.rng.random() * (left + even) < left:
             return self._once()
         group = self.even[bisect(self.ends, self.rng.random() * even)]
-        return group, self._deck_of(group.choices).deal()
+        return group, self._deal_answer(group.choices)
 
     def _once(self) -> tuple[Group, str]:
         """A question that is asked once: its choices by how many are left, its answer from their deck if all of them are there."""
@@ -191,10 +200,21 @@ class Drawer:
         items: dict[tuple[str, ...], list[tuple[Group, str]]] = defaultdict(list)
         for group, answers in groups:
             items[group.choices].append((group, self.rng.choice(answers)))
-        return {choices: Once(choices, found, self._deck_of, self.rng) for choices, found in items.items()}
+        return {choices: Once(choices, found, self, self.rng) for choices, found in items.items()}
+
+    def _deal_answer(self, choices: tuple[str, ...]) -> str:
+        return choices[self._deck_of(choices).deal()]
 
     def _deck_of(self, choices: tuple[str, ...]) -> Deck:
-        return self.answers.setdefault(choices, Deck(lambda: choices, self.rng))
+        """Places among the choices. What one question alone offers shares a deck with its like: dealt a few times from a deck of its own,
+        its later answers would follow from its earlier ones."""
+        name = choices if self.sharing[choices] > 1 else len(choices)
+        return self.answers.setdefault(name, Deck(lambda: [*range(len(choices))] * self._packs(len(choices)), self.rng))
+
+    def _packs(self, cards: int) -> int:
+        """Of one deck: several, so that one answer of a haystack says little of the next; fewer at the end, which comes out even."""
+        left = self.shape.samples * self.shape.questions - self.dealt
+        return min(PACKS, max(1, left // cards))
 
     def _put_back(self, group: Group, answer: str, needle: int) -> None:
         self._put_back_answer(group, answer)
@@ -202,11 +222,11 @@ class Drawer:
 
     def _put_back_answer(self, group: Group, answer: str) -> None:
         if id(group) in self.often:
-            self._deck_of(group.choices).put_back(answer)
+            self._deck_of(group.choices).put_back(group.choices.index(answer))
         else:
             self.once[group.choices].put_back(group, answer)
 
-    def _needle(self, group: Group, answer: str, asked: Sequence[tuple[Group, str, int]]) -> int | None:
+    def _needle(self, group: Group, answer: str, asked: Sequence[Dealt]) -> int | None:
         """A picture that gives the answer and goes with the other needles."""
         deck = self.needles.setdefault((id(group), answer), Deck(lambda: self._here(group, answer).tolist(), self.rng))
         passed, chosen = [], None
@@ -219,18 +239,20 @@ class Drawer:
         deck.left[:0] = passed
         return chosen
 
-    def _go_together(self, group: Group, number: int, asked: Sequence[tuple[Group, str, int]]) -> bool:
+    def _go_together(self, group: Group, number: int, asked: Sequence[Dealt]) -> bool:
         """Whether each needle may be the other question's distractor."""
         picture = self.pictures[number]
         for other, _, needle in asked:
             there = self.pictures[needle]
             if needle == number or other.text == group.text or not picture.bears or not there.bears:
                 return False
+            if other.excluded & set(group.watched) or group.excluded & set(other.watched):  # then only one of the answers could be
+                return False
             if picture.bears & other.excludes or there.bears & group.excludes:
                 return False
         return True
 
-    def _distractors(self, asked: Sequence[tuple[Group, str, int]], size: int) -> list[int]:
+    def _distractors(self, asked: Sequence[Dealt], size: int) -> list[int]:
         number = size - len(asked)
         if not number:
             return []
@@ -240,7 +262,7 @@ class Drawer:
             for label in group.excludes:
                 legal[self.bearing.get(label, [])] = False
         if (there := int(legal.sum())) < number:
-            raise NoRoom(f"{asked[0][0].text[:60]!r} needs {number} distractors, and {there} pictures are none of what it excludes")
+            raise NoRoom(f"{asked[0][0].text[:60]!r} needs {number} distractors, and its rule leaves {there} pictures")
         cells = self._blind_cells(asked, legal, number) or [(np.flatnonzero(legal), number)]
         chosen = [picture for cell, count in cells for picture in self._sample(cell, count)]
         self.rng.shuffle(chosen)
@@ -249,29 +271,44 @@ class Drawer:
     def _sample(self, cell: np.ndarray, count: int) -> list[int]:
         return [int(cell[i]) for i in self.rng.sample(range(len(cell)), count)] if count else []
 
-    def _blind_cells(self, asked: Sequence[tuple[Group, str, int]], legal: np.ndarray, number: int) -> list[tuple[np.ndarray, int]] | None:
+    def _blind_cells(self, asked: Sequence[Dealt], legal: np.ndarray, number: int) -> Cells | None:
         """(pictures, how many of them): numbers of distractors that show each watched name, drawn without a look at the answers and as
-        widely as can be, so that one more that the needle shows is not seen. None where the pool's pictures show none of the names."""
-        watched = list(dict.fromkeys(name for group, _, _ in asked for name in group.watched))
-        cover = np.zeros(len(legal), np.int16)
-        for name in watched:
-            cover[self.showing.get(name, [])] += 1
-        alone = [self._alone(name, legal & (cover == 1)) for name in watched]
-        none = np.flatnonzero(legal & (cover == 0))
-        cells = [cell for cell in alone if len(cell)]
-        if not cells:
+        widely as can be, so that one more that the needle shows is not seen. None where the pool's pictures allow no choice."""
+        watched = list(dict.fromkeys(name for group, _, _ in asked for name in group.watched))[:MOST_WATCHED]
+        if not watched:
             return None
-        if _is_yes_no(asked[0][0]):
-            counts = [self.rng.randint(0, min(number // len(cells), len(cell))) for cell in cells]
-            return None if number - sum(counts) > len(none) else [*zip(cells, counts, strict=True), (none, number - sum(counts))]
-        if len(none) >= number:  # that do not show any: they are one more kind
-            cells.append(none)
-        return list(zip(cells, self._composition(number, [len(cell) for cell in cells]), strict=True)) or None
+        shown = np.zeros(len(legal), np.int64)  # bit j: shows the name j
+        for j, name in enumerate(watched):
+            shown[self.showing.get(name, [])] |= 1 << j
+        numbers = np.flatnonzero(legal)
+        order = np.argsort(shown[numbers], kind="stable")
+        codes, starts = np.unique(shown[numbers[order]], return_index=True)
+        cells = dict(zip(codes.tolist(), np.split(numbers[order], starts[1:]), strict=True))
+        return (self._any_numbers if _is_yes_no(asked[0][0]) else self._any_composition)(cells, len(watched), number)
+
+    def _any_numbers(self, cells: dict[int, np.ndarray], names: int, number: int) -> Cells | None:
+        """Each name is shown by any number of distractors, each as likely; by fewer where the pool has too few such pictures."""
+        for attempt in range(TRIES):
+            most = number * (TRIES - attempt) // TRIES
+            codes = [0] * number
+            for j in range(names):
+                for place in self.rng.sample(range(number), self.rng.randint(0, most)):
+                    codes[place] |= 1 << j
+            wanted = Counter(codes)
+            if all(len(cells.get(code, ())) >= count for code, count in wanted.items()):
+                return [(cells[code], count) for code, count in sorted(wanted.items())]
+        return None
+
+    def _any_composition(self, cells: dict[int, np.ndarray], names: int, number: int) -> Cells | None:
+        """Each distractor shows one name, in any numbers, each as likely; where many show none, these are one kind more."""
+        kinds = [cells[1 << j] for j in range(names) if 1 << j in cells]
+        if len(cells.get(0, ())) >= number:
+            kinds.append(cells[0])
+        most = [len(kind) for kind in kinds]
+        return list(zip(kinds, self._composition(number, most), strict=True)) if kinds and sum(most) >= number else None
 
     def _composition(self, number: int, most: Sequence[int]) -> list[int]:
         """A number as the sum of one part for each bound: each sum is as likely as any other, as far as the bounds allow."""
-        if sum(most) < number:
-            raise NoRoom(f"{sum(most)} pictures show one of the choices and no other")
         cuts = sorted(self.rng.sample(range(number + len(most) - 1), len(most) - 1))
         parts = [end - start - 1 for start, end in pairwise([-1, *cuts, number + len(most) - 1])]
         over = sum(max(part - bound, 0) for part, bound in zip(parts, most, strict=True))
@@ -280,10 +317,6 @@ class Drawer:
             place = self.rng.choice([i for i, bound in enumerate(most) if parts[i] < bound])
             parts[place], over = parts[place] + 1, over - 1
         return parts
-
-    def _alone(self, name: str, cell: np.ndarray) -> np.ndarray:
-        numbers = self.showing.get(name, np.zeros(0, np.int64))
-        return numbers[cell[numbers]]
 
     def _places(self, needles: int, size: int) -> list[int]:
         """Places of the needles, dealt over the depths, then those of the others."""
@@ -299,8 +332,8 @@ class Drawer:
 class Once:
     """Questions of the same choices, each dealt once."""
 
-    def __init__(self, choices: tuple[str, ...], items: Iterable[tuple[Group, str]], deck_of, rng: random.Random):
-        self.choices, self.deck_of, self.rng = choices, deck_of, rng
+    def __init__(self, choices: tuple[str, ...], items: Iterable[tuple[Group, str]], drawer: Drawer, rng: random.Random):
+        self.choices, self.drawer, self.rng = choices, drawer, rng
         self.left: dict[str, list[Group]] = defaultdict(list)
         for group, answer in items:
             self.left[answer].append(group)
@@ -315,7 +348,7 @@ class Once:
 
     def next_answer(self) -> str:
         if self.is_even:
-            return self.deck_of(self.choices).deal()
+            return self.drawer._deal_answer(self.choices)
         return self.rng.choices(list(self.left), [len(groups) for groups in self.left.values()])[0]
 
     def pop(self, answer: str) -> Group:
@@ -323,7 +356,7 @@ class Once:
 
     def put_back(self, group: Group, answer: str) -> None:
         if self.is_even:
-            self.deck_of(self.choices).put_back(answer)
+            self.drawer._deck_of(self.choices).put_back(self.choices.index(answer))
         self.left[answer].insert(self.rng.randint(0, len(self.left[answer])), group)
 
 

@@ -61,16 +61,16 @@ def pool_of(rows: Iterable[Row | DataError], read: Callable[[Any], bytes], name_
     rows = [row for row in rows if row.image in pictures]
     numbers = {image: number for number, image in enumerate(pictures)}
     known = _known(rows)
-    asked = _asked(rows, numbers, known, rules, good)
+    left_out: Counter[str] = Counter()
+    asked = _asked(rows, numbers, known, rules, good, left_out)
     said = _answers_that_say_much(asked, [known[image] for image in pictures], rules)
     found = [_labelled(picture, known[image], rules, said) for image, picture in pictures.items()]
-    left_out: Counter[str] = Counter()
     silent = sum(not picture.bears for picture in found)
     if silent:
         left_out["pictures that nothing is known of, never distractors"] = silent
     names = name_table(name for picture in found for name in picture.shows)
     groups = groups_of(asked, found, names, rules, left_out)
-    return Pool(found, groups, lambda picture: read(picture.source), dict(left_out), good.rejected)
+    return Pool(found, groups, lambda picture: read(picture.source), dict(+left_out), good.rejected)
 
 
 class Sieve:
@@ -178,7 +178,7 @@ def _labelled(picture: Picture, known: Known, rules: Rules, said: set[str]) -> P
     return Picture(picture.name, picture.source, picture.digest, picture.kind, frozenset(bears), frozenset(shows))
 
 
-def _asked(rows: Sequence[Row], numbers: dict, known: dict[Any, Known], rules: Rules, good: Sieve) -> list[Asked]:
+def _asked(rows: Sequence[Row], numbers: dict, known: dict[Any, Known], rules: Rules, good: Sieve, left_out: Counter[str]) -> list[Asked]:
     """The questions of all rows; with a lead, one for each class that may lead it."""
     classes = name_table({name for picture in known.values() for name in picture.classes})
     questions = [row for row in rows if row.question]
@@ -194,7 +194,8 @@ def _asked(rows: Sequence[Row], numbers: dict, known: dict[Any, Known], rules: R
             Asked(text, row.answer, row.choices, numbers[row.image], excludes, row.place)
             for text, excludes in _tellings(row, known[row.image], classes, rules)
         ]
-        turns = (Turn("user", (made[0].text,), (), row.choices), Turn("assistant", (row.answer,)))
+        left_out["questions of pictures that show no class to lead them"] += not made
+        turns = (Turn("user", (row.question,), (), row.choices), Turn("assistant", (row.answer,)))
         if reason := names_a_place(Sample("question", turns)):
             raise DataError(f"{row.place}: the question {reason}, and a haystack has another order")
         return made
@@ -207,7 +208,7 @@ def _tellings(row: Row, known: Known, classes: dict, rules: Rules) -> list[tuple
     about = [normal(name) for name in row.about]
     if rules.lead:
         leads = about or sorted(known.classes)
-        if not leads:
+        if not leads and not known.listed:
             raise DataError(f"{row.place}: --lead needs a class that the picture shows; give `shows` or `about`, or --instances")
         return [(rules.lead.replace("{class}", name) + row.question, frozenset({f"class {name}"})) for name in leads]
     same = f"asked {normal(row.question)}"

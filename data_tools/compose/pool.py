@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from laid_ds.data.record import DataError
@@ -77,6 +78,11 @@ class Group:
     asks_whether_shown: bool = False
     """A yes-or-no question about the one watched name: yes where the needle shows it."""
     weight: float = 1.0
+
+    @cached_property
+    def excluded(self) -> frozenset[str]:
+        """The names in the labels that it excludes."""
+        return frozenset(label.partition(" ")[2] for label in self.excludes)
 
 
 @dataclass

@@ -43,6 +43,9 @@ def _table(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            names = lines.fieldnames or []
+            if len(set(names)) != len(names):
+                raise DataError(f"{path}: a column is named twice in its head ({', '.join(names)})")
             for line in lines:
                 place = f"{path.name}, line {lines.line_num}"
                 if None in line or None in line.values():
@@ -178,7 +181,7 @@ class ShardPictures:
     def _row(self, number: int, place: str, record: Record, first: dict[tuple[int, int], Place]) -> Row:
         if len(record.images) != 1:
             raise DataError(
-                f"{len(record.images)} images; a sample to compose from has one, since no record says what tells a needle from other pictures"
+                f"{len(record.images)} images; a sample to compose from has one: no record says what tells a needle from other pictures"
             )
         spoken = [turn for turn in record.turns if turn.role != "system"]
         if [turn.role for turn in spoken[:2]] != ["user", "assistant"]:

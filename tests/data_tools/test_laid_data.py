@@ -34,7 +34,7 @@ def source(tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_verbs_are_those_that_are_documented():
-    expected = "build import export score index verify repair info stats plan cat preview reshard merge split shuffle"
+    expected = "build compose import export score index verify repair info stats plan cat preview reshard merge split shuffle"
     assert set(VERBS) == set(expected.split())
 
 

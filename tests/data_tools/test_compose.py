@@ -1,0 +1,495 @@
+"""Laws of composed haystacks: the needle alone answers, nothing else tells, train and test share no picture, leaks are refused.
+
+Pictures are those of the easy-vqa package: one shape in one colour each, so what is true of a picture is known apart from the code under test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_samples import picture
+
+from data_tools.synth import COLOURS, SHAPES
+from data_tools.synth import pictures as easy_pictures
+from laid_ds.data.dataset import Dataset
+from laid_ds.data.haystack import draw_window, why_whole
+from laid_ds.evaluation.haystack import survey
+
+PER_KIND = 60
+CHI_SQUARE_9 = 27.9  # exceeded once in 1000 times with 9 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Pictures NUMBER.png, and truth.json: name -> [colour, shape]."""
+    root = tmp_path_factory.mktemp("own")
+    (root / "pictures").mkdir()
+    truth = {}
+    for (colour, shape), paths in easy_pictures("train").items():
+        for path in paths[:PER_KIND]:
+            truth[path.name] = [colour, shape]
+            (root / "pictures" / path.name).write_bytes(path.read_bytes())
+    (root / "truth.json").write_text(json.dumps(truth))
+    return root
+
+
+@pytest.fixture(scope="module")
+def truth(root) -> dict[str, tuple[str, str]]:
+    """sha256 of a picture -> (colour, shape)."""
+    named = json.loads((root / "truth.json").read_text())
+    digests = {hashlib.sha256((root / "pictures" / name).read_bytes()).hexdigest(): tuple(kind) for name, kind in named.items()}
+    assert len(digests) == len(named) == 24 * PER_KIND
+    return digests
+
+
+def colour_rows(root: Path) -> list[dict]:
+    """A question about each picture; all of a shape have the same one."""
+    named = json.loads((root / "truth.json").read_text())
+    return [
+        {"image": name, "question": f"What colour is the {shape}?", "answer": colour, "shows": [shape]} for name, (colour, shape) in named.items()
+    ]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked(folder: Path):
+    """(sample, question turn, answer) of a data set."""
+    return [
+        (sample, turn, sample.turns[number + 1].text)
+        for sample in Dataset.open(folder)
+        for number, turn in enumerate(sample.turns)
+        if turn.role == "user"
+    ]
+
+
+def digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def composed(root, tmp_path_factory):
+    """A training and a test set of one list, and what the command said of them."""
+    out = tmp_path_factory.mktemp("composed")
+    lines = write_lines(out / "mine.jsonl", colour_rows(root))
+    size = ("--samples", 400, "--questions", 2, "--size", "2-24", "--test-samples", 100, "--seed", 3)
+    said = run("questions", lines, "--images", root / "pictures", "--rule", "class", "--train", out / "train", "--test", out / "test", *size)
+    return out, said
+
+
+def run(*arguments) -> dict:
+    """What `laid-data compose ARGUMENTS --json` says, in a process of its own."""
+    done = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "data_tools.cli", "compose", *map(str, arguments)]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_each_question_is_answered_by_its_needle_alone(composed, truth, part):
+    for sample, turn, answer in asked(composed[0] / part):
+        shape = turn.text.removeprefix("What colour is the ").removesuffix("?")
+        kinds = [truth[digest(image)] for image in sample.images]
+        assert [place for place, kind in enumerate(kinds) if kind[1] == shape] == list(turn.needles)
+        assert answer == kinds[turn.needles[0]][0]
+        assert turn.choices == tuple(sorted(COLOURS))
+
+
+def test_train_and_test_share_no_picture(composed):
+    out, said = composed
+    train, test = ({digest(image) for sample in Dataset.open(out / part) for image in sample.images} for part in ("train", "test"))
+    assert not train & test
+    assert len(train) > len(test) > 50
+    assert said["train"]["pictures_to_draw_from"] == round(0.8 * 24 * PER_KIND)
+
+
+def test_needles_stand_at_every_depth_and_answers_are_even(root, tmp_path):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
+    run("questions", lines, "--images", root / "pictures", "--rule", "class", "--train", tmp_path / "set", "--samples", 800, "--size", 10)
+    questions = asked(tmp_path / "set")
+    places = Counter(turn.needles[0] for _, turn, _ in questions)
+    assert sum((places[place] - 80) ** 2 / 80 for place in range(10)) < CHI_SQUARE_9
+    for colour in COLOURS:  # at no depth is one answer likelier
+        near = sum(turn.needles[0] < 5 for _, turn, answer in questions if answer == colour)
+        assert 25 < near < 75
+    assert set(Counter(answer for _, _, answer in questions).values()) == {100}
+
+
+def independent_baselines(folder: Path, truth) -> dict[str, tuple[float, float]]:
+    """Name -> (accuracy, chance), without the code under test: the commonest answer of a question in the other half; the colour that the
+    other images show most, and least; the colour that the whole bag shows most, among as many as it shows."""
+    questions = asked(folder)
+    half = len(questions) // 2
+    tables = [Counter((turn.text, answer) for _, turn, answer in part) for part in (questions[half:], questions[:half])]
+    hits = {"question": [], "most": [], "least": [], "bag": []}
+    bag_chance = []
+    for number, (sample, turn, answer) in enumerate(questions):
+        table = tables[number >= half]
+        hits["question"].append(max(COLOURS, key=lambda colour: table[turn.text, colour]) == answer)  # noqa: B023
+        colours = Counter(truth[digest(image)][0] for image in sample.images)
+        others = colours - Counter([truth[digest(sample.images[turn.needles[0]])][0]])
+        for name, key in (("most", max), ("least", min)):
+            hits[name].append(key(COLOURS, key=lambda colour: others[colour]) == answer)  # noqa: B023
+        hits["bag"].append(max(COLOURS, key=lambda colour: colours[colour]) == answer)  # noqa: B023
+        bag_chance.append(1 / len(colours))
+    chances = {name: 1 / 8 for name in hits} | {"bag": sum(bag_chance) / len(bag_chance)}
+    return {name: (sum(hit) / len(hit), chances[name]) for name, hit in hits.items()}
+
+
+def test_neither_the_question_nor_the_bag_of_images_tells(composed, truth):
+    out, said = composed
+    for name, (accuracy, chance) in independent_baselines(out / "train", truth).items():
+        assert abs(accuracy - chance) < 3 * (chance * (1 - chance) / 800) ** 0.5, name
+    for part in ("train", "test"):
+        rows = {row["baseline"]: row for row in said[part]["shortcuts"]}
+        assert set(rows) == {"question", "others", "bag", "depth"}
+        assert all(abs(row["errors_above_chance"]) < 3 for row in rows.values())
+
+
+def test_windows_keep_the_needle(composed, truth):
+    out, _ = composed
+    dataset = Dataset.open(out / "train")
+    for number in range(0, 400, 20):
+        sample = dataset.read(number)
+        assert why_whole(sample) is None
+        for images in (1, 2, 5, 24):
+            window = draw_window(sample, images, 1, (number, images))
+            assert len(window.images) == min(images, len(sample.images))
+            question, answer = window.turns
+            colour, shape = truth[digest(window.images[question.needles[0]])]
+            assert (question.text, answer.text) == (f"What colour is the {shape}?", colour)
+
+
+def test_the_test_set_can_be_scored_at_every_size(composed):
+    found = survey(Dataset.open(composed[0] / "test"), 100, (2, 8, 24))
+    assert (found.sizes, found.choices, found.left_out) == ([2, 8, 24], 8, {})
+
+
+def test_the_same_arguments_give_the_same_bytes(root, tmp_path):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
+    arguments = ("questions", lines, "--images", root / "pictures", "--rule", "class", "--samples", 20)
+    said = [
+        run(*arguments, "--train", tmp_path / name, "--seed", seed, "--jobs", jobs)["train"]["fingerprint"]
+        for name, seed, jobs in (("a", 0, 1), ("b", 0, 4), ("c", 1, 4))
+    ]
+    assert said[0] == said[1] != said[2]
+    assert len({(tmp_path / name / "composed.json").read_bytes() for name in "ab"}) == 1
+
+
+# What leaks.
+
+
+def refusal(laid_data, *arguments) -> str:
+    """The one sentence by which a command is refused."""
+    outcome = laid_data("compose", *arguments)
+    assert outcome.code == 2, outcome.out
+    assert outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1
+    return outcome.err
+
+
+def test_an_answer_that_is_the_one_not_shown_is_refused(laid_data, root, tmp_path):
+    """The rule names the answer's own shape alone, so the other shapes on offer stand among the distractors, and it does not."""
+    named = json.loads((root / "truth.json").read_text())
+    rows = [
+        {"image": name, "question": "Is there a circle, a rectangle or a triangle?", "answer": shape, "about": [shape], "choices": list(SHAPES)}
+        for name, (_, shape) in named.items()
+    ]
+    for row in rows:  # without the question, which every other picture is asked, too
+        row["question"] = row["question"].replace("a circle", f"{row['image']}: a circle")
+    lines = write_lines(tmp_path / "leaks.jsonl", rows)
+    more = ("--images", root / "pictures", "--rule", "class", "--train", tmp_path / "set", "--samples", 300)
+    assert "the train set leaks" in (said := refusal(laid_data, "questions", lines, *more))
+    assert "follow from the images without the needle" in said
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_answer_that_the_distractors_show_is_refused(laid_data, root, tmp_path):
+    """Distractors of a "no" must not show red, and those of a "yes" may."""
+    named = json.loads((root / "truth.json").read_text())
+    rows = [
+        {
+            "image": name,
+            "question": f"Does the {shape} of {name} have red beside it?",
+            "answer": answer,
+            "choices": ["yes", "no"],
+            "about": [shape, "red"] if answer == "no" else [shape],
+            "shows": [colour, shape],
+        }
+        for number, (name, (colour, shape)) in enumerate(named.items())
+        for answer in [("yes", "no")[number % 2]]
+    ]
+    lines = write_lines(tmp_path / "leaks.jsonl", rows)
+    more = ("--images", root / "pictures", "--rule", "class", "--train", tmp_path / "set", "--samples", 250)
+    assert "the train set leaks" in refusal(laid_data, "questions", lines, *more)
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_answer_that_the_question_tells_is_refused(laid_data, root, tmp_path):
+    named = json.loads((root / "truth.json").read_text())
+    rows = [
+        {"image": name, "question": f"Is {name} a {word} picture?", "answer": answer, "choices": ["yes", "no"]}
+        for number, name in enumerate(named)
+        for word, answer in [(("warm", "yes"), ("cold", "no"))[number % 2]]
+    ]
+    lines = write_lines(tmp_path / "leaks.jsonl", rows)
+    more = ("--images", root / "pictures", "--rule", "question", "--train", tmp_path / "set", "--samples", 300)
+    assert "100.0% of the answers follow from the question alone (chance 50.0%" in refusal(laid_data, "questions", lines, *more)
+
+
+def test_a_question_with_one_answer_is_asked_once(laid_data, root, tmp_path):
+    named = json.loads((root / "truth.json").read_text())
+    rows = [{"image": name, "question": f"What is it that {name} shows?", "answer": shape} for name, (_, shape) in named.items()]
+    lines = write_lines(tmp_path / "open.jsonl", rows)
+    more = ("--images", root / "pictures", "--rule", "question")
+    run("questions", lines, *more, "--train", tmp_path / "set", "--samples", len(rows), "--size", 3)
+    texts = [turn.text for _, turn, _ in asked(tmp_path / "set")]
+    assert len(set(texts)) == len(texts) == len(rows)
+    assert f"only {len(rows)} questions could be asked" in refusal(
+        laid_data, "questions", lines, *more, "--train", tmp_path / "more", "--samples", len(rows) + 1
+    )
+    assert "a test needs answers to choose from" in refusal(laid_data, "questions", lines, *more, "--test", tmp_path / "test")
+
+
+# Sources.
+
+
+def coco_files(root: Path, out: Path) -> Path:
+    """An instances file of the pictures: its colour and its shape are the classes of each."""
+    named = json.loads((root / "truth.json").read_text())
+    names = [*COLOURS, *SHAPES]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(named)]
+    kinds = [(number, word) for number, kind in enumerate(named.values()) for word in kind]
+    tree = {
+        "images": images,
+        "annotations": [{"id": i, "image_id": number, "category_id": names.index(word)} for i, (number, word) in enumerate(kinds)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+    }
+    out.write_text(json.dumps(tree))
+    return out
+
+
+@pytest.mark.parametrize("format", ["coco", "vhs"])
+def test_of_instances_only_the_needle_shows_the_anchor(root, tmp_path, truth, format):
+    instances = coco_files(root, tmp_path / "instances.json")
+    size = ("--samples", 400, "--size", 12) if format == "coco" else ()
+    said = run(format, instances, "--images", root / "pictures", "--train", tmp_path / "set", *size)
+    questions = asked(tmp_path / "set")
+    for sample, turn, answer in questions:
+        words = turn.text.partition("For the image with the ")[2].removesuffix("?")
+        anchor, target = words.split(", is there a ")
+        kinds = [truth[digest(image)] for image in sample.images]
+        assert [place for place, kind in enumerate(kinds) if anchor in kind] == list(turn.needles)
+        assert answer == ("yes" if target in kinds[turn.needles[0]] else "no")
+    assert Counter(answer for _, _, answer in questions) == {"yes": len(questions) // 2, "no": len(questions) // 2}
+    assert all(row["errors_above_chance"] < 3 for row in said["train"]["shortcuts"])
+    if format == "vhs":  # the paper's recipe
+        assert said["train"]["samples"] == 5000
+        assert said["train"]["images_in_a_sample"] == [2, 20]
+        assert all(turn.text.startswith("You are given a set of images. Please answer") for _, turn, _ in questions)
+
+
+def test_vqa_is_led_by_a_class_that_only_the_needle_shows(root, tmp_path, truth):
+    instances = coco_files(root, tmp_path / "instances.json")
+    named = json.loads((root / "truth.json").read_text())
+    questions = [{"image_id": n, "question_id": n, "question": "Is it red or blue?"} for n in range(len(named))]
+    answers = ["yes" if colour in ("red", "blue") else "no" for colour, _ in named.values()]
+    annotations = [{"image_id": n, "question_id": n, "multiple_choice_answer": answer, "answers": []} for n, answer in enumerate(answers)]
+    (tmp_path / "questions.json").write_text(json.dumps({"data_subtype": "val2014", "questions": questions}))
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    files = (tmp_path / "annotations.json", tmp_path / "questions.json", "--instances", instances, "--images", root / "pictures")
+    lead = ("--lead", "In the image with the {class}: ")
+    run("vqa", *files, *lead, "--train", tmp_path / "set", "--samples", 200, "--size", 6)
+    for sample, turn, answer in asked(tmp_path / "set"):
+        name = turn.text.removeprefix("In the image with the ").removesuffix(": Is it red or blue?")
+        assert name in SHAPES  # a colour has one answer, and would tell it
+        kinds = [truth[digest(image)] for image in sample.images]
+        assert [place for place, kind in enumerate(kinds) if name in kind] == list(turn.needles)
+        assert answer == ("yes" if kinds[turn.needles[0]][0] in ("red", "blue") else "no")
+
+
+def test_llava_rows_a_table_and_shards_say_the_same_as_lines(root, tmp_path, laid_data):
+    rows = colour_rows(root)
+    lines = write_lines(tmp_path / "mine.jsonl", rows)
+    chats = [
+        {
+            "id": row["image"],
+            "image": row["image"],
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{row['question']}"},
+                {"from": "gpt", "value": row["answer"]},
+                {"from": "human", "value": "Are you sure?"},
+                {"from": "gpt", "value": "Yes."},
+            ],
+            "shows": row["shows"],
+        }
+        for row in rows
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    head, body = "image,question,answer,shows", [f"{row['image']},{row['question']},{row['answer']},{row['shows'][0]}" for row in rows]
+    (tmp_path / "mine.csv").write_text("\n".join([head, *body]))
+    single = write_lines(tmp_path / "single.jsonl", [{**row, "meta": {"shows": row.pop("shows")}} for row in map(dict, rows)])
+    assert laid_data("build", "folder", single, tmp_path / "shards", "--images", root / "pictures").code == 0
+    more = ("--rule", "class", "--samples", 30, "--size", 5)
+    images = ("--images", root / "pictures")
+    sources = {
+        "a": ("questions", lines, *images),
+        "b": ("questions", tmp_path / "mine.csv", *images),
+        "c": ("llava", tmp_path / "chats.json", *images),
+        "d": ("shards", tmp_path / "shards"),
+    }
+    shown = {}
+    for name, source in sources.items():
+        run(*source, *more, "--train", tmp_path / name)
+        shown[name] = [(turn.text, turn.needles, answer, list(map(digest, sample.images))) for sample, turn, answer in asked(tmp_path / name)]
+    assert shown["a"] == shown["b"] == shown["c"] == shown["d"]
+
+
+def test_folders_are_classes(root, tmp_path, truth):
+    named = json.loads((root / "truth.json").read_text())
+    for name, (colour, _) in named.items():
+        (tmp_path / "own" / colour).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / colour / name).write_bytes((root / "pictures" / name).read_bytes())
+    folders = ("--train", tmp_path / "train", "--test", tmp_path / "test")
+    said = run("classes", tmp_path / "own", *folders, "--choices", 3, "--samples", 400, "--size", 9, "--questions", 2)
+    for part in ("train", "test"):
+        for sample, turn, answer in asked(tmp_path / part):
+            colours = [truth[digest(image)][0] for image in sample.images]
+            assert [place for place, colour in enumerate(colours) if colour in turn.choices] == list(turn.needles)
+            assert answer == colours[turn.needles[0]]
+            assert all(choice in turn.text for choice in turn.choices)
+        assert {row["baseline"] for row in said[part]["shortcuts"]} == {"question", "others", "depth"}
+        assert all(abs(row["errors_above_chance"]) < 3 for row in said[part]["shortcuts"])
+
+
+def test_captions_keep_a_questions_words_from_distractors(root, tmp_path, truth):
+    named = json.loads((root / "truth.json").read_text())
+    rows = [
+        {"image": name, "question": f"What colour are the {shape}s?", "answer": colour, "caption": f"There is a {shape} on the wall"}
+        for name, (colour, shape) in named.items()
+    ]
+    lines = write_lines(tmp_path / "mine.jsonl", rows)
+    run("questions", lines, "--images", root / "pictures", "--rule", "caption", "--train", tmp_path / "set", "--samples", 100, "--size", 6)
+    for sample, turn, answer in asked(tmp_path / "set"):
+        shape = turn.text.removeprefix("What colour are the ").removesuffix("s?")
+        kinds = [truth[digest(image)] for image in sample.images]
+        assert [(place, kind[0]) for place, kind in enumerate(kinds) if kind[1] == shape] == [(turn.needles[0], answer)]
+
+
+# Bad input.
+
+
+GOOD = {"image": "p0.jpg", "question": "What colour is the dog?", "answer": "red", "about": ["dog"]}
+BAD_ROWS = [
+    ({"image": "none.jpg"}, "entry 1: image 'none.jpg' is not in"),
+    ({"image": "torn.jpg"}, "entry 1: image 'torn.jpg': image cannot be decoded"),
+    ({"image": "copy.jpg"}, "entry 1: 'copy.jpg' and 'p0.jpg' are the same picture, byte for byte; keep one of them"),
+    ({"choices": ["blue", "green"]}, "entry 1: answer 'red' is none of the choices ['blue', 'green']"),
+    ({"mood": "glad"}, "entry 1: field 'mood' is not known"),
+    ({"answer": ""}, "entry 1: the question 'What colour is the dog?' has no answer"),
+    ({"image": None}, "entry 1: 0 images; a row to compose from names one picture"),
+    ({"question": "What colour is the <video>?"}, "entry 1: the text holds the mark <video>"),
+    ({"question": "What colour is the second image?"}, "entry 1: the question names an image by its place"),
+    ({"about": ["cat"]}, "entry 1: the question does not name what it is about ('cat')"),
+    ({"question": "What colour is it?", "about": None}, "entry 1: --rule class needs the class"),
+    ({"image": "p0.jpg", "answer": "blue"}, "is answered 'blue' here and 'red' elsewhere"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", BAD_ROWS, ids=[sentence[:40] for _, sentence in BAD_ROWS])
+def test_a_bad_row_is_refused_by_name_and_may_be_left_out(laid_data, tmp_path, change, sentence):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        (images / f"p{number}.jpg").write_bytes(picture(number))
+    (images / "copy.jpg").write_bytes(picture(0))
+    (images / "torn.jpg").write_bytes(picture(5)[:-200])
+    others = [{"image": f"p{n}.jpg", "question": "What colour is the cat?", "answer": "blue", "about": ["cat"]} for n in (2, 3)]
+    rows = [GOOD, {**GOOD, "image": "p1.jpg", **change}, *others]
+    lines = write_lines(tmp_path / "mine.jsonl", rows)
+    more = ("questions", lines, "--images", images, "--rule", "class", "--train", tmp_path / "set", "--samples", 2, "--size", 2)
+    assert sentence in refusal(laid_data, *more)
+    assert not list(tmp_path.glob("set*"))
+    said = laid_data("compose", *more, "--skip-bad", "--json").json
+    assert said["rejected"] == 1
+    assert sentence in json.loads((tmp_path / "set" / "rejected.jsonl").read_text())["reason"]
+
+
+def test_a_table_with_a_missing_cell_is_refused_by_line(laid_data, tmp_path, pictures):
+    (tmp_path / "mine.csv").write_text("image,question,answer\np0.jpg,Which?,red\np1.jpg,Which?\n")
+    more = ("--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    assert "mine.csv, line 3: the line has not as many cells" in refusal(laid_data, "questions", tmp_path / "mine.csv", *more)
+
+
+WRONG_USES = [
+    ((), "say what tells the picture of a question from its distractors: --rule class"),
+    (("--rule", "colour"), "--rule 'colour' is none of class, caption, question"),
+    (("--lead", "Look: "), "must say where the class stands: {class}"),
+    (("--rule", "class", "--size", "20-2"), "--size '20-2': give a number of images"),
+    (("--rule", "class", "--size", "1001"), "from 1 to 1000"),
+    (("--rule", "class", "--size", "2", "--questions", "3"), "each needs a needle of its own"),
+    (("--rule", "class", "--size", "400"), "needs 399 distractors, and its rule leaves"),
+    (("--rule", "class", "--choices", "3"), "no question is left to ask"),
+]
+
+
+@pytest.mark.parametrize("options, sentence", WRONG_USES)
+def test_what_cannot_be_meant_is_refused(laid_data, root, tmp_path, options, sentence):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root)[:200])
+    said = refusal(laid_data, "questions", lines, "--images", root / "pictures", "--train", tmp_path / "set", *options)
+    assert sentence in said
+    assert not list(tmp_path.glob("set*"))
+
+
+def test_a_class_with_too_few_pictures_is_refused_by_name(laid_data, tmp_path):
+    for number, name in enumerate(("ant", "ant", "ant", "bee", "bee", "bee", "cow")):
+        (tmp_path / "own" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name / f"{number}.jpg").write_bytes(picture(number))
+    said = refusal(laid_data, "classes", tmp_path / "own", "--train", tmp_path / "set", "--choices", 2)
+    assert "class 'cow' has 1 pictures for train, which needs at least 2" in said
+    assert "holds 3 classes; a question that offers 4 needs at least 5" in refusal(
+        laid_data, "classes", tmp_path / "own", "--train", tmp_path / "set"
+    )
+
+
+def test_a_dry_run_writes_nothing_and_says_the_same(laid_data, root, tmp_path, composed):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
+    size = ("--samples", 400, "--questions", 2, "--size", "2-24", "--test-samples", 100, "--seed", 3)
+    folders = ("--train", tmp_path / "train", "--test", tmp_path / "test")
+    outcome = laid_data("compose", "questions", lines, "--images", root / "pictures", "--rule", "class", *folders, *size, "--dry-run", "--json")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+    for part in ("train", "test"):
+        assert outcome.json[part].items() <= composed[1][part].items()
+
+
+def test_a_finished_set_is_not_written_over_and_says_what_comes_next(laid_data, composed, root):
+    out, said = composed
+    assert said["next"][0] == f"laid-data preview {out / 'train'} --sheet preview.png"
+    more = ("--images", root / "pictures", "--rule", "class", "--train", out / "train")
+    assert f"{out / 'train'} exists" in refusal(laid_data, "questions", out / "mine.jsonl", *more)
+
+
+def test_an_interrupt_leaves_nothing_behind(root, tmp_path):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
+    more = ("--images", root / "pictures", "--rule", "class", "--train", tmp_path / "new" / "train", "--test", tmp_path / "new" / "test")
+    process = subprocess.Popen(command("questions", lines, *more, "--samples", 3000, "--size", 100), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("new/train.partial/*.tmp")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in said
+    assert not list((tmp_path / "new").iterdir())
