@@ -77,6 +77,8 @@ class Case:
     bag: Counter[str]
     """How many pictures of the haystack show each name."""
     needle: frozenset[str]
+    showing: int
+    """How many of them show a name that the question watches."""
     fold: int
 
     @property
@@ -136,7 +138,8 @@ def _cases(drafts: Sequence[Draft]) -> list[Case]:
         bag = Counter(name for picture in draft.pictures for name in picture.shows)
         fold = int(2 * number >= len(chosen))
         for question in draft.questions:
-            cases.append(Case(question, len(draft.pictures), bag, draft.pictures[question.needle].shows, fold))
+            showing = sum(not picture.shows.isdisjoint(question.watched) for picture in draft.pictures)
+            cases.append(Case(question, len(draft.pictures), bag, draft.pictures[question.needle].shows, showing, fold))
     return cases
 
 
@@ -150,7 +153,7 @@ def _bag_chance(case: Case) -> float:
     if question.bag_chance is not None:
         return question.bag_chance
     if question.asks_whether_shown:
-        return 1.0 if case.bag[question.watched[0]] in (0, case.images) else 0.5
+        return 1.0 if case.showing in (0, case.images) else 0.5
     shown = [choice for choice in question.choices if case.bag[normal(choice)]]
     return 1 / len(shown if question.watched and question.answer in shown else question.choices)
 
@@ -203,20 +206,20 @@ def _of_depth(case: Case, answer: str) -> Iterator[str]:
 
 
 def _of_others(case: Case, answer: str) -> Iterator[str]:
-    return _of_names(case, answer, case.others)
+    return _of_names(case, answer, case.others, case.showing - (not case.needle.isdisjoint(case.question.watched)))
 
 
 def _of_bag(case: Case, answer: str) -> Iterator[str]:
-    return _of_names(case, answer, case.bag)
+    return _of_names(case, answer, case.bag, case.showing)
 
 
-def _of_names(case: Case, answer: str, shown: Counter[str]) -> Iterator[str]:
+def _of_names(case: Case, answer: str, shown: Counter[str], showing: int) -> Iterator[str]:
     yield "any"
     choices = case.question.choices
     if {normal(choice) for choice in choices} == set(YES_NO):
-        for name in case.question.watched:
-            yield f"{answer} of {min(shown[name], 9)}"
-            yield f"{answer} of {10 * shown[name] // case.images} in 10"
+        yield f"{answer} of {min(showing, 9)}"
+        yield f"{answer} of {10 * showing // case.images} in 10"
+        yield f"{answer} of all but {min(case.images - showing, 9)}"
     else:
         counts = [shown[normal(choice)] for choice in choices]
         own = shown[normal(answer)]

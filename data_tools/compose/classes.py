@@ -92,6 +92,7 @@ def coco_pool(shown: dict[str, set[str]], read: Callable[[Any], bytes], prompt: 
             frozenset({f"class {anchor}"}),
             (target,),
             asks_whether_shown=True,
+            often=True,
         )
         for a, anchor in enumerate(classes)
         for t, target in enumerate(classes)
@@ -142,7 +143,15 @@ def classes_pool(root: Path, read: Callable[[Any], bytes], offered: int, questio
     numbers = {name: [i for i, picture in enumerate(pictures) if picture.stratum == name] for name in classes}
     sets = _sets(classes, offered, 4 * questions, random.Random(f"classes {seed}"))
     groups = [
-        Group(WHICH.format(classes=_listed(some)), some, some, numbers.__getitem__, frozenset(f"class {name}" for name in some), (), True)
+        Group(
+            WHICH.format(classes=_listed(some)),
+            some,
+            some,
+            numbers.__getitem__,
+            frozenset(f"class {name}" for name in some),
+            tells_what_is_shown=True,
+            often=True,
+        )
         for some in sets
     ]
     return Pool(pictures, groups, lambda picture: read(picture.source), {}, good.rejected)

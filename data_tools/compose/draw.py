@@ -123,6 +123,19 @@ class Drawer:
         self.ends = list(accumulate(group.weight for group in self.even))
         self.once = self._asked_once([(group, answers) for group, answers in here if answers and not _is_even(group, answers)])
         self.dealt = 0
+        if not self.even and not self.once:
+            self._refuse_one_sided(here)
+
+    def _refuse_one_sided(self, here: Sequence[tuple[Group, list[str]]]) -> None:
+        given: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for group, answers in here:
+            given[group.choices].update(answers)
+        for choices, answers in given.items():
+            if missing := [choice for choice in choices if choice not in answers]:
+                raise DataError(
+                    f"no picture answers {missing[0]!r} to a question that offers {', '.join(choices)}, so answers cannot be balanced"
+                )
+        raise DataError("no question can be asked of this side's pictures; it has too few")
 
     def _here(self, group: Group, answer: str) -> np.ndarray:
         """Numbers of this side's pictures that give an answer."""
@@ -197,10 +210,13 @@ class Drawer:
         return cards.pop(answer), answer
 
     def _asked_once(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[tuple[str, ...], Once]:
+        """Choices -> their questions of one answer. Those are left out whose choices several questions share and some are never true."""
         items: dict[tuple[str, ...], list[tuple[Group, str]]] = defaultdict(list)
         for group, answers in groups:
-            items[group.choices].append((group, self.rng.choice(answers)))
-        return {choices: Once(choices, found, self, self.rng) for choices, found in items.items()}
+            if not group.often:
+                items[group.choices].append((group, self.rng.choice(answers)))
+        once = {choices: Once(choices, found, self, self.rng) for choices, found in items.items()}
+        return {choices: cards for choices, cards in once.items() if cards.is_even or not choices or self.sharing[choices] == 1}
 
     def _deal_answer(self, choices: tuple[str, ...]) -> str:
         return choices[self._deck_of(choices).deal()]
@@ -284,16 +300,20 @@ class Drawer:
         order = np.argsort(shown[numbers], kind="stable")
         codes, starts = np.unique(shown[numbers[order]], return_index=True)
         cells = dict(zip(codes.tolist(), np.split(numbers[order], starts[1:]), strict=True))
-        return (self._any_numbers if _is_yes_no(asked[0][0]) else self._any_composition)(cells, len(watched), number)
+        if not _is_yes_no(asked[0][0]):
+            return self._any_composition(cells, len(watched), number)
+        bits = [[1 << watched.index(name) for name in group.watched if name in watched] for group, _, _ in asked]
+        return self._any_numbers(cells, [some for some in bits if some], number)
 
-    def _any_numbers(self, cells: dict[int, np.ndarray], names: int, number: int) -> Cells | None:
-        """Each name is shown by any number of distractors, each as likely; by fewer where the pool has too few such pictures."""
+    def _any_numbers(self, cells: dict[int, np.ndarray], names: Sequence[Sequence[int]], number: int) -> Cells | None:
+        """One of the names (bits) of each question is shown by any number of distractors, each as likely; by fewer where the pool has too
+        few such pictures."""
         for attempt in range(TRIES):
             most = number * (TRIES - attempt) // TRIES
             codes = [0] * number
-            for j in range(names):
+            for bits in names:
                 for place in self.rng.sample(range(number), self.rng.randint(0, most)):
-                    codes[place] |= 1 << j
+                    codes[place] |= self.rng.choice(bits)
             wanted = Counter(codes)
             if all(len(cells.get(code, ())) >= count for code, count in wanted.items()):
                 return [(cells[code], count) for code, count in sorted(wanted.items())]

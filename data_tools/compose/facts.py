@@ -265,9 +265,10 @@ def _group(
     offered = {normal(choice) for choice in choices}
     is_yes_no = offered == set(YES_NO)
     watched = () if shown else tuple(name for name in (named_in(text, names) if is_yes_no else sorted(offered)) if name not in excluded)
-    asks = is_yes_no and len(watched) == 1
-    asks = asks and all(
-        (watched[0] in pictures[number].shows) == (normal(answer) == "yes") for answer, found in needles.items() for number in found
+    asks = is_yes_no and all(
+        bool(pictures[number].shows.intersection(watched)) == (normal(answer) == "yes")
+        for answer, numbers in needles.items()
+        for number in numbers
     )
     found = {answer: list(numbers) for answer, numbers in needles.items()}
     return Group(text, choices, tuple(sorted(found)), found.__getitem__, excludes, watched, shown, asks, sum(map(len, found.values())))

@@ -76,8 +76,10 @@ class Group:
     tells_what_is_shown: bool = False
     """The answer is what the haystack shows once: whoever sees all of its pictures knows it."""
     asks_whether_shown: bool = False
-    """A yes-or-no question about the one watched name: yes where the needle shows it."""
+    """A yes-or-no question about the watched names: yes where the needle shows one of them."""
     weight: float = 1.0
+    often: bool = False
+    """Only to be asked where each of its choices is true of some picture."""
 
     @cached_property
     def excluded(self) -> frozenset[str]:
