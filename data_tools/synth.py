@@ -60,9 +60,8 @@ class Scene:
     def picture(self) -> Picture:
         """The scene as haystacks hold it; of its colours the target's alone is one to answer with."""
         info, kinds = describe(self.image), [" ".join(kind) for kind in (self.anchor, self.target)]
-        kind = (info.fmt, info.width, info.height, info.num_bytes)
-        digest = hashlib.sha256(self.image).hexdigest()
-        return Picture(" and ".join(kinds), self, digest, kind, frozenset(kinds), frozenset({*kinds, self.target[0]}))
+        digest, mark = hashlib.sha256(self.image).hexdigest(), (info.crc32, info.num_bytes)
+        return Picture(" and ".join(kinds), self, digest, mark, frozenset(kinds), frozenset({*kinds, self.target[0]}))
 
 
 def pictures(split: str) -> dict[Kind, list[Path]]:

@@ -175,10 +175,11 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def check_classes(pictures: Sequence[Picture], test: np.ndarray, parts: dict[str, bool]) -> None:
-    """Raises DataError for a class (a stratum) of which a part has too few pictures. parts: name -> its value in `test`."""
+def check_classes(pictures: Sequence[Picture], test: np.ndarray, free: np.ndarray, parts: dict[str, bool]) -> None:
+    """Raises DataError for a class (a stratum) of which a part has too few pictures. test, free: [pictures] bool; parts: name -> its value
+    in `test`."""
     for part, value in parts.items():
-        counts = Counter(picture.stratum for picture, is_test in zip(pictures, test, strict=True) if picture.stratum and is_test == value)
+        counts = Counter(pictures[number].stratum for number in np.flatnonzero(free & (test == value)))
         for name in sorted({picture.stratum for picture in pictures if picture.stratum}):
             if counts[name] < LEAST_PICTURES:
                 raise DataError(

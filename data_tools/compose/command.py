@@ -45,6 +45,9 @@ def compose(
     lead: Annotated[str, typer.Option(help='Words before each question, as "For the image with the {class}: ".', show_default=False)] = "",
     instances: Annotated[list[Path] | None, typer.Option(help="COCO instances file: classes of the pictures.", show_default=False)] = None,
     captions: Annotated[list[Path] | None, typer.Option(help="COCO captions file: captions of the pictures.", show_default=False)] = None,
+    apart_from: Annotated[
+        list[Path] | None, typer.Option(help="Data set whose pictures are left out; may be given again.", show_default=False)
+    ] = None,
     answers: Annotated[
         str | None, typer.Option(help="Answers to choose from, as yes,no; others are not asked.", show_default=False)
     ] = None,
@@ -84,6 +87,7 @@ def compose(
         lead=lead,
         instances=tuple(instances or ()),
         captions=tuple(captions or ()),
+        apart_from=tuple(apart_from or ()),
         answers=tuple(answer.strip() for answer in answers.split(",")) if answers else (),
         choices=choices,
         seed=seed,

@@ -21,6 +21,7 @@ from data_tools.compose.writing import as_read, write
 from data_tools.console import track
 from data_tools.formats.visual_haystacks import PROMPT
 from data_tools.image_root import ImageRoot
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError
 from laid_ds.data.writer import write_whole
 from laid_ds.disk import whole_folder
@@ -53,6 +54,7 @@ class Compose:
     lead: str = ""
     instances: tuple[Path, ...] = ()
     captions: tuple[Path, ...] = ()
+    apart_from: tuple[Path, ...] = ()
     answers: tuple[str, ...] = ()
     choices: int | None = None
     seed: int = 0
@@ -79,7 +81,10 @@ def compose(plan: Compose, dry_run: bool = False) -> dict[str, Any]:
     _check_plan(plan)
     pool = read_pool(plan)
     test = sides(pool.pictures, plan.test_share, plan.seed) if plan.train and plan.test else np.full(len(pool.pictures), bool(plan.test))
-    classes.check_classes(pool.pictures, test, {name: name == TEST for name in plan.shapes})
+    free = ~taken(pool, plan.apart_from)
+    classes.check_classes(pool.pictures, test, free, {name: name == TEST for name in plan.shapes})
+    if not free.all():
+        pool.left_out["pictures of --apart-from"] = int((~free).sum())
     result: dict[str, Any] = {"format": plan.format, "pictures": len(pool.pictures), "questions_in_pool": len(pool.groups)}
     if pool.left_out:
         result["left_out"] = pool.left_out
@@ -87,7 +92,7 @@ def compose(plan: Compose, dry_run: bool = False) -> dict[str, Any]:
         result["rejected"] = len(pool.rejected)
     drafts = {}
     for name, shape in plan.shapes.items():
-        members = test == (name == TEST)
+        members = free & (test == (name == TEST))
         drawn = draw(pool, members, shape, f"compose {name} {plan.seed}", f"{plan.format}-{name}")
         drafts[name] = list(track(drawn, f"draw {name}", shape.samples))
         if name == TEST:
@@ -123,7 +128,7 @@ def _check_plan(plan: Compose) -> None:
         raise ValueError(f"{said[0]} is for {', '.join(LISTS)}; {plan.format} makes its questions, and its rule, from classes")
     if plan.images is None and plan.format not in ("shards", "classes"):
         raise ValueError(f"say under which folder the pictures of {plan.files[0]} lie: --images FOLDER")
-    for path in (*plan.files, *plan.instances, *plan.captions):
+    for path in (*plan.files, *plan.instances, *plan.captions, *plan.apart_from):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
     if plan.train and plan.test and not 0 < plan.test_share < 1:
@@ -161,6 +166,14 @@ def _one_folder(plan: Compose) -> Path:
     if plan.images is not None:
         raise ValueError(f"--images is not needed: the pictures of classes lie in the folders of {plan.files[0]}")
     return plan.files[0]
+
+
+def taken(pool: Pool, folders: Sequence[Path]) -> np.ndarray:
+    """[pictures] bool: which stand in data sets already, by the crc32 and length that their records declare."""
+    datasets = [Dataset.open(folder) for folder in folders]
+    records = (dataset.record(i) for dataset in datasets for i in range(len(dataset)))
+    marks = {(image.crc32, image.num_bytes) for record in records for image in record.images}
+    return np.array([picture.mark in marks for picture in pool.pictures], bool)
 
 
 def _rules(plan: Compose) -> Rules:

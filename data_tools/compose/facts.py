@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data_tools.compose.pool import YES_NO, Group, Picture, Pool, Row, check_question, name_key, name_table, named_in, normal, words_of
@@ -110,8 +110,8 @@ def read_pictures(rows: Sequence[Row], read: Callable[[Any], bytes], name_of: Ca
             info = describe(data)
         except DataError as error:
             return DataError(f"{first[image]}: {error.reason}")
-        kind = (info.fmt, info.width, info.height, len(data))
-        return Picture(name_of(image), image, hashlib.sha256(data).hexdigest(), kind, frozenset(), frozenset())
+        digest, mark = hashlib.sha256(data).hexdigest(), (info.crc32, info.num_bytes)
+        return Picture(name_of(image), image, digest, mark, frozenset(), frozenset())
 
     def unlike(picture: Picture | DataError) -> Picture:
         if isinstance(picture, DataError):
@@ -175,7 +175,7 @@ def _labelled(picture: Picture, known: Known, rules: Rules, said: set[str]) -> P
     if not rules.lead:
         bears |= {f"asked {text}" for text in known.asked}
     shows = known.classes | known.words | (known.answers & said)
-    return Picture(picture.name, picture.source, picture.digest, picture.kind, frozenset(bears), frozenset(shows))
+    return replace(picture, bears=frozenset(bears), shows=frozenset(shows))
 
 
 def _asked(rows: Sequence[Row], numbers: dict, known: dict[Any, Known], rules: Rules, good: Sieve, left_out: Counter[str]) -> list[Asked]:

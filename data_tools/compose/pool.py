@@ -52,8 +52,8 @@ class Picture:
     source: Any
     digest: str
     """sha256 of its bytes: what makes it this picture, whatever its name."""
-    kind: tuple[str, int, int, int]
-    """Format, width, height, bytes."""
+    mark: tuple[int, int]
+    """crc32 and number of its bytes, as records of shards declare them."""
     bears: frozenset[str]
     shows: frozenset[str]
     stratum: str = ""

@@ -118,6 +118,17 @@ def test_train_and_test_share_no_picture(composed):
     assert said["train"]["pictures_to_draw_from"] == round(0.8 * 24 * PER_KIND)
 
 
+def test_pictures_of_another_set_are_left_out(root, composed, tmp_path):
+    lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
+    more = ("--images", root / "pictures", "--rule", "class", "--size", 10, "--samples", 200, "--apart-from", composed[0] / "train")
+    said = run("questions", lines, *more, "--train", tmp_path / "set")
+    before, now = (
+        {digest(image) for sample in Dataset.open(at) for image in sample.images} for at in (composed[0] / "train", tmp_path / "set")
+    )
+    assert not before & now
+    assert said["left_out"]["pictures of --apart-from"] == len(before)
+
+
 def test_needles_stand_at_every_depth_and_answers_are_even(root, tmp_path):
     lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root))
     run("questions", lines, "--images", root / "pictures", "--rule", "class", "--train", tmp_path / "set", "--samples", 800, "--size", 10)
