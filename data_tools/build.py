@@ -207,7 +207,7 @@ def _ordered(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: i
 def _reject(plan: Build, out: Path, number: int, error: DataError) -> None:
     if not plan.skip_bad:
         raise error
-    with open(out / REJECTED, "a", encoding="utf-8") as file:
+    with open(out / REJECTED, "a", encoding="utf-8", errors="backslashreplace") as file:  # what was refused may be no UTF-8
         file.write(json.dumps({"entry": number, "reason": error.reason}, ensure_ascii=False) + "\n")
 
 

@@ -250,7 +250,7 @@ def _write_all(plan: Compose, pool: Pool, drafts: dict[str, list[Draft]], result
             write_whole(partial / COMPOSED, _record(plan, result[name]))
             if pool.rejected:
                 lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in pool.rejected)
-                write_whole(partial / REJECTED, "".join(lines).encode())
+                write_whole(partial / REJECTED, "".join(lines).encode(errors="backslashreplace"))
 
 
 def _record(plan: Compose, part: dict[str, Any]) -> bytes:

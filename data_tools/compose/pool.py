@@ -144,6 +144,10 @@ def name_table(names: Iterable[str]) -> dict[tuple[str, ...], str]:
 
 def check_question(row: Row) -> None:
     """Raises DataError for a question that cannot stand in a haystack."""
+    try:
+        "".join((row.question, row.answer, *row.choices, *row.about)).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{row.place}: the question or its answers hold half a surrogate pair") from None
     if not row.answer.strip():
         raise DataError(f"{row.place}: the question {row.question[:60]!r} has no answer")
     if row.choices and row.answer not in row.choices:

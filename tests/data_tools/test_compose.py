@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from data_samples import picture
 from typer.testing import CliRunner
 
 from data_tools.cli import app
+from data_tools.compose.draw import sides
+from data_tools.compose.pool import Picture
 from data_tools.synth import COLOURS, SHAPES
 from data_tools.synth import pictures as easy_pictures
 from laid_ds.data.dataset import Dataset
@@ -116,6 +119,14 @@ def test_train_and_test_share_no_picture(composed):
     assert not train & test
     assert len(train) > len(test) > 50
     assert said["train"]["pictures_to_draw_from"] == round(0.8 * 24 * PER_KIND)
+
+
+def test_sides_go_by_content_not_by_name_nor_order(truth):
+    pictures = [Picture(f"{i}.png", i, digest, (0, i), frozenset(), frozenset()) for i, digest in enumerate(truth)]
+    renamed = [replace(picture, name=f"other {picture.name}", source="") for picture in reversed(pictures)]
+    first, second = ({some[i].digest for i in sides(some, 0.3, 7).nonzero()[0]} for some in (pictures, renamed))
+    assert first == second
+    assert len(first) == round(0.3 * len(pictures))
 
 
 def test_pictures_of_another_set_are_left_out(root, composed, tmp_path):
@@ -429,6 +440,7 @@ BAD_ROWS = [
     ({"image": None}, "entry 1: 0 images; a row to compose from names one picture"),
     ({"question": "What colour is the <video>?"}, "entry 1: the text holds the mark <video>"),
     ({"question": "What colour is the dog of the second image?"}, "entry 1: the question names an image by its place"),
+    ({"answer": "\ud800"}, "entry 1: the question or its answers hold half a surrogate pair"),
     ({"about": ["cat"]}, "entry 1: the question does not name what it is about ('cat')"),
     ({"question": "What colour is it?", "about": None}, "entry 1: --rule class needs the class"),
     ({"image": "p0.jpg", "answer": "blue"}, "is answered 'blue' here and 'red' elsewhere"),
