@@ -11,17 +11,18 @@ import hashlib
 import random
 from bisect import bisect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from data_tools.compose.decks import Deck, Once
 from data_tools.compose.pool import YES_NO, Group, Picture, Pool, normal
 from laid_ds.data.record import DataError
 
-HAND = 512  # cards of a large deck
 PACKS = 8  # of answers, shuffled into one deck
 DEPTHS = 10  # parts of a haystack among which needles are dealt
 MOST_WATCHED = 60  # bits of a number
@@ -87,23 +88,6 @@ def draw(pool: Pool, members: np.ndarray, shape: Shape, seed: str, prefix: str) 
 
 class NoRoom(Exception):
     """This haystack cannot be made so; another draw may be."""
-
-
-class Deck:
-    """Deals its cards in random order, all of them before one comes again (of a large deck, HAND of them)."""
-
-    def __init__(self, cards: Callable[[], Sequence], rng: random.Random):
-        self.cards, self.rng, self.left = cards, rng, []
-
-    def deal(self):
-        if not self.left:
-            cards = self.cards()
-            self.left = [cards[i] for i in self.rng.sample(range(len(cards)), min(len(cards), HAND))]
-        return self.left.pop()
-
-    def put_back(self, card) -> None:
-        """On top: it is the next."""
-        self.left.append(card)
 
 
 class Drawer:
@@ -215,7 +199,7 @@ class Drawer:
         for group, answers in groups:
             if not group.often:
                 items[group.choices].append((group, self.rng.choice(answers)))
-        once = {choices: Once(choices, found, self, self.rng) for choices, found in items.items()}
+        once = {choices: Once(choices, found, partial(self._deck_of, choices), self.rng) for choices, found in items.items()}
         return {choices: cards for choices, cards in once.items() if cards.is_even or not choices or self.sharing[choices] == 1}
 
     def _deal_answer(self, choices: tuple[str, ...]) -> str:
@@ -347,37 +331,6 @@ class Drawer:
                 place = (place + 1) % size
             taken[place] = None
         return [*taken, *(place for place in range(size) if place not in taken)]
-
-
-class Once:
-    """Questions of the same choices, each dealt once."""
-
-    def __init__(self, choices: tuple[str, ...], items: Iterable[tuple[Group, str]], drawer: Drawer, rng: random.Random):
-        self.choices, self.drawer, self.rng = choices, drawer, rng
-        self.left: dict[str, list[Group]] = defaultdict(list)
-        for group, answer in items:
-            self.left[answer].append(group)
-        for groups in self.left.values():
-            rng.shuffle(groups)
-        self.is_even = len(choices) > 1 and set(self.left) == set(choices)
-
-    def __len__(self) -> int:
-        if self.is_even:  # balanced: over when one answer is
-            return min(len(groups) for groups in self.left.values()) * len(self.choices)
-        return sum(len(groups) for groups in self.left.values())
-
-    def next_answer(self) -> str:
-        if self.is_even:
-            return self.drawer._deal_answer(self.choices)
-        return self.rng.choices(list(self.left), [len(groups) for groups in self.left.values()])[0]
-
-    def pop(self, answer: str) -> Group:
-        return self.left[answer].pop()
-
-    def put_back(self, group: Group, answer: str) -> None:
-        if self.is_even:
-            self.drawer._deck_of(self.choices).put_back(self.choices.index(answer))
-        self.left[answer].insert(self.rng.randint(0, len(self.left[answer])), group)
 
 
 def _index(pictures: Sequence[Picture], of: str) -> dict[str, np.ndarray]:
