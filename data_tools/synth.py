@@ -33,6 +33,7 @@ from data_tools.compose.writing import sample_of, write
 from data_tools.console import show, track
 from laid_ds.data.record import Sample, describe
 from laid_ds.disk import whole_folder
+from laid_ds.terminal import next_step
 
 COLOURS = ("black", "gray", "red", "green", "blue", "brown", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -228,3 +229,5 @@ def haystack_command(
         fingerprint = write(made, _bytes, lambda draft: FACTS, folder, "write").fingerprint
     report = {"folder": str(output), "samples": samples, "images": samples * images, "fingerprint": fingerprint}
     show(report | {"shortcuts": [baseline.row() for baseline in found]}, as_json)
+    if not as_json:
+        next_step("laid-data", "preview", output, "--sheet", "preview.png")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from data_tools.console import show
+from laid_ds.terminal import next_step
 
 Format = Literal["questions", "llava", "vqa", "coco", "vhs", "classes", "shards"]
 EXAMPLE = """Examples:
@@ -60,6 +62,7 @@ def compose(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on after bad rows and pictures; rejected.jsonl names each.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Field to leave out; may be given again.", show_default=False)] = None,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every picture once, not only its header.")] = True,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Links among the pictures may lead out of their folder.")] = False,
     jobs: Annotated[int, typer.Option(help="Threads that read pictures.", min=1)] = os.cpu_count() or 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Draw and check, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -96,14 +99,17 @@ def compose(
         skip_bad=skip_bad,
         ignore=tuple(ignore or ()),
         decode=decode,
+        follow_links=follow_links,
         jobs=jobs,
     )
     result = run(plan, dry_run)
-    result["next"] = "the same without --dry-run" if dry_run else _next(train, test)
+    steps = [] if dry_run else _next(train, test)
     if json:
-        show(result, True)
-    else:
-        print("\n".join(lines_of(result)))
+        show(result | {"next": list(map(shlex.join, steps))}, True)
+        return
+    print("\n".join(lines_of(result)))
+    for words in steps:
+        next_step(*words)
 
 
 def _bounds(option: str, text: str | None) -> tuple[int, int] | None:
@@ -118,11 +124,11 @@ def _bounds(option: str, text: str | None) -> tuple[int, int] | None:
     return int(least), int(most or least)
 
 
-def _next(train: Path | None, test: Path | None) -> list[str]:
+def _next(train: Path | None, test: Path | None) -> list[list[str]]:
     """Commands that one runs after this one."""
-    look = f"laid-data preview {train or test} --sheet preview.png"
-    learn = f"laid train RECIPE.toml --dry-run 'data.shards=[\"{train}\"]'"
-    ask = f"laid eval {test} NAME=MODEL_FOLDER --out evaluation.json"
+    look = ["laid-data", "preview", str(train or test), "--sheet", "preview.png"]
+    learn = ["laid", "train", "RECIPE.toml", "--dry-run", f'data.shards=["{train}"]']
+    ask = ["laid", "eval", str(test), "NAME=MODEL_FOLDER", "--out", "evaluation.json"]
     return [look, *([learn] if train else []), *([ask] if test else [])]
 
 
@@ -135,8 +141,7 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     for name in ("train", "test"):
         if name in result:
             lines += _part_lines(name, result[name])
-    said = result["next"]
-    return [*lines, *([f"next: {said}"] if isinstance(said, str) else ["next:", *(f"  {command}" for command in said)])]
+    return lines
 
 
 def _part_lines(name: str, part: dict[str, Any]) -> list[str]:

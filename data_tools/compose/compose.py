@@ -63,6 +63,7 @@ class Compose:
     skip_bad: bool = False
     ignore: tuple[str, ...] = ()
     decode: bool = True
+    follow_links: bool = False
     jobs: int = 1
 
     @property
@@ -146,7 +147,7 @@ def read_pool(plan: Compose) -> Pool:
         shards = sources.ShardPictures(plan.files)
         return pool_of(shards.rows(), shards.read, shards.name, _rules(plan))
     root = _one_folder(plan) if plan.format == "classes" else plan.images
-    look, copy = (ImageRoot(root, decode=decode).read for decode in (plan.decode, False))
+    look, copy = (ImageRoot(root, decode=decode, follow_links=plan.follow_links).read for decode in (plan.decode, False))
     return replace(_pool_of_files(plan, look), read=lambda picture: copy(picture.source))
 
 
