@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-slurm test-energon test-templates test-processors check bench study clean
+.PHONY: install demo test test-slurm test-energon test-templates test-processors first-day check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -78,6 +78,10 @@ test: install
 # Jobs on a SLURM of this machine (launch/testcluster); skips with a reason where it cannot be. LAID_SLURM_MATRIX=1: the whole matrix.
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm
+
+# The commands of docs/first_day.md, from own pictures to a report, for two families.
+first-day: install
+	$(BIN)/python -m pytest -m first_day
 
 # The shards against megatron-energon itself, which is installed apart: its dependencies would replace ours.
 ENERGON := .energon

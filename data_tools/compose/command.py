@@ -127,7 +127,8 @@ def _bounds(option: str, text: str | None) -> tuple[int, int] | None:
 def _next(train: Path | None, test: Path | None) -> list[list[str]]:
     """Commands that one runs after this one."""
     look = ["laid-data", "preview", str(train or test), "--sheet", "preview.png"]
-    learn = ["laid", "train", "RECIPE.toml", "--dry-run", f'data.shards=["{train}"]']
+    held_out = ["--test", str(test)] if test else []
+    learn = ["laid", "new", "RECIPE.toml", "--student", "STUDENT", "--teacher", "TEACHER", "--data", str(train), *held_out]
     ask = ["laid", "eval", str(test), "NAME=MODEL_FOLDER", "--out", "evaluation.json"]
     return [look, *([learn] if train else []), *([ask] if test else [])]
 
