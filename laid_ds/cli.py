@@ -49,6 +49,33 @@ def train(
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port))
 
 
+@app.command(epilog="Example: laid doctor --run /scratch/runs --ranks 8")
+def doctor(
+    run: Annotated[Path, typer.Option(help="Folder that runs are written to; its disk is looked at.")] = Path("runs"),
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = None,
+    port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for ranks that do not come.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look at this machine, its software and its cards: ok, slow, wrong or absent, with what to do. Status 1 where something is wrong.
+
+    Versions, driver, memory, disks; what DeepSpeed would compile; ranks and their messages; every kernel of attention and of matching
+    against its definition; a step under ZeRO-3; speeds. Nothing is kept. On several nodes: srun python -m laid_ds.doctor.
+    """
+    from laid_ds.doctor import software
+    from laid_ds.doctor.examine import main as examine
+
+    words = ["--run", str(run), "--wait", str(wait), *(["--json"] if as_json else [])]
+    if software.missing():  # is a line of the table
+        raise typer.Exit(examine(words))
+    import torch
+
+    from laid_ds.runtime.local import DOCTOR, launch
+
+    alone = (ranks or torch.cuda.device_count() or 1) == 1
+    raise typer.Exit(examine(words) if alone else launch(words, ranks, port, module=DOCTOR))
+
+
 @app.command(epilog="Example: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train")
 def init(
     model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],

@@ -26,6 +26,7 @@ FLOORS = {
     "laid_ds.runtime": 2,
     "laid_ds.method": 3,
     "laid_ds.evaluation": 3,
+    "laid_ds.doctor": 4,
     "laid_ds.plan": 4,
     "laid_ds.export": 4,
     "laid_ds.run": 5,

@@ -62,6 +62,13 @@ def plan(weight: Tensor, first: Tensor, query_offset: int, device: torch.device)
     return Plan(rows.to(device), last.int().to(device), first.int().to(device), weight.float().to(device))
 
 
+def check_layout(device: torch.device, **tensors: Tensor) -> None:
+    """The kernels know a tensor by its first element: each must lie on the device, without gaps."""
+    for name, x in tensors.items():
+        assert x.device == device, f"{name} is on {x.device}, not on {device}"
+        assert x.is_contiguous(), f"{name} {tuple(x.shape)} has strides {x.stride()}"
+
+
 def positions_or_tokens(positions: Tensor | None, key: Tensor) -> Tensor:
     """[B, S] int32, contiguous: what distances are differences of; token indices if no positions are given."""
     if positions is not None:

@@ -2,7 +2,7 @@
 
 A mask is None (causal), transformers' dense one, or `bounds`: where the samples of packed rows begin and end. With bounds no mask is made:
 time and memory are linear in the row. FlashAttention 2 or 4 serve where they are installed, torch's own kernels elsewhere.
-The branches for CUDA are checked against CPU stand-ins of the kernels they call; they have not run on a GPU.
+The branches for CUDA are checked against CPU stand-ins of the kernels they call; `laid doctor` checks those of a GPU where it stands.
 
 Letters: B batch, T tokens, H query heads, K key heads, D head dim, N packed samples. No log-sum-exp here carries a gradient.
 """
@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from laid_ds.kernels.switch import note
 
 ROWS = 512  # query rows at a time in a sliding window on the CPU
 HALVES = (torch.bfloat16, torch.float16)
@@ -56,7 +58,9 @@ def attend(
     device = query.device.type
     if device == "cuda" and query.dtype in HALVES and causal and (mask is None or is_bounds(mask)):
         rows = torch.arange(len(query) + 1, dtype=torch.int32) * query.shape[2] if mask is None else mask
+        note("attention", _kernel().__name__.strip("_"))
         return _varlen(query, key, value, rows, scale, window if is_bounds(mask) else None)
+    note("attention", "the CPU's flash attention" if device == "cpu" else "SDPA")
     kernel = _flash_cpu if device == "cpu" else _sdpa
     return _segments(kernel, query, key, value, mask, scale, window) if is_bounds(mask) else kernel(query, key, value, mask, scale, causal)
 
@@ -116,21 +120,38 @@ def _rows(parts: list[Tensor], batch: int) -> Tensor:
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
     """A CUDA kernel for samples of any length laid end to end."""
+    return varlen(_kernel(), query, key, value, bounds, scale, window)
+
+
+def varlen(kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
+    """Causal attention of packed rows as `attend` means it, by one of `varlen_kernels`."""
     longest = int(bounds.diff().max())
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B T, heads, D]
-    out, lse = _kernel()(*flat, bounds.to(query.device), longest, scale, window)
+    assert all(x.stride(-1) == 1 for x in flat), [x.stride() for x in flat]  # no kernel reads other strides of a head
+    out, lse = kernel(*flat, bounds.to(query.device), longest, scale, window)
     shape = len(query), query.shape[2]
     return out.unflatten(0, shape).transpose(1, 2), lse.detach().unflatten(1, shape).transpose(0, 1)
 
 
+Varlen = Callable[..., tuple[Tensor, Tensor]]
+"""(query, key, value [T, heads, D], bounds, longest, scale, window) -> (output [T, H, D], log-sum-exp [H, T])."""
+
+
 @cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
-    """FlashAttention 4 or 2 where installed, else torch's: (query, key, value [T, heads, D], bounds, longest, scale, window) ->
-    (output [T, H, D], log-sum-exp [H, T])."""
-    major = torch.cuda.get_device_capability()[0]
-    if _installed("flash_attn.cute") and major >= 9:
-        return _flash_4
-    return _flash_2 if _installed("flash_attn.flash_attn_interface") else _torch_varlen
+def _kernel() -> Varlen:
+    """FlashAttention 4 or 2 where installed, else torch's."""
+    return next(kernel for kernel in varlen_kernels(torch.cuda.get_device_capability()[0]).values() if not isinstance(kernel, str))
+
+
+def varlen_kernels(major: int) -> dict[str, Varlen | str]:
+    """The kernels for packed rows by name, best first, or why one cannot serve; major: of the GPU's compute capability."""
+    flash_4 = _flash_4 if _installed("flash_attn.cute") else "not installed: pip install 'laid-ds[fa4]' (for Hopper and Blackwell)"
+    flash_2 = _flash_2 if _installed("flash_attn.flash_attn_interface") else "not installed: pip install 'laid-ds[flash]' builds it"
+    return {
+        "FlashAttention 4": flash_4 if major >= 9 else "the GPU is older than Hopper",
+        "FlashAttention 2": flash_2,
+        "torch varlen": _torch_varlen,
+    }
 
 
 def _installed(module: str) -> bool:

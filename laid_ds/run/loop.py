@@ -21,6 +21,7 @@ from laid_ds.data.record import DataError
 from laid_ds.disk import writing
 from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
+from laid_ds.kernels import switch
 from laid_ds.method import schedule
 from laid_ds.method.distill import NonFiniteLoss, train_step
 from laid_ds.plan.flops import model_flops
@@ -100,6 +101,8 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         _evaluate(run, training, reporter, 0)
     for step in range(first, run.steps):
         reporter.step(step + 1, _one_step(run, training, batches, step))
+        if step == first:
+            reporter.say(kernels_used())
         if run.evaluation and ((step + 1) % run.evaluation.every_steps == 0 or step + 1 == run.steps):
             _evaluate(run, training, reporter, step + 1)
         reason = stop.agreed(run.output, run.stop.after_minutes) if step + 1 < run.steps else ""
@@ -110,6 +113,13 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
         if reason:
             return step + 1, reason
     return run.steps, ""
+
+
+def kernels_used() -> str:
+    """Which kernels have served in this process."""
+    used = {"attention": "SDPA"} | switch.used()
+    said = [f"{what.removeprefix('attention_')} by {which}" for what, which in used.items()]
+    return f"kernels: {', '.join(said)}"
 
 
 def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int) -> dict[str, Any]:

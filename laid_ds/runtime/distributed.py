@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,51 @@ def on_rank_0(act: Callable[[], T]) -> T | None:
     if failed:
         raise ValueError("refused by rank 0, which says why")
     return result
+
+
+class Exchange(NamedTuple):
+    """What the ranks sent each other."""
+
+    backend: str
+    gather_bytes_per_second: float
+    """Bytes that a rank has after an all-gather, by its time: the faster of the repetitions."""
+    scatter_bytes_per_second: float
+    """Bytes that a rank gives into a reduce-scatter, by its time."""
+    is_right: bool
+    """Whether what came is what was sent."""
+
+
+def exchange(num_bytes: int, repetitions: int = 3) -> Exchange:
+    """All-gather and reduce-scatter of about `num_bytes` of float32, as ZeRO-3 does, timed and checked. Collective."""
+    ranks, device = world_size(), _device()
+    part = torch.full((max(num_bytes // 4 // ranks, 1),), float(rank() + 1), device=device)
+    whole, reduced = part.new_empty(part.numel() * ranks), torch.empty_like(part)
+    gather = _fastest(lambda: dist.all_gather_into_tensor(whole, part), device, repetitions)
+    wanted = torch.arange(1, ranks + 1, device=device, dtype=part.dtype).repeat_interleave(part.numel())
+    is_right = torch.equal(whole, wanted)
+    scatter = _fastest(lambda: dist.reduce_scatter_tensor(reduced, wanted), device, repetitions)
+    is_right &= torch.equal(reduced, part * ranks)
+    num_bytes = 4 * whole.numel()
+    return Exchange(dist.get_backend(), num_bytes / gather, num_bytes / scatter, is_right)
+
+
+def _fastest(work: Any, device: torch.device, repetitions: int) -> float:
+    """Seconds; the first time, in which connections are made, does not count."""
+    seconds = []
+    for _ in range(1 + repetitions):
+        barrier()
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def leave() -> None:
+    """End this process's part in the group, if it has one."""
+    if started():
+        dist.destroy_process_group()
 
 
 def _reduced(values: Iterable[float], operation: str) -> list[float]:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,56 @@ RUN_KEYS = {
 }
 
 
-def start_processes() -> None:
-    """Join the process group that the launcher described. Raises ValueError when there is no launcher or its world size is wrong."""
+def start_processes(wait_seconds: float | None = None) -> None:
+    """Join the process group that the launcher described, and take this rank's GPU.
+
+    Raises ValueError when there is no launcher, when a rank has no GPU of its own, and when the others do not come in `wait_seconds`
+    (default: DeepSpeed's half hour), which no later message may take, either.
+    """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(
             f"no launcher: {', '.join(missing)} not set; start with `laid train RECIPE` or `deepspeed --module laid_ds.train RECIPE`"
         )
     choose_accelerator()
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # the op serves inference only; building it takes minutes of g++
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    patience = {} if wait_seconds is None else {"timeout": timedelta(seconds=wait_seconds)}
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False)
-    except torch.distributed.DistNetworkError as error:
+        deepspeed.init_distributed(auto_mpi_discovery=False, **patience)
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"the ranks cannot meet at {place} ({error}); is the port in use? choose another") from None
+        raise ValueError(
+            f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {place} ({str(error).splitlines()[0]}); is the port in use, or were fewer"
+            " ranks started?"
+        ) from None
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Before any message: NCCL refuses two ranks on one GPU, and until a rank chooses, the first is everyone's."""
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"LOCAL_RANK is {local_rank}, but {gpus} GPU(s) can be used here: start at most {gpus} ranks on this machine")
+    torch.cuda.set_device(local_rank)
+
+
+def compiled_on_use() -> dict[str, str]:
+    """DeepSpeed's own operations that an engine file of ds_configs/ may ask for, and whether each is built, could be, or could not.
+
+    All others are left alone: the optimizer is torch's, buffers are pinned by torch. Raises ImportError when DeepSpeed cannot be imported.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = AsyncIOBuilder()
+    if Path(_get_build_directory(builder.name, verbose=False), f"{builder.name}.so").is_file():
+        return {builder.name: "built"}
+    return {builder.name: "could be" if builder.is_compatible(verbose=False) else "could not"}
 
 
 def choose_accelerator() -> None:

@@ -26,11 +26,12 @@ from laid_ds.runtime.environment import DEVICES, without_ranks
 from laid_ds.runtime.launchers import MODULE, STARTED_BY
 
 LAUNCHERS = ("deepspeed", "torchrun")
-RANK = ("-m", MODULE)  # how both launchers start a rank
+DOCTOR = "laid_ds.doctor"  # what a rank may be beside a training; both are started as `python -m`
 
 
-def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launcher: str = "deepspeed") -> int:
-    """Train RECIPE [section.key=value ...] with `ranks` processes (default: one per GPU, or 1); the launcher's exit status.
+def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launcher: str = "deepspeed", module: str = MODULE) -> int:
+    """Train RECIPE [section.key=value ...], or run another `module` with other words, with `ranks` processes (default: one per GPU, or 1);
+    the launcher's exit status.
 
     Port 0 takes a free one. Ctrl-C, SIGTERM and a closed terminal reach the ranks, which save and leave; we wait for them. Should this
     process, the launcher or a rank be killed, none of the others stays behind.
@@ -44,7 +45,7 @@ def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launch
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     elif environment.get("DS_ACCELERATOR") != "cpu":
         _check_gpus(ranks, gpus)
-    command = [*_launcher(launcher, ranks, port or _free_port()), *words]
+    command = [*_launcher(launcher, ranks, port or free_port(), module), *words]
     process: subprocess.Popen | None = None
     received: list[int] = []
 
@@ -74,16 +75,16 @@ def _check_gpus(ranks: int, gpus: int) -> None:
         raise ValueError(f"{ranks} ranks need {ranks} GPUs, but {gpus} can be used here{chosen}; give --ranks {gpus} or fewer")
 
 
-def _launcher(name: str, ranks: int, port: int) -> list[str]:
-    """The command line up to the recipe. Raises ValueError for an unknown launcher."""
+def _launcher(name: str, ranks: int, port: int, module: str = MODULE) -> list[str]:
+    """The command line up to the module's words. Raises ValueError for an unknown launcher."""
     if name == "deepspeed":  # its launcher of one machine; the one before it looks for other machines
         slots = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
         place = [f"--world_info={slots}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         start = ["-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", "--no_python", *place]
-        return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", *RANK]
+        return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", "-m", module]
     if name == "torchrun":
         place = ["--nnodes=1", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
-        return [sys.executable, "-m", "torch.distributed.run", *place, "--module", MODULE]
+        return [sys.executable, "-m", "torch.distributed.run", *place, "--module", module]
     raise ValueError(f"launcher {name!r}: choose one of {', '.join(LAUNCHERS)}")
 
 
@@ -112,11 +113,11 @@ def _end_orphans() -> None:
 
 def _is_rank(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return RANK in pairwise(process.cmdline())
+        return bool({("-m", MODULE), ("-m", DOCTOR)} & set(pairwise(process.cmdline())))
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -13,7 +13,8 @@ from laid_ds.kernels import checks
 from laid_ds.kernels.attention_matching.inside_attention import attention_and_matching
 from laid_ds.kernels.attention_matching.omega import UNIFORM, Omega
 from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture, teacher_sides
-from laid_ds.kernels.switch import choose
+from laid_ds.kernels.attention_matching.trial import trial
+from laid_ds.kernels.switch import choose, exactly_on
 from laid_ds.kernels.visible import first_visible, row_weights
 
 __all__ = ["Omega", "attention_and_matching", "attention_matching"]
@@ -65,7 +66,8 @@ def attention_matching(
     student_lse [B, H^s, T], teacher_lse [B, H^t, T] float32: natural log-sum-exp of the scaled scores over the keys each row sees in its
         own model, to save work; the gradient treats them as the functions of query and key that they are.
     chunk_size: rows at once in "chunked" and in the dense form of "fused".
-    implementation: "reference" (dense), "chunked" (any device), "fused" (Triton, CUDA), "auto" (fused where it can run, else chunked).
+    implementation: "reference" (dense), "chunked" (any device), "fused" (Triton, CUDA), "auto" (fused
+        where it can run and gives what chunked gives on a small problem, see switch.py; else chunked).
 
     Raises ValueError naming the argument, its value and what was expected. Source: method section 2 of docs, not the LAid paper.
     """
@@ -99,5 +101,6 @@ def attention_matching(
         teacher_heads,
     )
     mixing = mixture(mixing_logits.to(problem.dtype), teacher_heads, by_row=teacher_alone is not None)
-    run = choose(__name__, "attention_matching", implementation, device)
-    return run(problem, student_query, student_key, mixing, chunk_size), count * heads
+    with exactly_on(device):
+        run = choose(__name__, "attention_matching", implementation, device, trial(problem))
+        return run(problem, student_query, student_key, mixing, chunk_size), count * heads

@@ -562,7 +562,9 @@ def _prepare(problem: Problem, used: Tensor | None) -> tuple[tiles.Plan, dict[st
     x["teacher_lse"] = _log_sum_exp(teacher, x["teacher_query"], x["teacher_key"], plan, taught.first, used)
     x |= {"student_first": plan.first, "teacher_first": taught.first, "last": plan.last}
     x["positions"] = tiles.positions_or_tokens(problem.positions, x["student_key"])
-    return plan, x | {"norm": _norm(problem, plan, x["positions"])}
+    x["norm"] = _norm(problem, plan, x["positions"])
+    tiles.check_layout(student.query.device, **x)
+    return plan, x
 
 
 def _log_mass(problem: Problem, plan: tiles.Plan, x: dict[str, Tensor], used: Tensor | None) -> Tensor:
@@ -583,6 +585,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
         log_mass = _log_mass(problem, plan, x, used)[:, choice]  # [B, H^s, U, R]
         pi = (pi[..., None] + log_mass * LN2.value).softmax(2)
     x |= {"heads": choice.int().contiguous(), "pi": pi.contiguous()}
+    tiles.check_layout(mixing.device, heads=x["heads"], pi=x["pi"])
     (batch, heads, rows, size), (_, key_heads, keys, _) = x["student_query"].shape, x["student_key"].shape
     (_, teacher_heads, _, teacher_size), teacher_key_heads = x["teacher_query"].shape, x["teacher_key"].shape[1]
     new = partial(torch.empty, dtype=torch.float32, device=mixing.device)

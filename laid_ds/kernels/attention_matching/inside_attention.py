@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from laid_ds.kernels.attention_matching.chunked import Comparison, default_chunk_size, keys_last
 from laid_ds.kernels.attention_matching.omega import Omega
 from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture, teacher_sides
+from laid_ds.kernels.switch import note
 from laid_ds.kernels.visible import first_visible, row_chunks, row_weights
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -51,6 +52,7 @@ def attention_and_matching(
         must be the keys of its segment (and window).
     All else as in attention_matching.
     """
+    note("attention_matching", "chunked inside attention's backward pass")
     batch, _, tokens, _ = query.shape
     weight, _ = row_weights(batch, tokens, 0, segments, None)
     teacher_first = first_visible(batch, tokens, 0, segments, teacher_window)

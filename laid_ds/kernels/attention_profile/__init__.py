@@ -12,7 +12,8 @@ from torch import Tensor
 
 from laid_ds.kernels import checks
 from laid_ds.kernels.attention_profile.problem import Problem, Profile
-from laid_ds.kernels.switch import choose
+from laid_ds.kernels.attention_profile.trial import trial
+from laid_ds.kernels.switch import choose, exactly_on
 from laid_ds.kernels.visible import first_visible, row_weights
 
 __all__ = ["Profile", "attention_profile", "distance_bins"]
@@ -90,4 +91,5 @@ def attention_profile(
         planes=planes,
         marked=marked,
     )
-    return choose(__name__, "attention_profile", implementation, device)(problem, count, chunk_size)
+    with exactly_on(device):
+        return choose(__name__, "attention_profile", implementation, device, trial(problem))(problem, count, chunk_size)

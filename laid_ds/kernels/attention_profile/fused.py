@@ -150,13 +150,15 @@ def attention_profile(problem: Problem, row_count: int, chunk_size: int | None =
     positions = tiles.positions_or_tokens(problem.positions, key)
     edges = torch.cat([problem.bins, problem.bins.new_tensor([problem.far])]).int()
     marked = torch.zeros(batch, keys, dtype=torch.bool, device=key.device) if problem.marked is None else problem.marked
+    marked = marked.to(torch.int8).contiguous()
+    tiles.check_layout(key.device, query=query, key=key, lse=lse, positions=positions, edges=edges, marked=marked)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=key.device)  # noqa: E731
     options = profile_options(size, len(edges))
     blocks = triton.cdiv(rows, options["M"])
     entropy, mass, pairs = new(batch, heads, rows), new(batch, heads, blocks, len(edges) + 1), new(batch, blocks, len(edges))
     bounds, shape = (plan.first, plan.last, plan.weight, positions), (rows, keys, heads, key_heads)
     profile_kernel[(blocks, heads, batch)](
-        query, key, lse, *bounds, edges, marked.to(torch.int8), entropy, mass, pairs, problem.scale, *shape, len(edges), size, **options
+        query, key, lse, *bounds, edges, marked, entropy, mass, pairs, problem.scale, *shape, len(edges), size, **options
     )
     response = None
     if problem.planes is not None:
