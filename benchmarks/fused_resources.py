@@ -10,7 +10,6 @@ them: one binary serves 28 / 4 and 16 / 2 students of 40 / 8 teachers, and the r
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.kernel_sources import fingerprint
 from laid_ds.kernels import tiles
 from laid_ds.kernels.attention_matching import fused
 from laid_ds.kernels.attention_profile import fused as profile
@@ -86,12 +86,6 @@ def resources(kernel: object, values: dict, chip: int) -> dict[str, int]:
         "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
         "warps": compiled.metadata.num_warps,
     }
-
-
-def fingerprint() -> str:
-    """Changes with the kernels' sources."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (tiles, fused, profile))
-    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def main() -> None:

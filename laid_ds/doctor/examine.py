@@ -46,14 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
             lines = []
             for line in examined(options.run, options.wait, local):
                 lines.append(line)
-                if speaks and not options.json:
+                if (speaks or (line.check == "ranks" and line.verdict == WRONG)) and not options.json:
                     print(line.as_text(), file=out, flush=True)
             seconds = time.perf_counter() - start
-            if speaks:
+            alone = lines[-1].check == "ranks"  # nobody else can speak for it
+            if speaks or alone:
                 print(summary(lines, seconds, options.json), file=out, flush=True)
     except KeyboardInterrupt:
         return 130
-    return status(lines) if speaks else 0
+    return status(lines) if speaks or alone else 0  # a rank that leaves with 1 would end the others before they have spoken
 
 
 def summary(lines: Sequence[Line], seconds: float, as_json: bool) -> str:

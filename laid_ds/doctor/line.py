@@ -33,6 +33,8 @@ def looked(check: str, look: Callable[[], Line]) -> Line:
     """What `look` says, or the error that it meets, which is what a run would meet there, too."""
     try:
         return look()
+    except ValueError as error:  # a sentence for people, with the way out
+        return Line(check, WRONG, str(error))
     except Exception as error:
         return Line(check, WRONG, sentence(error), "a run would meet the same error; its traceback tells where")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laid_ds.kernels import checks
 from laid_ds.kernels.leaf import at_once
+from laid_ds.kernels.switch import exactly_on
 
 REDUCTIONS = ("relative", "mean", "sum")
 
@@ -54,9 +55,10 @@ def head_alignment(
     segments_total = int(member.any(1).sum())
     loss = 0.0
     parts = (student_query, teacher_query), (student_key, teacher_key)
-    for (student, teacher), weight, project in zip(parts, weights, projection or (None, None), strict=True):
-        part = partial(_part, teacher=teacher, member=member, reduction=reduction, query_heads=student_query.shape[1])
-        loss = loss + at_once(part, student, weight, *(() if project is None else (project,)))
+    with exactly_on(student_query.device):
+        for (student, teacher), weight, project in zip(parts, weights, projection or (None, None), strict=True):
+            part = partial(_part, teacher=teacher, member=member, reduction=reduction, query_heads=student_query.shape[1])
+            loss = loss + at_once(part, student, weight, *(() if project is None else (project,)))
     return loss, {"relative": segments_total * student_query.shape[1], "mean": int(member.sum()), "sum": segments_total}[reduction]
 
 

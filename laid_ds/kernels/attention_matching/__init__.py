@@ -13,7 +13,7 @@ from laid_ds.kernels import checks
 from laid_ds.kernels.attention_matching.inside_attention import attention_and_matching
 from laid_ds.kernels.attention_matching.omega import UNIFORM, Omega
 from laid_ds.kernels.attention_matching.problem import Problem, Side, mixture, teacher_sides
-from laid_ds.kernels.attention_matching.trial import trial
+from laid_ds.kernels.attention_matching.trial import trial_of
 from laid_ds.kernels.switch import choose, exactly_on
 from laid_ds.kernels.visible import first_visible, row_weights
 
@@ -102,5 +102,5 @@ def attention_matching(
     )
     mixing = mixture(mixing_logits.to(problem.dtype), teacher_heads, by_row=teacher_alone is not None)
     with exactly_on(device):
-        run = choose(__name__, "attention_matching", implementation, device, trial(problem))
+        run = choose(__name__, "attention_matching", implementation, device, trial_of(problem))
         return run(problem, student_query, student_key, mixing, chunk_size), count * heads

@@ -20,7 +20,7 @@ OMEGAS = {
 }
 
 
-def trial(problem: Problem) -> Trial:
+def trial_of(problem: Problem) -> Trial:
     """The trial of a problem's device, dtypes, heads, masks and omega."""
     student, teacher, choice = problem.student, problem.teacher, problem.teacher_heads
     device, mixed = student.query.device, None if choice is None else choice.shape[1]
@@ -43,7 +43,7 @@ def trial(problem: Problem) -> Trial:
 
 def _small(problem: Problem, is_cut: bool, narrow: bool) -> tuple[Problem, Tensor, Tensor, Tensor]:
     """The same heads and kinds of masks over TOKENS tokens of two samples, and the inputs with a gradient."""
-    tokens = TOKENS if problem.student.key.shape[2] % 16 == 0 else TOKENS - 5
+    tokens = TOKENS if problem.student.key.shape[2] % 16 == 0 else TOKENS - 3
     generator, device = torch.Generator().manual_seed(0), problem.student.query.device
 
     def draw(like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laid_ds.kernels import checks
 from laid_ds.kernels.attention_profile.problem import Problem, Profile
-from laid_ds.kernels.attention_profile.trial import trial
+from laid_ds.kernels.attention_profile.trial import trial_of
 from laid_ds.kernels.switch import choose, exactly_on
 from laid_ds.kernels.visible import first_visible, row_weights
 
@@ -92,4 +92,4 @@ def attention_profile(
         marked=marked,
     )
     with exactly_on(device):
-        return choose(__name__, "attention_profile", implementation, device, trial(problem))(problem, count, chunk_size)
+        return choose(__name__, "attention_profile", implementation, device, trial_of(problem))(problem, count, chunk_size)

@@ -14,7 +14,7 @@ from laid_ds.kernels.visible import first_visible
 TOKENS, BORDER, WINDOW = 144, 53, 37
 
 
-def trial(problem: Problem) -> Trial:
+def trial_of(problem: Problem) -> Trial:
     """The trial of a problem's device, dtypes, heads and number of bins."""
     query, key = problem.query, problem.key
     shape = query.shape[1], key.shape[1], query.shape[3]
