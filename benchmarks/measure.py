@@ -78,9 +78,16 @@ def gpu(work: Callable[[], object], repeats: int) -> dict[str, float]:
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """What a figure depends on besides the code: Python, torch and the packages named."""
-    gpu_name = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    gpu_name = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     named = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "torch": torch.__version__} | named | gpu_name
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def show(figures: dict, as_json: bool) -> None:

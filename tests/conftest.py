@@ -1,25 +1,36 @@
-import os
+from __future__ import annotations
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton at its first import: fused kernels run in its interpreter
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import os
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
-from tests.support.world import World, make_world
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton at its first import: fused kernels run in its interpreter
+
+if TYPE_CHECKING:  # imported where it is asked for: the GPU tests of the kernels need torch, triton and numpy alone
+    from tests.support.world import World
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Shards, a tiny teacher and a tiny student (not trained)."""
+    from tests.support.world import make_world
+
     return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")
 def worlds(world: World, tmp_path_factory: pytest.TempPathFactory):
     """The same for other families: model_type -> World, made when first asked for."""
+    from tests.support.world import make_world
+
     made = {"qwen2_5_vl": world}
 
     def of(family: str) -> World:

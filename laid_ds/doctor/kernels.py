@@ -85,7 +85,7 @@ def _matched(device: torch.device, dtype: torch.dtype, dim: int, options: dict[s
     masks = {"segments": segments, "positions": positions, "omega": OMEGA}
     loss, _ = attention_matching(*student, *queries_and_keys[2:], mixing, **scale, **masks, **options, implementation=implementation)
     gradients = torch.autograd.grad(loss, [*student, mixing])
-    return {"the loss": loss} | dict(zip(("d student_query", "d student_key", "d mixing"), gradients, strict=True))
+    return {"the loss": loss} | dict(zip(("d student_query", "d student_key", "d mixing_logits"), gradients, strict=True))
 
 
 def _profiled(device: torch.device, dtype: torch.dtype, dim: int, implementation: str) -> dict[str, Tensor]:

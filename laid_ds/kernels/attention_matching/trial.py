@@ -33,10 +33,11 @@ def trial_of(problem: Problem) -> Trial:
     coarsest = next((low for low in (torch.float64, torch.bfloat16, torch.float16) if low in dtypes), torch.float32)
 
     def run(function) -> dict[str, Tensor]:
-        small, query, key, mixing = _small(problem, is_cut, narrow)
+        small, query, key, logits = _small(problem, is_cut, narrow)
+        mixing = mixture(logits, choice, by_row=small.teacher_alone is not None)  # to the weights themselves each has a gradient of its own
         loss = function(small, query, key, mixing)
-        gradients = torch.autograd.grad(loss, [query, key, mixing])
-        return {"the loss": loss, **dict(zip(("d student_query", "d student_key", "d mixing"), gradients, strict=True))}
+        gradients = torch.autograd.grad(loss, [query, key, logits])
+        return {"the loss": loss, **dict(zip(("d student_query", "d student_key", "d mixing_logits"), gradients, strict=True))}
 
     return Trial(key, heads, coarsest, run)
 
@@ -58,8 +59,6 @@ def _small(problem: Problem, is_cut: bool, narrow: bool) -> tuple[Problem, Tenso
     own = Side(draw(problem.teacher.query), draw(problem.teacher.key), problem.teacher.query.shape[3] ** -0.5, taught, None)
     teacher, alone = teacher_sides(own, first, weight, problem.teacher_heads)
     positions = None if problem.positions is None else (torch.arange(tokens, device=device) * 2 // 3)[None]
-    logits = torch.randn(query.shape[1], own.query.shape[1], generator=generator).to(device)
+    logits = torch.randn(query.shape[1], own.query.shape[1], generator=generator).to(device).requires_grad_()
     small = replace(problem, student=student, teacher=teacher, teacher_alone=alone, weight=weight, positions=positions, query_offset=0)
-    small = replace(small, omega=OMEGAS[problem.omega.kind])
-    mixing = mixture(logits, problem.teacher_heads, by_row=alone is not None).detach().requires_grad_()
-    return small, query, key, mixing
+    return replace(small, omega=OMEGAS[problem.omega.kind]), query, key, logits

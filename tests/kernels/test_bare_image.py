@@ -1,0 +1,99 @@
+"""The kernels and their GPU tests need torch, triton and numpy alone, so that they can be tried on a bare GPU image."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import IN_INTERPRETER
+
+ROOT = Path(__file__).resolve().parents[2]
+BARE = """
+import sys
+ALLOWED = set(sys.stdlib_module_names) | set(sys.builtin_module_names) | {
+    "torch", "torchgen", "functorch", "triton", "numpy", "laid_ds", "benchmarks",
+    "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "typing_extensions", "setuptools",  # torch's own
+    "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py",  # and pytest's
+    "conftest", "gpu_device", "kernel_cases", "test_gpu_kernels", "test_gpu_backends", "test_gpu_runs", "tests", "__main__",
+}
+
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ALLOWED:
+            raise ModuleNotFoundError(f"No module named {name!r} on a bare image", name=name)
+
+sys.meta_path.insert(0, Bare())
+"""
+
+
+def bare(code: str, **environment: str) -> str:
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", BARE + code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def pytest_of(*words: str) -> str:
+    return f"import pytest; sys.exit(pytest.main({list(words)!r}))"
+
+
+def test_what_is_not_on_a_bare_image_cannot_be_imported_there():
+    for name in ("deepspeed", "transformers", "pydantic", "webdataset", "hypothesis"):
+        code = f"try:\n    import {name}\nexcept ModuleNotFoundError as error:\n    print(error)"
+        assert bare(code) == f"No module named '{name}' on a bare image\n"
+
+
+def test_the_gpu_tests_of_kernels_and_backends_are_collected_there():
+    said = bare(pytest_of("-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"))
+    assert len(re.findall("test_gpu_kernels.py::", said)) >= 40
+    assert len(re.findall("test_gpu_backends.py::", said)) >= 20
+
+
+@IN_INTERPRETER
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "test_fused_matching_is_the_definition and one-hot and float16",
+        "test_the_profile and fused and float16",
+        "test_no_counted and causal",
+    ],
+)
+def test_the_gpu_tests_of_kernels_run_there(chosen):
+    chosen = chosen.replace("one-hot", "hot")
+    said = bare(pytest_of("-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_gpu_kernels.py", "-k", chosen), LAID_GPU_STAND_IN="cpu")
+    assert re.search(r"\b[12] passed", said), said
+
+
+def test_the_benchmark_of_the_kernels_imports_nothing_else():
+    bare("import benchmarks.gpu")
+
+
+def test_without_a_gpu_the_gpu_benchmark_is_refused_in_one_sentence_and_can_be_rehearsed():
+    command = [sys.executable, "-m", "benchmarks.gpu", "--json", "--only", "matching", "attention"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=hidden)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("no CUDA GPU can be used here; --rehearse tries the script on the CPU")
+    before = (ROOT / "benchmarks" / "results.csv").read_bytes()
+    found = subprocess.run([*command, "--rehearse", "--tokens", "32"], capture_output=True, text=True, cwd=ROOT, env=hidden)
+    report = json.loads(found.stdout)
+    assert report["matching"].keys() == {"tokens=32 forward", "tokens=32 forward+backward"}
+    assert all(figures["eager_ms_p50"] > 0 for figures in report["matching"].values())
+    assert (ROOT / "benchmarks" / "results.csv").read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: they run")
+def test_without_a_gpu_all_gpu_tests_are_skipped_for_one_reason():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "LAID_GPU_STAND_IN"}
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
+    skipped = [line.split(": ", 1) for line in said.splitlines() if line.startswith("SKIPPED")]
+    assert {reason for _, reason in skipped} == {"no CUDA GPU can be used here (torch.cuda.is_available() is False)"}
+    assert sum(int(re.search(r"\[(\d+)\]", place)[1]) for place, _ in skipped) >= 40
+    assert not re.search("passed|failed|error", said)
