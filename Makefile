@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-slurm test-energon test-templates test-processors first-day check bench study clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-templates test-processors first-day check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -102,6 +102,10 @@ TORCHVISION := .torchvision
 test-processors: install
 	test -d $(TORCHVISION)/torchvision || $(BIN)/pip install --quiet --no-deps --target $(TORCHVISION) torchvision==0.28.0
 	LAID_TORCHVISION=$(TORCHVISION) $(BIN)/python -m pytest tests/models/test_auto_processor.py
+
+# On a machine with a CUDA GPU; elsewhere every one is skipped, for one reason.
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 check: install
 	$(BIN)/ruff check .

@@ -1,10 +1,9 @@
-"""Attention matching against dense autograd and against its own matrix products.
+"""Attention matching on a CPU against dense autograd and against its own matrix products; gpu.py does that on a GPU.
 
 python -m benchmarks.attention_matching --tokens 4096 --json     time and memory at one length, on the CPU
 python -m benchmarks.attention_matching --student-window 512 --json     the same for a student that sees less than its teacher
 python -m benchmarks.attention_matching --slope --json           added peak memory at 2k, 4k, 8k and 16k tokens
 python -m benchmarks.attention_matching --step --json            what one layer adds to a training step of two small models
-python -m benchmarks.attention_matching --device cuda --json     GPU times of chunked and fused (needs an NVIDIA GPU and Triton)
 """
 
 from __future__ import annotations
@@ -202,52 +201,29 @@ def in_a_step(tokens: int, repeats: int) -> dict:
     }
 
 
-def on_gpu(tokens: int, omega: str, repeats: int) -> dict:
-    """Milliseconds (20th, 50th, 80th percentile) and added peak memory in bf16 with 28 / 4 and 40 / 8 heads, D 128."""
-    figures = {}
-    for mixture, choice in (("dense", None), ("one_hot", torch.arange(28, device="cuda")[:, None])):
-        draw = lambda *shape: torch.randn(1, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-        student = [draw(28, tokens).requires_grad_(), draw(4, tokens).requires_grad_()]
-        teacher, mixing = [draw(40, tokens), draw(8, tokens)], torch.zeros(28, 40, device="cuda", requires_grad=True)
-        options = {"student_scale": 128**-0.5, "teacher_scale": 128**-0.5, "omega": OMEGAS[omega], "teacher_heads": choice}
-        for implementation in ("chunked", "fused"):
-
-            def work(options=options | {"implementation": implementation}, student=student, teacher=teacher, mixing=mixing):
-                loss, count = attention_matching(*student, *teacher, mixing, **options)
-                torch.autograd.grad(loss / count, [*student, mixing])
-
-            for name, value in measure.gpu(work, repeats).items():
-                figures[f"{implementation}_{mixture}_{name}"] = value
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--omega", choices=OMEGAS, default="uniform")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--student-window", type=int, metavar="TOKENS")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--slope", action="store_true")
     what.add_argument("--step", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        name, figures = "on_gpu", on_gpu(arguments.tokens, arguments.omega, arguments.repeats)
+    torch.set_num_threads(1)
+    if arguments.slope:
+        name, figures = "slope", slope()
+    elif arguments.step:
+        name, figures = "step", in_a_step(arguments.tokens, arguments.repeats)
     else:
-        torch.set_num_threads(1)
-        if arguments.slope:
-            name, figures = "slope", slope()
-        elif arguments.step:
-            name, figures = "step", in_a_step(arguments.tokens, arguments.repeats)
-        else:
-            name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.student_window, arguments.repeats)
+        name, figures = "compare", compare(arguments.tokens, arguments.omega, arguments.student_window, arguments.repeats)
     cases = {"slope": "tokens=2048..16384 omega=uniform", "step": f"tokens={arguments.tokens} omega=frontier"}
     case = cases.get(name, f"tokens={arguments.tokens} omega={arguments.omega}")
     if name == "compare" and arguments.student_window:
         case += f" student_window={arguments.student_window}"
-    measure.append(f"attention_matching.{name}", arguments.device, case, figures)
+    measure.append(f"attention_matching.{name}", "cpu", case, figures)
     measure.show(figures | {"tokens": arguments.tokens, "versions": measure.versions()}, arguments.json)
 
 

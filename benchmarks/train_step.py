@@ -4,10 +4,11 @@ python -m benchmarks.train_step --tokens 4096 --json
 python -m benchmarks.train_step --tokens 4096 --device cuda --json     larger models, in bfloat16, on a GPU
 
 Arms: `laid` (every term of the loss, every layer compared) on a plain AdamW loop and in DeepSpeed's ZeRO-3 engines, TRL's GKDTrainer
-(KL alone) and transformers' Trainer with cross-entropy + KL. All train the same two random Qwen2 models in fp32 on the same tokens,
-7 of 8 supervised, with the same AdamW and clip; each run is a process of its own with one thread, and the arms take turns. CPU seconds
-are those of a step without the loading of data; added bytes are the peak of a whole run beyond what was resident just before training (for
-our engines: before they were built). Needs `pip install .[bench]`, which `make bench` does.
+(KL alone) and transformers' Trainer with cross-entropy + KL. All train the same two random Qwen2 models in one dtype on the same tokens,
+7 of 8 supervised, with the same AdamW and clip; each run is a process of its own (on the CPU in fp32 with one thread), and the arms take
+turns. Seconds are the CPU's, or those until the GPU has finished, of a step without the loading of data; added bytes are the peak of a
+whole run beyond what was resident just before training (for our engines: before they were built). Needs `pip install .[bench]`, which
+`make bench` does.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def cards() -> Room:
     yield smi
     build, gpus = torch.version.cuda or torch.version.hip, torch.cuda.device_count()
     if smi.verdict == OK and not build:
-        advice = "install torch's CUDA build (README, On a machine with GPUs); all else would run on the CPU"
+        advice = "install torch's CUDA build (README, On a GPU machine); all else would run on the CPU"
         yield Line("torch's build", WRONG, f"torch {torch.__version__} is made for CPUs, and this machine has a GPU", advice)
     elif build and not gpus and smi.verdict == OK and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         advice = f"the driver may be older than CUDA {build} asks for, or CUDA_VISIBLE_DEVICES names no card"
