@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from itertools import islice
 
@@ -232,3 +233,12 @@ def own_signals():
 def test_help_without_a_recipe(capsys, own_signals):
     assert main(["--local_rank=0"]) == 2
     assert "no recipe given; usage: deepspeed" in capsys.readouterr().err
+
+
+def test_rank_0_says_once_which_kernels_serve(world, tmp_path):
+    recipe = write_recipe(world.run(tmp_path / "run", steps=2), tmp_path / "recipe.toml")
+    command = [sys.executable, "-m", "laid_ds.cli", "train", str(recipe), "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("kernels")]
+    assert said == ["kernels: attention by the CPU's flash attention, matching by chunked inside attention's backward pass"]

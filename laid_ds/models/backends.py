@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from itertools import pairwise
 
 import torch
@@ -140,7 +141,11 @@ Varlen = Callable[..., tuple[Tensor, Tensor]]
 @cache
 def _kernel() -> Varlen:
     """FlashAttention 4 or 2 where installed, else torch's."""
-    return next(kernel for kernel in varlen_kernels(torch.cuda.get_device_capability()[0]).values() if not isinstance(kernel, str))
+    found = varlen_kernels(torch.cuda.get_device_capability()[0])
+    kernels = [kernel for kernel in found.values() if not isinstance(kernel, str)]
+    if not kernels:
+        raise ValueError(f"no kernel for packed rows can be used here: {'; '.join(f'{name}: {why}' for name, why in found.items())}")
+    return kernels[0]
 
 
 def varlen_kernels(major: int) -> dict[str, Varlen | str]:
@@ -150,8 +155,14 @@ def varlen_kernels(major: int) -> dict[str, Varlen | str]:
     return {
         "FlashAttention 4": flash_4 if major >= 9 else "the GPU is older than Hopper",
         "FlashAttention 2": flash_2,
-        "torch varlen": _torch_varlen,
+        "torch varlen": _torch_varlen if _shares_keys() else "this torch's varlen_attn cannot share keys among heads: 2.13 can",
     }
+
+
+def _shares_keys() -> bool:
+    from torch.nn.attention import varlen
+
+    return "enable_gqa" in signature(varlen.varlen_attn).parameters
 
 
 def _installed(module: str) -> bool:

@@ -17,7 +17,7 @@ KERNELS = backends.varlen_kernels(torch.cuda.get_device_capability()[0]) if HAS_
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", backends.HALVES)
+@pytest.mark.parametrize("dtype", backends.HALVES, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_outputs_log_sum_exps_and_gradients(name, dtype, mask):
     if isinstance(KERNELS[name], str):
@@ -31,7 +31,7 @@ def test_outputs_log_sum_exps_and_gradients(name, dtype, mask):
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("dtype", [*backends.HALVES, torch.float32])
+@pytest.mark.parametrize("dtype", [*backends.HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_attend_takes_a_kernel_that_is_right(mask, dtype):
     """Whatever `attend` chooses, by device and dtype."""

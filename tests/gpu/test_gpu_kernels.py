@@ -89,7 +89,7 @@ SITUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_fused_matching_is_the_definition(situation, dtype):
     x = case(S=TOKENS + 9, dtype=dtype)
@@ -98,7 +98,7 @@ def test_fused_matching_is_the_definition(situation, dtype):
 
 @pytest.mark.parametrize("omega", [OMEGAS[0], OMEGAS[2]], ids=lambda omega: omega.kind)
 @pytest.mark.parametrize("situation", ["one hot", "everything", "causal"])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_omega(dtype, situation, omega):
     x = case(dtype=dtype)
     assert_exact(x, omega=omega, **options_of(situation, x))
@@ -190,14 +190,14 @@ def test_finite_at_extreme_scores(situation):
     assert all(value.isfinite().all() for value in run(x, omega=OMEGAS[1], **options_of(situation, x)).values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("situation", ["causal", "everything"])
 def test_chunked_matching_is_the_definition_there_too(situation, dtype):
     x = case(dtype=dtype)
     assert_exact(x, implementation="chunked", omega=OMEGAS[1], chunk_size=24, **options_of(situation, x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", ["chunked", "fused"])
 def test_the_profile_is_the_definition(implementation, dtype):
     x = case(dtype=dtype)
