@@ -80,8 +80,13 @@ def with_version(
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on stdout. A number that JSON has no word for (NaN, infinity) is null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    """One line of JSON on stdout."""
+    print(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """One line of JSON. A number that JSON has no word for (NaN, infinity) is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

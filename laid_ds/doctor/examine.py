@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from laid_ds.doctor import software
 from laid_ds.doctor.line import ABSENT, OK, WRONG, Line, looked, merged, sentence, status
 from laid_ds.runtime import environment
+from laid_ds.terminal import as_json
 
 if TYPE_CHECKING:  # whatever may be missing is imported after `software` has looked
     import torch
@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     return status(lines) if speaks or alone else 0  # a rank that leaves with 1 would end the others before they have spoken
 
 
-def summary(lines: Sequence[Line], seconds: float, as_json: bool) -> str:
+def summary(lines: Sequence[Line], seconds: float, in_json: bool) -> str:
     counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in ("ok", "slow", "wrong", "absent")}
-    if as_json:
-        return json.dumps({"status": status(lines), **counts, "seconds": round(seconds, 1), "lines": [line.as_json() for line in lines]})
+    if in_json:
+        return as_json({"status": status(lines), **counts, "seconds": round(seconds, 1), "lines": [line.as_json() for line in lines]})
     return f"{', '.join(f'{number} {verdict}' for verdict, number in counts.items() if number)}; {seconds:.0f} s"
 
 

@@ -41,7 +41,7 @@ def examined(*words: str, code: str = "", **environment: str) -> tuple[int, dict
     command = [sys.executable, "-c", f"import sys\n{code}\nfrom laid_ds.cli import main\nmain(['doctor', '--json', *sys.argv[1:]])", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
+    return done.returncode, json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
 def test_on_a_cpu_machine_every_line_of_the_cpu_is_measured(tmp_path):
@@ -357,3 +357,8 @@ def test_a_gpu_that_a_rank_has_not_is_refused(monkeypatch):
     assert chosen == [1]
     with pytest.raises(ValueError, match=r"LOCAL_RANK is 2, but 2 GPU\(s\) can be used here: start at most 2 ranks"):
         engine._take_gpu(2)
+
+
+def test_what_json_has_no_word_for_is_null():
+    found = examine.summary([Line("a", WRONG, "is off by inf", "", {"largest_difference": float("inf")})], 1.0, in_json=True)
+    assert json.loads(found)["lines"][0]["numbers"] == {"largest_difference": None}
