@@ -362,3 +362,21 @@ def test_a_gpu_that_a_rank_has_not_is_refused(monkeypatch):
 def test_what_json_has_no_word_for_is_null():
     found = examine.summary([Line("a", WRONG, "is off by inf", "", {"largest_difference": float("inf")})], 1.0, in_json=True)
     assert json.loads(found)["lines"][0]["numbers"] == {"largest_difference": None}
+
+
+def test_a_rank_takes_its_gpu_before_any_message(monkeypatch):
+    from laid_ds.runtime import engine
+
+    class Taken(Exception):
+        pass
+
+    def take(local_rank):
+        raise Taken(local_rank)
+
+    monkeypatch.setattr(engine, "_take_gpu", take)
+    for name, value in examine.ALONE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(Taken, match="3"):
+        engine.start_processes()

@@ -6,6 +6,7 @@ The interpreter stands in for the GPU: "auto" is made to believe that Triton can
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -157,3 +158,17 @@ def test_autocast_around_head_alignment_changes_nothing():
     wanted = head_alignment(*heads, x["mixing_logits"])[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert head_alignment(*heads, x["mixing_logits"])[0] == wanted
+
+
+def test_triton_launches_where_the_tensors_are(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with switch.exactly_on(torch.device("cuda", 1)):
+        assert entered == [torch.device("cuda", 1)]
+        assert not torch.is_autocast_enabled("cuda")
