@@ -54,7 +54,7 @@ def doctor(
     run: Annotated[Path, typer.Option(help="Folder that runs are written to; its disk is looked at.")] = Path("runs"),
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = None,
     port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for ranks that do not come.")] = 60,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for ranks that do not come or do not answer.")] = 120,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look at this machine, its software and its cards: ok, slow, wrong or absent, with what to do. Status 1 where something is wrong.
@@ -62,6 +62,8 @@ def doctor(
     Versions, driver, memory, disks; what DeepSpeed would compile; ranks and their messages; every kernel of attention and of matching
     against its definition; a step under ZeRO-3; speeds. Nothing is kept. On several nodes: srun python -m laid_ds.doctor.
     """
+    from tempfile import TemporaryDirectory
+
     from laid_ds.doctor import software
     from laid_ds.doctor.examine import main as examine
 
@@ -72,8 +74,12 @@ def doctor(
 
     from laid_ds.runtime.local import DOCTOR, launch
 
-    alone = (ranks or torch.cuda.device_count() or 1) == 1
-    raise typer.Exit(examine(words) if alone else launch(words, ranks, port, module=DOCTOR))
+    if (ranks or torch.cuda.device_count() or 1) == 1:
+        raise typer.Exit(examine(words))
+    with TemporaryDirectory() as folder:  # launchers have much to say of a rank that leaves with another status than 0
+        found = Path(folder) / "status"
+        status = launch([*words, "--status-to", str(found)], ranks, port, module=DOCTOR)
+        raise typer.Exit(int(found.read_text()) if found.is_file() else status)
 
 
 @app.command(epilog="Example: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # whatever may be missing is imported after `software` has lo
     import torch
 
 
+OUT_OF_STEP = "ranks out of step"
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What a launcher of one rank would say; port 0 is any that is free."""
 
@@ -29,8 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     """[--run FOLDER] [--json] [--wait SECONDS]; returns the exit status: 1 where a line is wrong, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m laid_ds.doctor", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs"), help="folder that runs are written to")
-    parser.add_argument("--wait", type=float, default=60, help="seconds to wait for ranks that do not come")
+    parser.add_argument("--wait", type=float, default=120, help="seconds to wait for ranks that do not come or do not answer")
     parser.add_argument("--json", action="store_true", help="one JSON object, at the end")
+    parser.add_argument("--status-to", type=Path, help="file for the status, which then is 0 for the launcher")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -40,21 +42,25 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ |= {} if "RANK" in os.environ else ALONE
     speaks, local = os.environ["RANK"] == "0", os.environ["LOCAL_RANK"] == "0"
-    start = time.perf_counter()
+    start, lines = time.perf_counter(), []
     try:
         with quiet() as out:
-            lines = []
             for line in examined(options.run, options.wait, local):
                 lines.append(line)
-                if (speaks or (line.check == "ranks" and line.verdict == WRONG)) and not options.json:
+                if speaks and not options.json:
                     print(line.as_text(), file=out, flush=True)
-            seconds = time.perf_counter() - start
-            alone = lines[-1].check == "ranks"  # nobody else can speak for it
-            if speaks or alone:
-                print(summary(lines, seconds, options.json), file=out, flush=True)
+            if speaks:
+                print(summary(lines, time.perf_counter() - start, options.json), file=out, flush=True)
     except KeyboardInterrupt:
         return 130
-    return status(lines) if speaks or alone else 0  # a rank that leaves with 1 would end the others before they have spoken
+    if not speaks:  # it leaves with 1 only where no other rank can speak: a launcher would end those
+        apart = [line for line in lines if line.check in ("ranks", OUT_OF_STEP) and line.verdict == WRONG]
+        sys.stderr.write("".join(f"{line.as_text()}\n" for line in apart))
+        return int(any(line.check == "ranks" for line in apart))
+    if options.status_to is not None:
+        options.status_to.write_text(str(status(lines)))
+        return 0
+    return status(lines)
 
 
 def summary(lines: Sequence[Line], seconds: float, in_json: bool) -> str:
@@ -99,7 +105,13 @@ def on_device() -> Iterator[Line]:
     for name, room in rooms(device):
         found = [Line(name, ABSENT, f"not tried: {lost}", "mend the line above that is wrong")] if lost else _looked(name, room)
         lost = lost or _lost(device, found)
-        yield from merged(distributed.gathered(found))
+        try:
+            of_ranks = distributed.gathered(found)
+        except RuntimeError as error:  # a rank that met an error in the middle of a message waits for none any more
+            own = next((line.found for line in found if line.verdict == WRONG), sentence(error))
+            yield Line(OUT_OF_STEP, WRONG, f"rank {distributed.rank()}, in {name!r}: {own}", "what the ranks say on stderr tells who began")
+            return
+        yield from merged(of_ranks)
 
 
 def of_machine(folder: Path) -> list[Line]:

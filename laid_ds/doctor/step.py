@@ -20,7 +20,7 @@ from laid_ds.method.distill import Student, Teacher, train_step
 from laid_ds.models.attention import Tap, attention_shape, gives_lse, listen
 from laid_ds.models.load import load_model
 from laid_ds.models.rope_gain import gain_shapes, responder
-from laid_ds.models.tiny_pair import LAYERS, VOCABULARY, tiny_inputs, tiny_model
+from laid_ds.models.tiny_pair import LAYERS, VOCABULARY, tiny_inputs, write_tiny_model
 from laid_ds.runtime import engine
 
 STEPS = 2
@@ -55,7 +55,7 @@ def _run(folder: Path, dtype: str) -> Run:
     mechanics = folder / "engine.json"
     mechanics.write_text(json.dumps(MECHANICS))
     for who in ("student", "teacher"):
-        tiny_model(who).save_pretrained(folder / who)
+        write_tiny_model(who, folder / who)
     student, teacher = ({"path": folder / who, "dtype": dtype, "deepspeed": mechanics} for who in ("student", "teacher"))
     rates = {"lr": 1e-3, "mixing_lr": 1e-3, "gain_lr": 1e-3}
     tree = {"name": "doctor", "output": folder, "steps": STEPS, "student": student, "teacher": teacher, "data": {"shards": ["none"]}}

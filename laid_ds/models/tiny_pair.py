@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -47,6 +49,14 @@ def tiny_model(who: str) -> PreTrainedModel:
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     model.config.use_cache = False
     return model.eval()
+
+
+def write_tiny_model(who: str, folder: Path) -> None:
+    """The same as a folder, on whatever rank: `save_pretrained` writes on the first one only."""
+    model = tiny_model(who)
+    folder.mkdir()
+    (folder / "config.json").write_text(model.config.to_json_string())
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def tiny_inputs(rows: int = 2, tokens: int = 96) -> tuple[dict[str, Any], Tensor]:

@@ -92,7 +92,7 @@ def test_a_rank_that_waits_in_vain_says_so(tmp_path, rank):
     command = [sys.executable, "-m", "laid_ds.doctor", "--wait", "2", "--run", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | place)
     assert done.returncode == 1, done.stderr
-    (said,) = (text for text in done.stdout.splitlines() if text.startswith("wrong"))
+    (said,) = (text for text in (done.stdout if rank == "0" else done.stderr).splitlines() if text.startswith("wrong"))
     assert "ranks" in said
     assert "the 2 ranks cannot meet at 127.0.0.1" in said
     assert "were fewer ranks started?" in said
@@ -380,3 +380,33 @@ def test_a_rank_takes_its_gpu_before_any_message(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(Taken, match="3"):
         engine.start_processes()
+
+
+BREAK_ON_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    from laid_ds.models import load
+    def fails(*_):
+        raise RuntimeError("no such luck")
+    load.load_model = fails
+"""
+
+
+def test_a_rank_that_falls_out_of_step_is_told_of_and_the_status_is_1(tmp_path):
+    """Launched, with an error on one rank amid what both do together; what is said stays one JSON object."""
+    (tmp_path / "sitecustomize.py").write_text(BREAK_ON_RANK_1)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(Path(__file__).parents[2]))])
+    status, report = examined("--run", str(tmp_path), "--ranks", "2", "--wait", "20", OMP_NUM_THREADS="1", PYTHONPATH=path)
+    assert status == report["status"] == 1
+    (wrong,) = (found for found in report["lines"] if found["verdict"] == WRONG)
+    assert wrong["check"] == examine.OUT_OF_STEP
+    assert "rank 0, in 'a LAid step under ZeRO-3'" in wrong["found"]
+
+
+def test_two_ranks_with_something_wrong_give_one_json_object_and_status_1(tmp_path):
+    (tmp_path / "extensions" / "py" / "async_io").mkdir(parents=True)
+    (tmp_path / "extensions" / "py" / "async_io" / "lock").touch()
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
+    status, report = examined("--run", str(tmp_path), "--ranks", "2", **extensions)
+    assert status == report["status"] == 1
+    assert [found["check"] for found in report["lines"] if found["verdict"] == WRONG] == ["build locks"]
