@@ -5,7 +5,6 @@ A line holds `context` and `question` with <image> marks, `images_list`, `answer
 """
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import numpy as np
 
 from data_tools.formats.fields import Entry, check_fields, take, take_strings
 from data_tools.formats.marks import IMAGE_MARK, interleave
-from data_tools.formats.visual_haystacks import plain, write_images
+from data_tools.formats.visual_haystacks import write_images
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, visible
 from laid_ds.data.record import DataError, Sample, Turn, record_of
+from laid_ds.evaluation.mm_niah_rule import as_counts, is_exact, official
 
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 BY_PHRASE = "\nAnswer the question using a single word or phrase."
@@ -126,8 +126,7 @@ def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
     for line in lines:
         place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
         answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
-        if counting and isinstance(answer, (str, int)):
-            answer = take({"answer": _json_or_none(str(answer))}, "answer", (int, list))
+        answer = as_counts(answer) if counting else answer
         total[place] += 1
         correct[place] += official(answer, response)
         strict += is_exact(answer, response)
@@ -142,79 +141,3 @@ def _depth(line: Entry) -> float:
     if not depths or not all(isinstance(depth, (int, float)) and 0 <= depth <= 1 for depth in depths):
         raise DataError(f"placed_depth {str(depths)[:40]} is not in [0, 1]")
     return sum(depths) / len(depths)
-
-
-def official(answer: str | int | list, response: str) -> float:
-    """The benchmark's rule for one answer."""
-    response = response.strip(".")
-    if isinstance(answer, int):
-        return float(_choice_number(response) == answer or (response.isdecimal() and int(response) == answer))
-    if isinstance(answer, list):
-        return _list_score(answer, response)
-    return float(re.search(rf"\b{re.escape(normalised(answer))}\b", normalised(response)) is not None)
-
-
-def is_exact(answer: str | int | list, response: str) -> bool:
-    """The strict rule: the response is the answer, or its letter, and nothing else."""
-    if isinstance(answer, int):
-        letter = plain(response)
-        return len(letter) == 1 and ord(letter) - ord("a") == answer
-    if isinstance(answer, list):
-        return _json_or_none(response) == answer
-    return plain(response) == plain(answer)
-
-
-def _choice_number(response: str) -> int | None:
-    text = response.lower().replace("the answer is", "").replace("*", "")
-    text = text.split(".")[0].replace(",", "").strip() if "." in text else text.strip()
-    for sentence, letter in (("the camera is moving left", "a"), ("the camera is moving right", "b")):
-        if sentence in text:
-            text = letter
-    return ord(text) - ord("a") if len(text) == 1 else None
-
-
-def _list_score(answer: list, response: str) -> float:
-    said = _json_or_none(response.replace("json", "").replace("```", "").strip())
-    if isinstance(said, dict) and all(isinstance(value, list) for value in said.values()):
-        said = [item for value in said.values() for item in value]
-    if not isinstance(said, list) or not answer:
-        return 0.0
-    return sum(one == other for one, other in zip(said, answer, strict=False)) / len(answer)
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-)
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS.split())}
-NUMBER_WORDS |= {word: str(10 * number) for number, word in enumerate(TENS.split(), 2)}
-CONTRACTED = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll "
-    "how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've "
-    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd "
-    "something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've "
-    "we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
-    "won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
-)
-CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()}
-PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
-
-
-def normalised(text: str) -> str:
-    """Lower case, digits for number words, no articles, apostrophes put back, punctuation dropped where it stands beside a space."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    has_thousands = re.search(r"\d,\d", text) is not None
-    kept = text
-    for mark in PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        kept = kept.replace(mark, "" if beside_space or has_thousands else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept)
-    found = [NUMBER_WORDS.get(word, word) for word in kept.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in found if word not in ("a", "an", "the"))

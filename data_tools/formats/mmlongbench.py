@@ -1,19 +1,19 @@
-"""MMLongBench: read its Visual Haystacks and MM-NIAH parts, and score their answers by its own rules, which differ from the originals'."""
+"""MMLongBench: read its Visual Haystacks, MM-NIAH, DocVQA and visual RAG parts, and score their answers by its own rules, which differ from
+the originals'."""
 
 import json
-import re
-import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.formats.fields import Entry, check_fields, take, take_strings
 from data_tools.formats.marks import IMAGE_MARK, interleave
-from data_tools.formats.mm_niah import is_exact, needles_among
-from data_tools.formats.visual_haystacks import ANSWERS, plain
+from data_tools.formats.mm_niah import needles_among
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn
+from laid_ds.evaluation.mmlongbench_rule import FORMS, accepted_answers, is_exact, official
+from laid_ds.evaluation.visual_haystacks_rule import ANSWERS
 
 FORM = " Write your answer in the following format:\nAnswer: [answer]\n\n{context}\n\nQuestion: {question}"
 HAYSTACK = "You are given a set of images. Please answer the question in Yes or No based on the given images." + FORM
@@ -22,16 +22,34 @@ LETTERED = (
     "You are given interleaved text and images. Please answer the question with the option's letter (A, B, etc.) based on the given text "
     "and images." + FORM
 )
-DEFAULT_CYCLE = (0, 1, 1, 0)
-"""What the benchmark takes for a response without yes or no, in turn."""
+DOCUMENT = (
+    "You are given a document with text and images, and a question. Answer the question as concisely as you can, using a single phrase or "
+    "sentence if possible. If the question cannot be answered based on the information in the article, write 'Not answerable.'" + FORM
+)
+PASSAGES = "Use the given documents to write a concise and short answer to the question about the entity shown in the image." + FORM
+NAME_LETTERS = 15  # of a document's name stand in the prompt
+MARKS = {
+    "binary": ("vh_",),
+    "sum": ("counting", "count"),
+    "document": ("longdocurl", "mmlongdoc", "slidevqa"),
+    "contains": ("infoseek", "viquae", "vrag"),
+}
+"""The rule of a results file -> what its name then holds."""
 
 
 def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
-    """A line of a `vh_*.jsonl` (ctxs are image paths) or of a MM-NIAH file (ctxs are paragraphs)."""
-    contexts = take(entry, "ctxs", list)
+    """A line of a `vh_*.jsonl` (ctxs are image paths), of a MM-NIAH file (ctxs are paragraphs), of a DocVQA file (page_list), or of a
+    visual RAG file (ctxs are passages with titles, and one image)."""
+    contexts = take(entry, "ctxs", list, [])
     check_fields(entry, (), others=True)
+    if "page_list" in entry:
+        return _read_document(entry, key, root)
+    if "ctxs" not in entry:
+        raise DataError("field 'ctxs' is missing, and so is 'page_list'; a line of MMLongBench has one of them")
     if contexts and all(isinstance(context, str) for context in contexts):
         return _read_haystack(entry, contexts, key, root)
+    if "image" in entry and "image_list" not in entry:
+        return _read_passages(entry, contexts, key, root)
     return _read_interleaved(entry, contexts, key, root)
 
 
@@ -67,6 +85,29 @@ def _read_interleaved(entry: Entry, contexts: list[Any], key: str, root: ImageRo
     return replace(sample, haystack=is_haystack, fixed=tuple(range(in_context, len(names))))
 
 
+def _read_document(entry: Entry, key: str, root: ImageRoot) -> Sample:
+    """The pages in their order, each after the name of its document."""
+    names, form = take_strings(entry, "page_list"), take(entry, "answer_format", str)
+    if form not in FORMS:
+        raise DataError(f"answer_format {form[:40]!r} is none of {', '.join(FORMS)}")
+    context = "\n\n".join(f"Document {Path(name).parent.name:.{NAME_LETTERS}}: {IMAGE_MARK}" for name in names)
+    document, asked = take(entry, "doc_name", str), take(entry, "question", str)
+    question = f"Based on Document {document:.{NAME_LETTERS}}, answer the following question. {asked}"
+    answer = take(entry, "answer", (str, int, float, list))
+    text = DOCUMENT.format(context=context, question=question)
+    return _sample(entry, key, root, text, names, (), (), answer if isinstance(answer, str) else json.dumps(answer))
+
+
+def _read_passages(entry: Entry, contexts: list[Any], key: str, root: ImageRoot) -> Sample:
+    """Passages about an entity, and a question with a picture of it. The first of the accepted answers is the sample's."""
+    passages = [f"Document (Title: {take(one, 'title', str, '')}): {take(one, 'text', str)}" for one in contexts]
+    accepted = accepted_answers(take(entry, "answer", (str, list)))
+    if not accepted or not all(isinstance(one, str) for one in accepted):
+        raise DataError(f"answer {str(entry['answer'])[:40]!r} holds no text that would be accepted")
+    text = PASSAGES.format(context="\n\n".join(passages), question=IMAGE_MARK + take(entry, "question", str))
+    return _sample(entry, key, root, text, [take(entry, "image", str)], (), (), accepted[0])
+
+
 def _sample(
     entry: Entry, key: str, root: ImageRoot, text: str, names: list[str], needles: tuple[int, ...], choices: tuple[str, ...], answer: str
 ) -> Sample:
@@ -87,29 +128,27 @@ def score(path: Path) -> dict[str, Any]:
 
 def rule_for(name: str) -> str:
     """The benchmark's metric for a file, from its name."""
-    if "vh_" in name:
-        return "binary"
-    if "counting" in name or "count" in name:
-        return "sum"
-    if "image" in name and ("retrieval" in name or "reasoning" in name):
-        return "letter"
+    for rule, marks in MARKS.items():
+        if any(mark in name for mark in marks):
+            return rule
     if "retrieval" in name or "reasoning" in name:
-        return "contains"
-    raise DataError(f"{name}: no vh_, retrieval, counting or reasoning in the name, so the rule is not known")
+        return "letter" if "image" in name else "contains"
+    known = ", ".join(mark for marks in MARKS.values() for mark in marks)
+    raise DataError(f"{name}: no {known}, retrieval or reasoning in the name, so the rule is not known")
 
 
 def score_entries(results: list[Entry], rule: str) -> dict[str, float]:
     """Official and strict accuracy side by side."""
-    official = strict = 0
-    for number, entry in enumerate(results):
+    total = strict = 0.0
+    for place, entry in enumerate(results):
         answer, output = take(entry, "answer", (str, int, list)), take(entry, "output", str)
-        if rule == "binary":
-            official += binary_label(output, DEFAULT_CYCLE[number % 4]) == binary_label(str(answer), -1)
-            strict += plain(output.removeprefix("Answer:")) == str(answer).lower()
-        else:
-            official += max(_judge(text, answer, rule) for text in (output, after_answer_mark(output)))
-            strict += is_exact(answer, output.removeprefix("Answer:"))
-    return {"answers": len(results), "official_accuracy": official / len(results), "strict_accuracy": strict / len(results)}
+        form = take(entry, "answer_format", str) if rule == "document" else None
+        try:
+            total += official(answer, output, rule, place=place, form=form)
+        except ValueError as error:
+            raise DataError(f"answer {place}: {error}") from None
+        strict += is_exact(answer, output, rule)
+    return {"answers": len(results), "official_accuracy": total / len(results), "strict_accuracy": strict / len(results)}
 
 
 def _results(path: Path) -> list[Entry]:
@@ -117,56 +156,3 @@ def _results(path: Path) -> list[Entry]:
     if not results:
         raise DataError(f"{path} holds no answers")
     return results
-
-
-def _judge(text: str, answer: str | int | list, rule: str) -> bool:
-    if rule == "contains":
-        answers = answer if isinstance(answer, list) else [str(answer)]
-        return any(_normal(str(one)) in _normal(text) for one in answers)
-    if rule == "letter":
-        return choice_number(text) == answer
-    return isinstance(answer, list) and sum(counts(text)) == sum(counts(json.dumps(answer)))
-
-
-def binary_label(text: str, default: int) -> int:
-    """1 or 0 for the last yes or no in the text."""
-    text = _without_articles(text)
-    said = re.findall(r"\b(?:yes|no)\b", text)
-    if said:
-        return int(said[-1] == "yes")
-    return int(text) if text.isdecimal() else default
-
-
-def choice_number(text: str) -> int:
-    """The number of the letter after "answer is" or "Answer:", else of the last single capital A-J; -1 if there is none."""
-    text = " ".join(text.split())
-    for pattern in (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])", r".*\b([A-J])\b"):
-        if found := re.search(pattern, text):
-            return ord(found[1]) - ord("A")
-    return -1
-
-
-def counts(text: str) -> list[int]:
-    """The numbers of the last list in the text, else all numbers in it."""
-    lists = re.findall(r"\[[\d\s,]+\]", text) or re.findall(r"\[.*?\]", text, re.DOTALL)
-    if lists:
-        try:
-            return [int(item) for item in json.loads(lists[-1]) if isinstance(item, (int, float)) or str(item).isdecimal()]
-        except (ValueError, OverflowError):
-            pass  # not a list after all
-    return [int(number) for number in re.findall(r"\d{1,18}", text)]
-
-
-def after_answer_mark(text: str) -> str:
-    """What follows the first "Answer:", or the whole text."""
-    found = re.search(r"answer:(.*)", text, re.IGNORECASE | re.DOTALL)
-    rest = (found[1] if found else text).strip()
-    return re.sub("^answer:", "", rest, flags=re.IGNORECASE).strip()
-
-
-def _normal(text: str) -> str:
-    return _without_articles("".join(character for character in text if character not in string.punctuation))
-
-
-def _without_articles(text: str) -> str:
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower()).split())

@@ -6,7 +6,6 @@ A file `visual_haystack_{N|oracle}.json` is a list of entries with a yes/no ques
 
 import json
 import random
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from data_tools.formats.marks import IMAGE_MARK, refuse_foreign_marks
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn, describe
+from laid_ds.evaluation.visual_haystacks_rule import ANSWERS, is_compliant, is_exact, is_right, words
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
-ANSWERS = ("yes", "no")
 RESAMPLES = 100
 
 
@@ -139,10 +138,15 @@ def _judge(entry: Entry) -> np.ndarray:
     """(in the words, compliant, exactly the answer, both yes and no), a mean where the entry has one response for each needle position."""
     said = take(entry, "conversations", list)
     answer = take(said[1] if len(said) > 1 else {}, "value", str)
-    rows = []
-    for response in _responses(entry):
-        found = words(response.lower())
-        rows.append((answer in found, not found.isdisjoint(ANSWERS), plain(response) == answer, found.issuperset(ANSWERS)))
+    rows = [
+        (
+            is_right(answer, response),
+            is_compliant(response),
+            is_exact(answer, response),
+            words(response.lower()).issuperset(ANSWERS),
+        )
+        for response in _responses(entry)
+    ]
     return np.mean(np.array(rows, np.float64), axis=0)
 
 
@@ -154,37 +158,3 @@ def _responses(entry: Entry) -> list[str]:
     if not responses:
         raise DataError("an entry without responses")
     return responses
-
-
-def words(text: str) -> set[str]:
-    """Tokens as the benchmark's tokenizer (nltk) gives them, where "yes" and "no" are concerned: sentences are split first, then
-    punctuation is set apart; "yes/no" and "yes-no" stay single tokens, "cannot" holds no "no"."""
-    found: set[str] = set()
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
-        for pattern, apart in APART:
-            sentence = pattern.sub(apart, sentence)
-        found.update(sentence.split())
-    return found
-
-
-APART = [
-    (re.compile(pattern), apart)
-    for pattern, apart in (
-        (r"([«“‘„]|`+)", r" \1 "),
-        (r"(^|[ (\[{<])(\"|'')", r"\1 \" "),
-        (r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", "' "),
-        (r"([^.])(\.)([\])}>\"'»”’ ]*)\s*$", r"\1 \2 \3 "),
-        (r"([:,])(\D|$)", r" \1 \2"),
-        (r"(\.{2,}|[;@#$%&?!*]|[\u2012-\u2015])", r" \1 "),
-        (r"([^'])' ", r"\1 ' "),
-        (r"([][(){}<>]|--)", r" \1 "),
-        (r"([»”’]|''|\")", r" \1 "),
-        (r"\s+|$", " "),
-        (r"([^' ])('[smd]|'|'ll|'re|'ve|n't) ", r"\1 \2 "),
-    )
-]
-
-
-def plain(response: str) -> str:
-    """A response without case, surrounding space, quotes and final punctuation: what the strict rules compare."""
-    return response.strip().strip("\"'`*").rstrip(".!").strip().lower()

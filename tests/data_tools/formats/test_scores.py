@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.formats import mm_niah, mmlongbench, visual_haystacks
-from data_tools.formats.visual_haystacks import plain, words
 from laid_ds.data.record import DataError
+from laid_ds.evaluation.visual_haystacks_rule import plain, words
 
 
 @pytest.mark.parametrize(
