@@ -99,6 +99,19 @@ def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
     )
 
 
+def collate_prompts(rendered: list[Rendered], pad_token: int) -> dict[str, Tensor]:
+    """Inputs of `generate`: prompts that end together, each [B, T], with "attention_mask" (1: not padding), and the images of all."""
+    longest = max(len(r.supervised) for r in rendered)
+
+    def padded(rows: list[Tensor], value: int) -> Tensor:
+        return torch.stack([F.pad(row, (longest - len(row), 0), value=value) for row in rows])
+
+    names, images = rendered[0].tokens, [image for r in rendered for image in r.images]
+    tokens = {name: padded([r.tokens[name] for r in rendered], pad_token if name == "input_ids" else 0) for name in names}
+    tokens["attention_mask"] = padded([torch.ones_like(r.tokens["input_ids"]) for r in rendered], 0)
+    return tokens | (_images(images, rendered[0].image_axis) if images else {})
+
+
 def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
     """Lay rendered samples end to end in one row. A stand-in image stays only where the row would have no image at all, at its end."""
     if any(not r.trailing for r in rendered):

@@ -166,6 +166,27 @@ def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Samp
     return _renumbered(window, [with_kept(turn) for turn in window.turns])
 
 
+def why_needle_stays(sample: Sample | Record) -> str | None:
+    """Why its one needle cannot be put elsewhere without changing the question, as the rest of a sentence about a sample; None where it
+    can."""
+    asked = [turn for turn in sample.turns if turn.role == "user"]
+    reason = why_whole(sample)
+    if reason is None and (len(asked) != 1 or len(asked[0].needles) != 1):
+        reason = f"has {len(asked)} questions with {sum(len(turn.needles) for turn in asked)} needles, not one with one"
+    return reason if reason is not None or _images_lead(sample) else "shows images among its words"
+
+
+def needle_at(sample: Sample, place: int) -> Sample:
+    """The sample with its one needle as image number `place`, the other images in their order. Raises DataError where that would change
+    the question."""
+    if reason := why_needle_stays(sample):
+        raise DataError(f"the needle cannot be moved: the sample {reason}", key=sample.key)
+    number, question = next((number, turn) for number, turn in enumerate(sample.turns) if turn.role == "user")
+    (needle,) = question.needles
+    others = [image for image in range(len(sample.images)) if image != needle]
+    return _renumbered(sample, _leading(sample, [number], [*others[:place], needle, *others[place:]]))
+
+
 def _questions(sample: Sample | Record, images: int, most: int | None, rng: random.Random) -> list[int]:
     """Turn numbers of the questions of a window whose needles fit into it together: in a random order, or as they stand."""
     order = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]

@@ -159,14 +159,40 @@ def packed_rows() -> Iterator[None]:
         _packed.reset(token)
 
 
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block no row of this model is padded before its end: under `laid`, its sliding windows need no dense mask. Whatever else
+    than SDPA attends there sees the masks that it knows."""
+    plain = all(getattr(getattr(a, "_laid", None), "attend", None) is sdpa_attention_forward for a in attention_layers(model).values())
+    token = _whole.set(plain)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def listen_to_windows(model: PreTrainedModel) -> None:
+    """Put a decoder with sliding windows on `laid`, where that can do without dense masks (whole_rows); others are left as they are."""
+    config = model.config.get_text_config()
+    known = DECODERS.get(config.model_type)
+    if known is not None and known.packable and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        listen(model)
+
+
 def laid_mask(
     *, batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **kwargs: Any
 ) -> Tensor | None:
-    """transformers' mask interface: SDPA's mask or, inside `packed_rows` and for sliding windows on CUDA, the bounds of the samples.
+    """transformers' mask interface: SDPA's mask or, inside `packed_rows` and for sliding windows on CUDA or inside `whole_rows`, the bounds
+    of the samples.
 
     A token that does not see the one before it begins a sample.
     """
-    if not (_packed.get() or (device.type == "cuda" and _is_plain_window(q_length, **kwargs))):
+    if _whole.get():
+        kwargs["attention_mask"] = None
+    if not (_packed.get() or ((device.type == "cuda" or _whole.get()) and _is_plain_window(q_length, **kwargs))):
         return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **kwargs)
     row, token = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
     follows = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)

@@ -96,27 +96,29 @@ def learn_template(processor: ProcessorMixin) -> Template:
     )
 
 
-def say(template: Template, turns: Sequence[TurnLike]) -> Said:
+def say(template: Template, turns: Sequence[TurnLike], prompt: bool = False) -> Said:
     """The text of stock `apply_chat_template`, and in it each assistant turn that is to be learned.
+
+    prompt: the last turn is a question, and the text is what the model is given to answer it; nothing is to be learned.
 
     A span holds what the template writes for one turn's segments, from the first to the last (edges trimmed and thoughts left out where the
     template does that), and the end mark after it. Raises ValueError with the cause where the template refuses the turns, where it makes
     something else of an answer, and where a text holds a mark of the model and its place cannot be told.
     """
     lines = [(turn.role, tuple(turn.segments)) for turn in turns]
-    text = _write(template, lines)
-    _check_heard(template, lines, text)
-    taught = [number for number, turn in enumerate(turns) if turn.role == "assistant" and getattr(turn, "supervised", True)]
+    text = _write(template, lines, prompt)
+    _check_heard(template, lines, text, prompt)
+    taught = [number for number, turn in enumerate(turns) if turn.role == "assistant" and getattr(turn, "supervised", True) and not prompt]
     spans = [_with_end(text, span, template.end) for span in _answers(template, lines, taught, text)] if taught else []
-    return Said(text, _apart(spans), _literal(template, lines, text))
+    return Said(text, _apart(spans), _literal(template, lines, text, prompt))
 
 
-def _check_heard(template: Template, lines: list[tuple[str, Segments]], text: str) -> None:
+def _check_heard(template: Template, lines: list[tuple[str, Segments]], text: str, prompt: bool) -> None:
     """Raises ValueError where the template leaves out what a tool said: many know no tools, and the answers would come out of nothing."""
     tools = [number for number, (role, _) in enumerate(lines) if role == "tool"]
     if tools:
         try:
-            _places(template, lines, tools, text)
+            _places(template, lines, tools, text, prompt)
         except ValueError as error:
             raise ValueError(f"the chat template does not show the model what a tool said: {error}") from None
 
@@ -199,7 +201,7 @@ def _word(role: str) -> str:
     return f"xq{role}qx"
 
 
-def _literal(template: Template, lines: list[tuple[str, Segments]], text: str) -> list[Span]:
+def _literal(template: Template, lines: list[tuple[str, Segments]], text: str, prompt: bool) -> list[Span]:
     """The marks of the model that stand in texts of the sample, by their place in what the template makes of it."""
     held = template.reserved.search(
         "".join(s for _, said in lines for s in said if isinstance(s, str))
@@ -207,7 +209,7 @@ def _literal(template: Template, lines: list[tuple[str, Segments]], text: str) -
     if held is None:
         return []
     try:
-        places = _places(template, lines, list(range(len(lines))), text)
+        places = _places(template, lines, list(range(len(lines))), text, prompt)
     except ValueError as error:
         raise ValueError(f"a text holds {held[0]!r}, a mark of this model, and where it is to be text cannot be told: {error}") from None
     spans = _apart([(place.start, place.stop) for place in places if place.start < place.stop])
@@ -242,13 +244,13 @@ def _answers(template: Template, lines: list[tuple[str, Segments]], taught: list
     return [_span(template, lines, turn, [place for place in places if place.piece.turn == turn], text) for turn in taught]
 
 
-def _places(template: Template, lines: list[tuple[str, Segments]], turns: list[int], text: str) -> list[_Place]:
+def _places(template: Template, lines: list[tuple[str, Segments]], turns: list[int], text: str, prompt: bool = False) -> list[_Place]:
     """Where the texts of some turns stand. Raises ValueError where the text is not that of the words with those texts for words."""
     causes: dict[Any, str] = {}
     for cut, edged in _ways(template, lines, turns):
         swapped, pieces = _swapped(lines, turns, _stem(text), cut, edged)
         try:
-            return _found(text, _write(template, swapped), pieces)
+            return _found(text, _write(template, swapped, prompt), pieces)
         except ValueError as error:
             causes[cut, edged] = str(error)
     raise ValueError(causes[None, False])

@@ -247,12 +247,20 @@ class Renderer:
         A sample without an image gets the smallest one after its last token: causal attention keeps it from changing anything, and under
         ZeRO-3 every rank then runs the vision tower. Raises ValueError (what `pixels` raises) for an image that cannot be read.
         """
-        ids, supervised, shown = self._tokens(sample)
+        return self._render(sample)
+
+    def prompt(self, sample: SampleLike) -> Rendered:
+        """The sample's turns, of which the last is a question, and what the chat template writes to have it answered. Nothing is
+        supervised, and no image stands in where there is none: what is generated follows the last token. Raises ValueError as a call."""
+        return self._render(sample, prompt=True)
+
+    def _render(self, sample: SampleLike, prompt: bool = False) -> Rendered:
+        ids, supervised, shown = self._tokens(sample, prompt)
         pictures = [self._picture(sample.images[i]) for i in shown]
         places = torch.nonzero(ids == self.processor.image_token_id).flatten().tolist()
         if len(places) != len(pictures):
             raise ValueError(f"the chat template writes {len(places)} image marks for the {len(pictures)} images that the turns show")
-        if not pictures:
+        if not pictures and not prompt:
             pictures, places = [self._blank], [len(ids)]
         parts, begin = [], 0
         for place, picture in zip(places, pictures, strict=True):
@@ -260,7 +268,7 @@ class Renderer:
             begin = place + 1
         parts.append((ids[begin:], supervised[begin:]))
         all_ids, all_supervised = (torch.cat(column) for column in zip(*parts, strict=True))
-        return self._rendered(all_ids, all_supervised, pictures, trailing=0 if shown else len(self._blank.ids))
+        return self._rendered(all_ids, all_supervised, pictures, trailing=0 if shown or prompt else len(self._blank.ids))
 
     def count(self, record: RecordLike) -> int:
         """The tokens that a sample will have, without its images (and without a stand-in)."""
@@ -280,7 +288,7 @@ class Renderer:
             types = torch.as_tensor(self.processor.create_mm_token_type_ids([ids.tolist()])[0])
             tokens |= dict.fromkeys(self._type_names, types)
         is_image = ids == self.processor.image_token_id
-        lengths = torch.tensor([int((picture.ids == self.processor.image_token_id).sum()) for picture in pictures])
+        lengths = torch.tensor([int((picture.ids == self.processor.image_token_id).sum()) for picture in pictures], dtype=torch.long)
         shows = torch.full_like(ids, -1)
         shows[is_image] = torch.arange(len(pictures)).repeat_interleave(lengths)
         positions = None
@@ -293,9 +301,9 @@ class Renderer:
     def _template(self) -> Template:
         return learn_template(self.processor)
 
-    def _tokens(self, sample: SampleLike | RecordLike) -> tuple[Tensor, Tensor, list[int]]:
+    def _tokens(self, sample: SampleLike | RecordLike, prompt: bool = False) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
-        said = say(self._template, sample.turns)
+        said = say(self._template, sample.turns, prompt)
         ids, offsets = self._encode(said)
         supervised = answer_tokens(said.text, said.spans, offsets)
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]
