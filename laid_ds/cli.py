@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -178,30 +180,64 @@ def export(
     next_step("laid", "eval", "SHARDS", f"student={output}", "--out", run / "evaluation.json")
 
 
-@app.command("eval", epilog="Example: laid eval runs/demo/test teacher=runs/demo/models/teacher laid=runs/demo/models/laid --out e.json")
+@app.command(
+    "eval",
+    epilog="Examples: laid eval runs/demo/test teacher=runs/demo/models/teacher laid=runs/demo/models/laid --out e.json;  "
+    "laid eval shards/vhs20 shards/niah qwen=models/qwen --out runs/e/evaluation.json --ranks 8",
+)
 def evaluate(
-    shards: Annotated[Path, typer.Argument(help="Test shards with recorded needles and choices.")],
-    models: Annotated[list[str], typer.Argument(help="NAME=FOLDER of stock model folders.")],
-    out: Annotated[Path, typer.Option(help="Results file; models in it whose files have not changed are not asked again.")],
+    context: typer.Context,
+    what: Annotated[
+        list[str], typer.Argument(metavar="TASKS... NAME=FOLDER...", help="Folders of shards, and stock model folders by name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Results file; the answers stand beside it (.jsonl). What is in them is not asked again.")],
     sizes: Annotated[
-        str, typer.Option(help="Numbers of images; those that the haystacks do not hold are left out.")
-    ] = "1,2,5,10,20,50,100,150",
-    haystacks: Annotated[int, typer.Option(min=1, help="Haystacks of each size.")] = 100,
-    questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+        str | None,
+        typer.Option(help="Numbers of images of the windows; default: 1,2,5,10,20,50,100,150 for haystacks, benchmarks as they are."),
+    ] = None,
+    haystacks: Annotated[int | None, typer.Option(min=1, help="Samples of each task; default: 100 haystacks, all of a benchmark.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in each window.")] = 1,
+    depths: Annotated[int | None, typer.Option(min=1, help="Ask with the needle at so many places, evenly from the first on.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="teacher-forced (default for haystacks with choices) or generate (default for benchmarks).")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a model may say.")] = 64,
+    tokens_per_batch: Annotated[int, typer.Option(min=1, help="Most tokens of a batch with padding, one question at least.")] = 16384,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on a GPU, else float32.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine; or start this command by a launcher.")] = 1,
+    port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
+    zero3: Annotated[
+        bool | None, typer.Option("--zero3/--whole", help="Shard models over the ranks, or not; default: where one GPU is too small.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes of each rank that render ahead; default: a spare core each.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Ask models that have changed since anew.")] = False,
     attention: Annotated[bool, typer.Option("--attention", help="Also record what each head attends to.")] = False,
     self_extend: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=GROUP,WINDOW", help="Ask this model with SelfExtend (a baseline); may be given more than once."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print scores as one JSON object.")] = False,
 ) -> None:
-    """Measure accuracy against the number of images and keep every answer in a results file."""
-    from laid_ds.evaluation.evaluate import evaluate_models
+    """Ask models about tasks: haystacks of growing size and imported benchmarks. Every answer is kept as text, and scored."""
+    from laid_ds.evaluation.evaluate import How
+    from laid_ds.evaluation.ranks import evaluate
+    from laid_ds.evaluation.tasks import Wish
 
-    folders = _named(models)
-    extended = _extended(self_extend or [], folders)
-    results = evaluate_models(shards, folders, out, _sizes(sizes), haystacks, questions, dtype, attention, extended)
-    print(f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}")
+    folders, models = [Path(word) for word in what if "=" not in word], _named([word for word in what if "=" in word])
+    wish = Wish(sizes and _sizes(sizes), haystacks, questions, depths, mode)
+    limits = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch, "workers": _spare_cores(ranks, workers)}
+    extended = _extended(self_extend or [], models)
+    how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again)
+    results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
+    if results is not None:
+        scores = {
+            name: model.get("scores") or {task: worth["scores"] for task, worth in model["tasks"].items()}
+            for name, model in results["models"].items()
+        }
+        said = f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}"
+        print(json.dumps({"out": str(out), "scores": scores}, allow_nan=False) if as_json else said)
 
 
 @app.command(epilog="Example: laid probe models/teacher data/test --student models/student")
@@ -373,8 +409,8 @@ def _checkpoints(run: Path) -> list:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
-    run_app(app, "laid", arguments)
+    """Entry point. Launchers may put --local_rank before the words of a rank."""
+    run_app(app, "laid", [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")])
 
 
 def _named(models: list[str]) -> dict[str, Path]:
@@ -398,6 +434,18 @@ def _extended(options: list[str], models: dict[str, Path]) -> dict[str, tuple[in
             raise ValueError(f"--self-extend {option!r}: give NAME=GROUP,WINDOW, with the NAME of a model ({', '.join(models)})")
         found[name] = (int(group), int(window))
     return found
+
+
+def _default_dtype() -> str:
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _spare_cores(ranks: int, workers: int | None) -> int:
+    """Workers of each rank, where their number is not given: one at least, and as many as leave a core to the rank itself, up to 4."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return workers if workers is not None else min(4, max(1, (os.cpu_count() or 1) // here - 1))
 
 
 def _sizes(text: str) -> list[int]:

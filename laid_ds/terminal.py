@@ -31,7 +31,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     """
     words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        status = app(words, prog_name=name, standalone_mode=False)
+        status = app(words, prog_name=name, standalone_mode=False, obj=words)  # the words: a command may start itself as ranks
     except UsageError as error:
         status = _usage(error, name)
     except ValueError as error:

@@ -1,29 +1,14 @@
-"""Ask a stock model about haystacks of growing size, and keep every answer.
-
-A window of N images is drawn from each test sample, the same for every model, and its questions are asked as turns. An answer counts when
-the model's greedy reply is exactly the true answer and its end mark; earlier turns hold their true answers. For replies of a few tokens
-this is what `generate` would give, in one forward pass.
-"""
+"""Haystacks of growing size: a window of N images is drawn from each test sample, the same for every model, at the sizes that all hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from laid_ds.data.batch import Batch, Rendered, collate, render_named
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window, most_needed, why_whole
 from laid_ds.data.record import DataError, Record, Sample, Turn
 from laid_ds.evaluation.window import notes_on
-from laid_ds.models.attention import last_hidden_state
-from laid_ds.models.load import PreTrainedModel
-from laid_ds.models.processor import Renderer
-
-Answers = dict[str, dict[str, list[list[int]]]]
-Row = tuple[Sample, Rendered]
 
 
 class Haystacks(Sequence[Sample]):
@@ -47,41 +32,8 @@ class Survey:
     """Numbers of images that every one of the haystacks can show, with each of its questions."""
     left_out: dict[int, str]
     """The other sizes, and why not."""
-    choices: int
-    """That each question offers; chance is 1 / this."""
-
-
-@torch.no_grad()
-def ask(
-    model: PreTrainedModel,
-    renderer: Renderer,
-    samples: Sequence[Sample],
-    sizes: Sequence[int],
-    questions: int,
-    tokens_per_batch: int = 16384,
-    tick: Callable[[int, int], None] = lambda size, answered: None,
-) -> dict[str, list[list[int]]]:
-    """Size -> for each haystack, 1 or 0 for each question (fewer than `questions` where the window is smaller than that).
-
-    One batch of at most `tokens_per_batch` padded tokens, or of one haystack, is in memory at a time, and one haystack beyond it.
-    tick: is told the size and how many more haystacks have answered. Raises DataError for a haystack that cannot be shown at a size.
-    """
-    results: dict[str, list[list[int]]] = {}
-    for size in sizes:
-        answers = results[str(size)] = []
-        rows = _rows(renderer, samples, size, questions)
-        for part in _by_tokens(rows, tokens_per_batch):
-            asked = [_number_of_questions(window) for window, _ in part]
-            batch = collate([row for _, row in part], [window.key for window, _ in part], renderer.processor.tokenizer.pad_token_id)
-            part.clear()  # the batch holds copies of the pixels
-            found = _correct(model, batch.to(model.device))
-            for key, number, hits in zip(batch.keys, asked, found, strict=True):
-                if len(hits) != number:
-                    raise DataError(f"{number} questions were asked, and the rendered text holds {len(hits)} answers", key=key)
-            answers += found
-            tick(size, len(found))
-            del batch
-    return results
+    choices: int | None
+    """That each question offers; chance is 1 / this. None where that was not asked."""
 
 
 def window_of_size(sample: Sample, size: int, questions: int) -> Sample:
@@ -92,12 +44,6 @@ def window_of_size(sample: Sample, size: int, questions: int) -> Sample:
     return window
 
 
-def _rows(renderer: Renderer, samples: Iterable[Sample], size: int, questions: int) -> Iterator[Row]:
-    for sample in samples:
-        window = window_of_size(sample, size, questions)
-        yield window, render_named(renderer, window)
-
-
 def read_haystacks(dataset: Dataset, haystacks: int) -> Haystacks:
     """The first samples of a data set. Raises ValueError when it has too few."""
     if haystacks > len(dataset):
@@ -105,15 +51,15 @@ def read_haystacks(dataset: Dataset, haystacks: int) -> Haystacks:
     return Haystacks(dataset, range(haystacks))
 
 
-def survey(dataset: Dataset, haystacks: int, sizes: Sequence[int]) -> Survey:
-    """What the first samples of a data set can be asked, by their records alone.
+def survey(dataset: Dataset, haystacks: int, sizes: Sequence[int], scored: bool = True) -> Survey:
+    """What the first samples of a data set can be asked, by their records alone. scored: by the choices that every question offers.
 
     A size counts only if all of them can show it: else its accuracy would be over other haystacks, or over other questions, than those of
     the other sizes. Raises ValueError when no size is left, when a question cannot be scored, and when numbers of choices differ.
     """
     read_haystacks(dataset, haystacks)
     records = {dataset.keys[i].decode(): dataset.record(i) for i in range(haystacks)}
-    choices = {key: _choices(key, record) for key, record in records.items()}
+    choices = {key: _choices(key, record) if scored else None for key, record in records.items()}
     if len(set(choices.values())) > 1:
         fewest, most = min(choices, key=choices.get), max(choices, key=choices.get)
         raise ValueError(
@@ -173,40 +119,3 @@ def _choices_of_question(key: str, question: Turn, answer: Turn | None) -> int:
     if answer.text not in offered:
         raise DataError(f"the answer {answer.text[:40]!r} to {asked!r} is none of its choices", key=key)
     return len(offered)
-
-
-def _number_of_questions(sample: Sample) -> int:
-    return sum(turn.role == "user" for turn in sample.turns)
-
-
-def _correct(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
-    """For each row, 1 or 0 for each answer: all its tokens are the most likely ones. Raises ValueError when the model computes NaN."""
-    hidden = last_hidden_state(model, **batch.inputs)
-    right = torch.zeros_like(batch.supervised)
-    likeliest = model.get_output_embeddings()(hidden[batch.supervised]).max(-1)
-    if not likeliest.values.isfinite().all():
-        raise ValueError(f"the model gives numbers that are not finite for the answers of {', '.join(batch.keys)}; its weights are broken")
-    right[batch.supervised] = likeliest.indices == batch.labels[batch.supervised]
-    return [_spans(row, hit) for row, hit in zip(batch.supervised.cpu(), right.cpu(), strict=True)]
-
-
-def _spans(supervised: Tensor, right: Tensor) -> list[int]:
-    """1 or 0 for each run of supervised positions: 1 when all of it is right."""
-    starts = torch.nonzero(supervised & ~supervised.roll(1)).flatten().tolist()
-    ends = torch.nonzero(supervised & ~supervised.roll(-1)).flatten().tolist()
-    return [int(right[start : end + 1].all()) for start, end in zip(starts, ends, strict=True)]
-
-
-def _by_tokens(rows: Iterable[Row], limit: int) -> Iterator[list[Row]]:
-    """Consecutive rows whose padded size stays within the limit (one row at least). A list is the caller's, to empty as soon as it can."""
-    part: list[Row] = []
-    longest = 0
-    for window, row in rows:
-        longest = max(longest, len(row.supervised))
-        if part and longest * (len(part) + 1) > limit:
-            yield part
-            part, longest = [], len(row.supervised)
-        part.append((window, row))
-        del window, row  # what is in the list alone goes with it
-    if part:
-        yield part

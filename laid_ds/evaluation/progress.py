@@ -9,7 +9,8 @@ from typing import Any
 
 from laid_ds.config import Evaluation
 from laid_ds.data.dataset import Dataset
-from laid_ds.evaluation.haystack import Haystacks, Survey, ask, read_haystacks, survey
+from laid_ds.evaluation.asking import ask
+from laid_ds.evaluation.haystack import Haystacks, Survey, read_haystacks, survey
 from laid_ds.evaluation.window import relative_threshold, window_of
 from laid_ds.files import read_json_lines
 from laid_ds.models.processor import Renderer

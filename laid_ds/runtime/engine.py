@@ -162,6 +162,13 @@ def teacher_engine(teacher: nn.Module, config: dict[str, Any]):
     return engine
 
 
+def sharded_config(dtype: str) -> dict[str, Any]:
+    """Mechanics of a model that is only read: ZeRO-3 over all ranks. Nothing is fetched ahead: reading a prompt and saying a token run
+    other modules, and what was recorded of one would be wrong for the other."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 1e5, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1_000_000}
+    return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == "bfloat16"}}
+
+
 def set_learning_rate(engine, factor: float) -> None:
     """Every group's learning rate = its base rate x factor."""
     for group in engine.optimizer.param_groups:

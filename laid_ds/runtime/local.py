@@ -26,12 +26,11 @@ from laid_ds.runtime.environment import DEVICES, without_ranks
 from laid_ds.runtime.launchers import MODULE, STARTED_BY
 
 LAUNCHERS = ("deepspeed", "torchrun")
-DOCTOR = "laid_ds.doctor"  # what a rank may be beside a training; both are started as `python -m`
 
 
 def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launcher: str = "deepspeed", module: str = MODULE) -> int:
-    """Train RECIPE [section.key=value ...], or run another `module` with other words, with `ranks` processes (default: one per GPU, or 1);
-    the launcher's exit status.
+    """Run a module (by default: train RECIPE [section.key=value ...]) with these words in `ranks` processes (default: one per GPU, or 1),
+    as `python -m`; the launcher's exit status.
 
     Port 0 takes a free one. Ctrl-C, SIGTERM and a closed terminal reach the ranks, which save and leave; we wait for them. Should this
     process, the launcher or a rank be killed, none of the others stays behind.
@@ -52,7 +51,7 @@ def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launch
     def pass_on(number: int, frame) -> None:
         received.append(number)
         if process is not None:
-            _stop_ranks(process.pid)
+            _stop_ranks(process.pid, module)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -61,7 +60,7 @@ def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launch
     environment[STARTED_BY] = str(os.getpid())
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=partial(end_with, os.getpid()))
     if received:
-        _stop_ranks(process.pid)
+        _stop_ranks(process.pid, module)
     status = process.wait()
     _end_orphans()
     if status < 0 and not received:
@@ -76,7 +75,7 @@ def _check_gpus(ranks: int, gpus: int) -> None:
 
 
 def _launcher(name: str, ranks: int, port: int, module: str = MODULE) -> list[str]:
-    """The command line up to the module's words. Raises ValueError for an unknown launcher."""
+    """The command line up to the words. Raises ValueError for an unknown launcher."""
     if name == "deepspeed":  # its launcher of one machine; the one before it looks for other machines
         slots = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
         place = [f"--world_info={slots}", "--master_addr=127.0.0.1", f"--master_port={port}"]
@@ -94,11 +93,11 @@ def _as_chosen(environ: Mapping[str, str]) -> list[str]:
     return ["env", *unset, *(f"{name}={environ[name]}" for name in DEVICES if name in environ)]
 
 
-def _stop_ranks(launcher: int) -> None:
+def _stop_ranks(launcher: int, module: str) -> None:
     """Ask the ranks themselves to save and leave: the launcher, if it were asked, would kill them after 30 seconds."""
     with suppress(psutil.NoSuchProcess):  # what has ended needs no asking
         processes = {p.pid: p for p in psutil.Process(launcher).children(recursive=True)}
-        alike = {pid for pid, p in processes.items() if _is_rank(p)}
+        alike = {pid for pid, p in processes.items() if _is_rank(p, module)}
         ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
         for process in ranks or [psutil.Process(launcher)]:
             process.send_signal(signal.SIGINT)
@@ -111,9 +110,9 @@ def _end_orphans() -> None:
             process.kill()
 
 
-def _is_rank(process: psutil.Process) -> bool:
+def _is_rank(process: psutil.Process, module: str) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return bool({("-m", MODULE), ("-m", DOCTOR)} & set(pairwise(process.cmdline())))
+        return ("-m", module) in pairwise(process.cmdline())
     return False
 
 

@@ -12,9 +12,11 @@ from laid_ds import cli
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
-from laid_ds.evaluation.evaluate import evaluate_models
-from laid_ds.evaluation.haystack import ask, read_haystacks
+from laid_ds.evaluation.asking import ask
+from laid_ds.evaluation.evaluate import How, evaluate_models
+from laid_ds.evaluation.haystack import read_haystacks
 from laid_ds.evaluation.report import write_report
+from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.load import load_config
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -73,20 +75,23 @@ def test_batches_change_nothing(world, renderer, taught):
 
 
 def test_results_file_is_extended_not_repeated_and_guards_its_setting(world, tmp_path):
-    out = tmp_path / "evaluation.json"
-    evaluate_models(world.shards, {"student": world.student}, out, [1, 2], 4, 1, "float32")
+    out, wish = tmp_path / "evaluation.json", Wish([1, 2], haystacks=4)
+    evaluate_models([world.shards], {"student": world.student}, out, wish)
     first = json.loads(out.read_text())
     first["models"]["student"]["answers"]["1"] = "kept"
     out.write_text(json.dumps(first))
-    evaluate_models(world.shards, {"student": world.student, "teacher": world.teacher}, out, [1, 2], 4, 1, "float32")
+    evaluate_models([world.shards], {"student": world.student, "teacher": world.teacher}, out, wish)
     second = json.loads(out.read_text())
     assert second["models"]["student"] == first["models"]["student"]
-    evaluate_models(world.shards, {"student": world.teacher}, out, [1, 2], 4, 1, "float32")  # another model under the same name
+    with pytest.raises(ValueError, match=r"made with another model 'student' \(other files.config.json.sha256, .*anew with --again"):
+        evaluate_models([world.shards], {"student": world.teacher}, out, wish)
+    assert json.loads(out.read_text()) == second
+    evaluate_models([world.shards], {"student": world.teacher}, out, wish, How(again=True))
     third = json.loads(out.read_text())
     assert third["models"]["student"]["answers"] == second["models"]["teacher"]["answers"]
     assert set(second["models"]) == {"student", "teacher"}
     with pytest.raises(ValueError, match="was made with other sizes"):
-        evaluate_models(world.shards, {"x": world.teacher}, out, [1, 4], 4, 1, "float32")
+        evaluate_models([world.shards], {"x": world.teacher}, out, Wish([1, 4], haystacks=4))
 
     summary = write_report(tmp_path, "student")
     page = summary.path.read_text()
@@ -118,7 +123,9 @@ def test_baselines_without_training_are_asked_by_their_commands(world, taught, t
     assert found["wide"]["answers"] == found["student"]["answers"]
     assert 0 < sum(sum(row) for row in found["wide"]["answers"]["2"]) < 8
     assert found["narrow"]["self_extend"] == [4, 2]
-    assert run(*words, "--self-extend", "wide=4,10000") == 0
+    assert run(*words, "--self-extend", "wide=4,10000") == 2
+    assert "made with another model 'narrow' (other self_extend)" in capsys.readouterr().err
+    assert run(*words, "--self-extend", "wide=4,10000", "--again") == 0
     again = json.loads(out.read_text())["models"]
     assert again["narrow"]["self_extend"] is None
     assert again["wide"] == found["wide"]

@@ -12,7 +12,8 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation import progress
-from laid_ds.evaluation.haystack import ask, read_haystacks
+from laid_ds.evaluation.asking import ask
+from laid_ds.evaluation.haystack import read_haystacks
 from laid_ds.evaluation.window import curve
 from laid_ds.export import export_run
 from laid_ds.models.load import load_model

@@ -11,8 +11,9 @@ from laid_ds.data.batch import collate
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window
 from laid_ds.data.images import Pixels
-from laid_ds.evaluation.evaluate import evaluate_models
+from laid_ds.evaluation.evaluate import How, evaluate_models
 from laid_ds.evaluation.spectra import needle_profile
+from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.attention import Tap, listen
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.run.loop import train
@@ -47,7 +48,7 @@ def test_numbers_are_those_of_the_dense_map(world):
 
 def test_evaluation_keeps_them_in_its_results(world, tmp_path):
     out = tmp_path / "evaluation.json"
-    evaluate_models(world.shards, {"student": world.student}, out, [1, 3], 4, 1, "float32", attention=True)
+    evaluate_models([world.shards], {"student": world.student}, out, Wish([1, 3], 4), How(attention=True))
     attention = json.loads(out.read_text())["models"]["student"]["attention"]
     assert set(attention) == {"1", "3"}
     assert len(attention["3"]["1"]["marked_mass"]) == 2

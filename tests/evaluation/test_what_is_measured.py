@@ -16,10 +16,12 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import DataError, Turn
 from laid_ds.data.writer import ShardWriter
-from laid_ds.evaluation import haystack
-from laid_ds.evaluation.evaluate import evaluate_models
-from laid_ds.evaluation.haystack import Haystacks, ask, read_haystacks, survey
+from laid_ds.evaluation import asking
+from laid_ds.evaluation.asking import ask
+from laid_ds.evaluation.evaluate import How, evaluate_models
+from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey
 from laid_ds.evaluation.report import write_report
+from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.processor import Renderer, load_processor
 
 
@@ -148,8 +150,8 @@ def test_one_batch_and_one_haystack_are_in_memory(samples, monkeypatch):
         batches.append(list(keys))
         return type("Batch", (), {"keys": tuple(keys), "to": lambda self, device: self})()
 
-    monkeypatch.setattr(haystack, "collate", collated)
-    monkeypatch.setattr(haystack, "_correct", lambda model, batch: [[1]] * len(batch.keys))
+    monkeypatch.setattr(asking, "collate", collated)
+    monkeypatch.setattr(asking, "force", lambda model, batch: [[([], 1)]] * len(batch.keys))
     renderer = type("Renderer", (), {"__call__": lambda self, sample: FakeRow(sample)})()
     renderer.processor = type("P", (), {"tokenizer": type("T", (), {"pad_token_id": 0})})
     FakeRow.most = 0
@@ -224,7 +226,7 @@ def test_attention_on_needles_needs_needles(world, samples, tmp_path):
         for sample in samples:
             writer.write(replace(without_needles(sample), haystack=True))
     with pytest.raises(DataError, match=f"records no needles, so that --attention .*{samples[0].key}"):
-        evaluate_models(tmp_path / "set", {"student": world.student}, tmp_path / "e.json", [2], 3, 1, "float32", attention=True)
+        evaluate_models([tmp_path / "set"], {"student": world.student}, tmp_path / "e.json", Wish([2], 3), How(attention=True))
 
 
 def results(models, **setting):

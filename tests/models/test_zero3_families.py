@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from laid_ds.data.batch import IGNORED, Batch
-from laid_ds.evaluation.evaluate import evaluate_models
+from laid_ds.evaluation.evaluate import How, evaluate_models
+from laid_ds.evaluation.tasks import Wish
 from laid_ds.export import export_run
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.align import Align
@@ -130,7 +131,7 @@ def test_a_whole_run_of_another_family(worlds, name, tmp_path):
     assert type(stock) is type(world.load("student"))
     before = world.load("student").state_dict()
     assert sum(not torch.equal(tensor, before[weight]) for weight, tensor in stock.state_dict().items()) > len(before) / 2
-    found = evaluate_models(world.shards, {"student": tmp_path / "out"}, tmp_path / "e.json", [1, 3], 4, 1, "float32", attention=True)
+    found = evaluate_models([world.shards], {"student": tmp_path / "out"}, tmp_path / "e.json", Wish([1, 3], 4), How(attention=True))
     assert [len(rows) for rows in found["models"]["student"]["answers"].values()] == [4, 4]
     mass = found["models"]["student"]["attention"]["3"]["1"]["marked_mass"]
     assert all(0 < share < 1 for share in mass)

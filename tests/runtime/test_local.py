@@ -130,9 +130,7 @@ while True:
 START_STUB = """
 import sys
 from laid_ds.runtime import local
-local.RANK, command = ("-m", "asked"), local._launcher
-local._launcher = lambda *options: [word.replace("laid_ds.train", "asked") for word in command(*options)]
-sys.exit(local.launch([sys.argv[1]], 1))
+sys.exit(local.launch([sys.argv[1]], 1, module="asked"))
 """
 
 
