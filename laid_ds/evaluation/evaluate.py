@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.evaluation.answers import answers_file, appending
 from laid_ds.evaluation.asking import TOKENS_PER_BATCH, Asker, ask_items
 from laid_ds.evaluation.report import read_results
-from laid_ds.evaluation.results import add_model, open_files, unanswered
+from laid_ds.evaluation.results import add_model, claimed, open_files, unanswered
 from laid_ds.evaluation.spectra import check_needles, needle_profile
 from laid_ds.evaluation.tasks import FORCED, Item, Task, Wish, open_tasks
 from laid_ds.evaluation.telling import telling
@@ -69,21 +69,22 @@ def evaluate_models(
     """
     how = how or How()
     tasks = check(folders, models, wish or Wish(), how)
-    if distributed.rank() == 0:
-        for task in tasks:
-            for note in notes_on(task.left_out):
-                print(note, file=sys.stderr)
-        open_files(out, _setting(tasks, how), {name: how.of(name, folder) for name, folder in models.items()}, tasks, how.again)
-    distributed.barrier()
-    for name, folder in models.items():
-        if name in read_results(out)["models"]:
-            continue
-        attention = _ask_model(name, folder, tasks, out, how)
+    first = distributed.rank() == 0
+    with claimed(out) if first else nullcontext():
+        for note in [note for task in tasks for note in notes_on(task.left_out)] if first else ():
+            print(note, file=sys.stderr)
+        if first:
+            open_files(out, _setting(tasks, how), {name: how.of(name, folder) for name, folder in models.items()}, tasks, how.again)
         distributed.barrier()
-        if distributed.rank() == 0:
-            add_model(out, name, tasks, attention)
-        distributed.barrier()
-    return read_results(out)
+        for name, folder in models.items():
+            if name in read_results(out)["models"]:
+                continue
+            attention = _ask_model(name, folder, tasks, out, how)
+            distributed.barrier()
+            if first:
+                add_model(out, name, tasks, attention)
+            distributed.barrier()
+        return read_results(out)
 
 
 def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: How) -> list[Task]:

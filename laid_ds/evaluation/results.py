@@ -5,11 +5,13 @@ Answers of one file are comparable: the same tasks, settings and models by name.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,29 @@ from laid_ds.evaluation.tasks import FORCED, Item, Task, items_of
 
 NOT_COMPARED = ("shards", "folder", "modified")  # where something lies, and since when, changes no answer
 CARD = "README.md"
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Inside the block no other process on this file system that asks for it has `out` and its answers. Raises ValueError when one has,
+    and when nothing can be written there."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise ValueError(f"the results cannot be written to {out}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers, which may outlive it by seconds, hold none
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{out} is being written by another `laid eval`; wait for it, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def open_files(out: Path, setting: dict[str, Any], models: Mapping[str, dict[str, Any]], tasks: Sequence[Task], again: bool) -> None:
@@ -45,7 +70,6 @@ def open_files(out: Path, setting: dict[str, Any], models: Mapping[str, dict[str
             f"{out} was made with another model {name!r} (other {', '.join(differing)}); give another --out, call it otherwise, or ask it"
             " anew with --again"
         )
-    _check_writable(out)
     about = {"setting": setting, "versions": {name: version(name) for name in ("laid-ds", "torch", "transformers")}}
     header = about | {"models": {**header.get("models", {}), **facts}}
     settle(path, header, [answer for answer in answers if answer["model"] not in changed], order(header, tasks))
@@ -144,16 +168,6 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     with writing(out.parent, out.name):
         _partial(out).write_text(json.dumps(results, allow_nan=False))
         os.replace(_partial(out), out)
-
-
-def _check_writable(out: Path) -> None:
-    """Raises ValueError now rather than after the first model."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _partial(out).touch()
-        _partial(out).unlink()
-    except OSError as error:
-        raise ValueError(f"the results cannot be written to {out}: {error.strerror}") from None
 
 
 def _partial(out: Path) -> Path:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.runtime import engine
 from tests.support import benchmarks
 from tests.support.processes import run_ranks, start_ranks, wait_until
+from tests.support.world import ROOT
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 SAID = How(max_new_tokens=5, tokens_per_batch=200)
@@ -331,6 +334,28 @@ def test_other_settings_under_the_same_out_are_refused_by_field(shards, models, 
     assert run(*words, "--max-new-tokens", 2) == 2
     assert "was made with other task, fingerprint" in capsys.readouterr().err
     assert (tmp_path / "e.jsonl").read_bytes() == before
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from laid_ds.evaluation.results import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_commands_do_not_write_one_file(shards, models, tmp_path, capsys):
+    words = ["eval", shards["infoseek"], f"a={models['internvl']}", "--out", tmp_path / "e.json", "--workers", "0"]
+    holding = [sys.executable, "-c", HOLDING, str(tmp_path / "e.json")]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert run(*words) == 2
+        other.kill()
+    assert "is being written by another `laid eval`" in capsys.readouterr().err
+    assert run(*words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.jsonl"}
 
 
 def test_a_damaged_picture_stops_asking_by_key(shards, models, tmp_path, capsys):
