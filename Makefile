@@ -69,7 +69,8 @@ $(DEMO)/models/%/config.json: $(DEMO)/%/done.json
 	$(BIN)/laid export $(DEMO)/$* $(@D)
 
 $(DEMO)/report.html: $(MODELS:%=$(DEMO)/models/%/config.json) $(DEMO)/test/dataset.json
-	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(MODELS),$(name)=$(DEMO)/models/$(name)) --out $(DEMO)/evaluation.json $(EVALUATION)
+	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(MODELS),$(name)=$(DEMO)/models/$(name)) --again \
+	  --out $(DEMO)/evaluation.json $(EVALUATION)
 	$(BIN)/laid report $(DEMO)
 
 test: install
@@ -141,7 +142,7 @@ $(STUDY)/models/%/config.json: $(STUDY)/%/done.json
 	$(BIN)/laid export $(STUDY)/$* $(@D)
 
 $(STUDY)/report.html: $(ARMS:%=$(STUDY)/models/%/config.json)
-	cp $(DEMO)/evaluation.json $(STUDY)/evaluation.json
+	cp $(DEMO)/evaluation.json $(DEMO)/evaluation.jsonl $(STUDY)
 	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(ARMS),$(name)=$(STUDY)/models/$(name)) --out $(STUDY)/evaluation.json $(EVALUATION)
 	$(BIN)/laid report $(STUDY)
 

@@ -223,6 +223,7 @@ def evaluate(
     """Ask models about tasks: haystacks of growing size and imported benchmarks. Every answer is kept as text, and scored."""
     from laid_ds.evaluation.evaluate import How
     from laid_ds.evaluation.ranks import evaluate
+    from laid_ds.evaluation.results import scores_of
     from laid_ds.evaluation.tasks import Wish
 
     folders, models = [Path(word) for word in what if "=" not in word], _named([word for word in what if "=" in word])
@@ -232,12 +233,10 @@ def evaluate(
     how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again)
     results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
     if results is not None:
-        scores = {
-            name: model.get("scores") or {task: worth["scores"] for task, worth in model["tasks"].items()}
-            for name, model in results["models"].items()
-        }
-        said = f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}"
-        print(json.dumps({"out": str(out), "scores": scores}, allow_nan=False) if as_json else said)
+        found = [{"model": name, "task": task} | scores for name, task, scores in scores_of(results)]
+        lines = ["{model}, {task}: official {official:.4f}, strict {strict:.4f}, {answers} answers".format(**scores) for scores in found]
+        said = "\n".join([*lines, f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}"])
+        print(json.dumps({"out": str(out), "scores": found}) if as_json else said)
 
 
 @app.command(epilog="Example: laid probe models/teacher data/test --student models/student")

@@ -89,6 +89,13 @@ def add_model(out: Path, name: str, tasks: Sequence[Task], attention: dict[str, 
     write_results(out, results)
 
 
+def scores_of(results: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, task, its scores) of all that a results file holds."""
+    setting = results["setting"]
+    tasks = {name: model.get("tasks") or {setting["task"]: model} for name, model in results["models"].items()}
+    return [(name, task, worth["scores"]) for name, worths in tasks.items() for task, worth in worths.items()]
+
+
 def unanswered(out: Path, name: str, tasks: Sequence[Task]) -> tuple[list[Item], list[Item]]:
     """(items that a model has answered, the others), each in their order."""
     _, answers = read_answers(answers_file(out))
