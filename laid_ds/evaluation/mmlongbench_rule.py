@@ -71,8 +71,8 @@ def official(answer: Any, output: str, rule: str, *, place: int = 0, form: str |
 
 
 def is_exact(answer: Any, output: str, rule: str) -> bool:
-    """The strict rule: after "Answer:" stands the answer, or its letter, and nothing else."""
-    said = output.strip().removeprefix(LED).strip()
+    """The strict rule: after "Answer:", which models may repeat, stands the answer, or its letter, and nothing else."""
+    said = output.strip().removeprefix(LED).strip().removeprefix(LED).strip()
     if rule == "letter":
         letter = plain(said)
         return len(letter) == 1 and ord(letter) - ord("a") == answer

@@ -34,11 +34,27 @@ def words(text: str) -> set[str]:
     """Tokens as the benchmark's tokenizer (nltk) gives them, where "yes" and "no" are concerned: sentences are split first, then
     punctuation is set apart; "yes/no" and "yes-no" stay single tokens, "cannot" holds no "no"."""
     found: set[str] = set()
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
+    for sentence in _sentences(text):
         for pattern, apart in APART:
             sentence = pattern.sub(apart, sentence)
         found.update(sentence.split())
     return found
+
+
+END = re.compile(r"(?<!\.)([.!?])(?=[)\";}\]*:@'({\[!?‘’“”«»]|\s+\S)")
+CLOSERS = re.compile(r"\s*[\"')\]}‘’“”«»]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+
+
+def _sentences(text: str) -> list[str]:
+    """A text cut where nltk's splitter cuts it, but for abbreviations; brackets and quotes that close stay with what they close."""
+    found, start = [], 0
+    for end in END.finditer(text):
+        closers = CLOSERS.match(text, end.end())
+        stop = closers.end() if closers else end.end()
+        if stop > start:
+            found.append(text[start:stop].strip())
+            start = stop
+    return [*found, text[start:]]
 
 
 APART = [
@@ -54,7 +70,8 @@ APART = [
         (r"([][(){}<>]|--)", r" \1 "),
         (r"([»”’]|''|\")", r" \1 "),
         (r"\s+|$", " "),
-        (r"([^' ])('[smd]|'|'ll|'re|'ve|n't) ", r"\1 \2 "),
+        (r"([^' ])('[smd]|') ", r"\1 \2 "),
+        (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
     )
 ]
 
