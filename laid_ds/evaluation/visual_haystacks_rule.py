@@ -41,19 +41,25 @@ def words(text: str) -> set[str]:
     return found
 
 
-END = re.compile(r"(?<!\.)([.!?])(?=[)\";}\]*:@'({\[!?‘’“”«»]|\s+\S)")
+END = re.compile(r"[.!?](?=[)\";}\]*:@'({\[!?‘’“”«»]|\s+\S)")
 CLOSERS = re.compile(r"\s*[\"')\]}‘’“”«»]+?(?:\s+|(?=--)|$)", re.MULTILINE)
 
 
 def _sentences(text: str) -> list[str]:
-    """A text cut where nltk's splitter cuts it, but for abbreviations; brackets and quotes that close stay with what they close."""
-    found, start = [], 0
-    for end in END.finditer(text):
-        closers = CLOSERS.match(text, end.end())
-        stop = closers.end() if closers else end.end()
-        if stop > start:
+    """A text cut where nltk's splitter cuts it, but for abbreviations: once in a word at most, after the last of its marks if any of them
+    ends a sentence (".." does not); brackets and quotes that close stay with what they close."""
+    ends = [end.end() for end in END.finditer(text)]
+    found, start, breaks = [], 0, False
+    for end, after in zip(ends, [*ends[1:], None], strict=False):
+        breaks |= not text.endswith("..", 0, end)
+        if after is not None and not re.search(r"\s", text[end:after]):
+            continue
+        closers = CLOSERS.match(text, end)
+        stop = closers.end() if closers else end
+        if breaks and stop > start:
             found.append(text[start:stop].strip())
             start = stop
+        breaks = False
     return [*found, text[start:]]
 
 

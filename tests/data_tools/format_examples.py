@@ -78,6 +78,21 @@ LONGBENCH_NIAH = {
     "needle_image_list": ["p0.jpg"],
     "answer": 0,
 }
+LONGBENCH_DOCUMENT = {
+    "id": 3,
+    "page_list": ["p0.jpg", "deep/p6.png"],
+    "doc_name": "a-rather-long-name-of-a-paper",
+    "question": "How many?",
+    "answer": "3",
+    "answer_format": "Integer",
+}
+LONGBENCH_PASSAGES = {
+    "id": 4,
+    "ctxs": [{"title": "Cats", "text": "They purr."}, {"title": "Dogs", "text": "They bark."}],
+    "image": "p0.jpg",
+    "question": "What is this?",
+    "answer": ["cat", "house cat"],
+}
 EXAMPLES = [
     ("llava", LLAVA),
     ("llava", MIRAGE),
@@ -89,6 +104,8 @@ EXAMPLES = [
     ("mm-niah", NIAH),
     ("mmlongbench", LONGBENCH),
     ("mmlongbench", LONGBENCH_NIAH),
+    ("mmlongbench", LONGBENCH_DOCUMENT),
+    ("mmlongbench", LONGBENCH_PASSAGES),
 ]
 
 

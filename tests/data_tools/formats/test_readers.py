@@ -10,7 +10,9 @@ from format_examples import (
     FOLDER,
     LLAVA,
     LONGBENCH,
+    LONGBENCH_DOCUMENT,
     LONGBENCH_NIAH,
+    LONGBENCH_PASSAGES,
     MIRAGE,
     MMC4,
     NIAH,
@@ -150,6 +152,22 @@ def test_any_entry_is_read_or_refused(pictures, format, example, data):
     except DataError:
         return
     assert picture(7) not in sample.images
+
+
+def test_mmlongbench_reads_documents_and_passages(pictures):
+    document = read("mmlongbench", {**LONGBENCH_DOCUMENT, "page_list": ["p0.jpg", "deep/../p1.jpg"]}, pictures)
+    pages = "Document : [0]\n\nDocument ..: [1]"
+    asked = "Question: Based on Document a-rather-long-n, answer the following question. How many?"
+    assert shown(document).endswith(f"Answer: [answer]\n\n{pages}\n\n{asked}")
+    assert document.turns[1].text == "3"
+    passages = read("mmlongbench", LONGBENCH_PASSAGES, pictures)
+    assert "Document (Title: Cats): They purr.\n\nDocument (Title: Dogs): They bark.\n\nQuestion: [0]What is this?" in shown(passages)
+    assert passages.turns[1].text == "cat"
+    for change, message in (({"answer_format": "Essay"}, "answer_format 'Essay' is none of"), ({"answer": {}}, "field 'answer' is dict")):
+        with pytest.raises(DataError, match=message):
+            read("mmlongbench", {**LONGBENCH_DOCUMENT, **change}, pictures)
+    with pytest.raises(DataError, match="holds no text that would be accepted"):
+        read("mmlongbench", {**LONGBENCH_PASSAGES, "answer": []}, pictures)
 
 
 def test_only_known_needles_make_a_mm_niah_line_a_haystack(pictures):

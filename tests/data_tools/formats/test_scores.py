@@ -44,13 +44,12 @@ def test_words_of_a_response(response, said):
     )
 )
 @settings(max_examples=300, deadline=None)
-def test_words_agree_with_the_benchmarks_tokenizer_on_one_sentence(parts):
+def test_words_agree_with_the_benchmarks_tokenizer(parts):
     nltk = pytest.importorskip("nltk", reason="nltk is not installed (the extra `dev`)")
+    split, tokens = nltk.tokenize.PunktSentenceTokenizer(), nltk.tokenize.NLTKWordTokenizer()  # not trained: it knows no abbreviations
     text = "".join(parts)
-    if any(mark in text for mark in (". ", "! ", "? ")):
-        return  # where sentences end is the job of a trained splitter
-    expected = set(nltk.word_tokenize(text, preserve_line=True)) & {"yes", "no"}
-    assert words(text) & {"yes", "no"} == expected
+    expected = {token for sentence in split.tokenize(text) for token in tokens.tokenize(sentence)}
+    assert words(text) & {"yes", "no"} == expected & {"yes", "no"}
 
 
 def result(answer, response):
