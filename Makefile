@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-templates test-processors first-day check bench study clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -91,6 +91,15 @@ test-energon: install
 	  multi-storage-client s3fs mfusepy rapidyaml braceexpand click pyyaml filetype \
 	  && $(BIN)/pip install --quiet --no-deps --target $(ENERGON) megatron-energon==7.4.1; }
 	PYTHONPATH=$(ENERGON) $(BIN)/python -m pytest tests/data/test_compatibility.py
+
+# The tasks that we write for lmms-eval, by lmms-eval itself: an environment of its own, since it asks for a hundred packages.
+LMMS := .lmms-eval
+test-lmms-eval: install
+	test -d $(LMMS) || { $(PYTHON) -m venv $(LMMS) \
+	  && $(LMMS)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0 transformers accelerate datasets evaluate pytablewriter \
+	    sacrebleu numexpr scikit-learn tqdm-multiprocess zstandard jsonlines ftfy tenacity openai python-dotenv loguru psutil nltk \
+	  && $(LMMS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3; }
+	LAID_LMMS_EVAL=$(CURDIR)/$(LMMS)/bin/python $(BIN)/python -m pytest -m lmms_eval
 
 # The real chat templates that TRL ships; the wheel alone, without what it needs to train.
 TRL := .trl

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_tools.console import track
 from data_tools.formats import mm_niah, mmlongbench, visual_haystacks
+from data_tools.lmms_eval import export_task
 from laid_ds.data.dataset import Dataset
 
 WRITERS = {"vhs": visual_haystacks.write_files, "mm-niah": mm_niah.write_file}
@@ -15,6 +16,8 @@ def export(format: str, folder: str, out: Path) -> dict[str, Any]:
     dataset = Dataset.open(folder)
     if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty")
+    if format == "lmms-eval":
+        return export_task(dataset, out)
     return WRITERS[format](track(dataset, "export", len(dataset)), out)
 
 

@@ -36,7 +36,7 @@ def option(help: str, *names: str, **more):
 
 BuildFormat = Literal["llava", "sharegpt", "obelics", "mmc4", "folder"]
 ImportFormat = Literal["vhs", "mm-niah", "mmlongbench", "llava"]
-ExportFormat = Literal["vhs", "mm-niah"]
+ExportFormat = Literal["vhs", "mm-niah", "lmms-eval"]
 Benchmark = Literal["vhs", "mm-niah", "mmlongbench"]
 
 Folder = Annotated[Path, argument("Folder of a data set.")]
@@ -146,9 +146,9 @@ def import_(
 
 @app.command()
 def export(format: Annotated[ExportFormat, argument("The benchmark's format.")], folder: Source, out: Out, json: Json = False) -> None:
-    """Write a data set as a benchmark's files with their images.
+    """Write a data set as a benchmark's files with their images, or as a task folder for lmms-eval's --include_path.
 
-    Example: laid-data export vhs shards/vhs20 exported
+    Examples: laid-data export vhs shards/vhs20 exported;  laid-data export lmms-eval shards/vhs20 tasks/vhs20
     """
     from data_tools import benchmark_files
 

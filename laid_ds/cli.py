@@ -74,13 +74,13 @@ def doctor(
         raise typer.Exit(examine(words))
     import torch
 
-    from laid_ds.runtime.local import DOCTOR, launch
+    from laid_ds.runtime.local import launch
 
     if (ranks or torch.cuda.device_count() or 1) == 1:
         raise typer.Exit(examine(words))
     with TemporaryDirectory() as folder:  # launchers have much to say of a rank that leaves with another status than 0
         found = Path(folder) / "status"
-        status = launch([*words, "--status-to", str(found)], ranks, port, module=DOCTOR)
+        status = launch([*words, "--status-to", str(found)], ranks, port, module="laid_ds.doctor")
         raise typer.Exit(int(found.read_text()) if found.is_file() else status)
 
 

@@ -22,6 +22,8 @@ FLOORS = {
     "laid_ds.evaluation.window": 1,
     "laid_ds.evaluation.report": 1,
     "laid_ds.evaluation.rules": 1,
+    "laid_ds.evaluation.scores": 1,
+    "laid_ds.evaluation.harness": 1,
     "laid_ds.evaluation.visual_haystacks_rule": 1,
     "laid_ds.evaluation.mm_niah_rule": 1,
     "laid_ds.evaluation.mmlongbench_rule": 1,

@@ -126,7 +126,11 @@ def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
     for line in lines:
         place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
         answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
-        answer = as_counts(answer) if counting else answer
+        if counting:
+            try:
+                answer = as_counts(answer)
+            except ValueError as error:
+                raise DataError(str(error)) from None
         total[place] += 1
         correct[place] += official(answer, response)
         strict += is_exact(answer, response)

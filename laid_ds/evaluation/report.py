@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from laid_ds.evaluation.harness import read_samples
+from laid_ds.evaluation.scores import as_lines, read_answers, summarise_scores
 from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
 from laid_ds.files import read_json, read_json_lines, read_text
 
@@ -38,19 +40,25 @@ class Summary:
 
     rows: list[Row]
     baseline: str
-    chance: float
-    threshold: float
+    chance: float | None
+    threshold: float | None
     setting: dict[str, Any]
     path: Path
     left_out: dict[str, str] = field(default_factory=dict)
     """Sizes that were asked for and not measured, and why."""
+    scores: dict[str, Any] = field(default_factory=dict)
+    """What each model is worth on each task, by the official and a strict rule (scores.py)."""
 
     def as_json(self) -> dict[str, Any]:
         models = {row.name: asdict(row) for row in self.rows}
         numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
-        return numbers | {"left_out": self.left_out, "report": str(self.path)}
+        return numbers | {"left_out": self.left_out, "scores": self.scores, "report": str(self.path)}
 
     def as_text(self) -> str:
+        parts = [*([*self._windows(), ""] if self.rows else []), *([*as_lines(self.scores), ""] if self.scores else [])]
+        return "\n".join([*parts, f"report: {self.path}"])
+
+    def _windows(self) -> list[str]:
         sizes = self.setting["sizes"]
         names = max(len(row.name) for row in self.rows)
         head = f"{'':{names}}  {'  '.join(f'{size:>5}' for size in sizes)}   window in images [95 %]     against {self.baseline}"
@@ -58,7 +66,7 @@ class Summary:
             f"{row.name:{names}}  {'  '.join(f'{row.accuracy[size]:5.2f}' for size in sizes)}   {row.window!s:24}  {row.against_baseline}"
             for row in self.rows
         ]
-        return "\n".join([head, *lines, "", self.rule(), f"report: {self.path}"])
+        return [head, *lines, "", self.rule()]
 
     def rule(self) -> str:
         first = self.setting["sizes"][0]
@@ -72,26 +80,38 @@ class Summary:
 
 
 def write_report(folder: str | Path, baseline: str) -> Summary:
-    """Read the results files of a folder and the runs' metrics beside them; write folder/window.png and folder/report.html.
+    """Read the results files of a folder, the answers and the runs' metrics beside them; write folder/window.png and folder/report.html.
 
-    Raises ValueError when there are no results, when they were made with different questions, and when the baseline is missing.
+    Answers are those of `laid eval` and of lmms-eval (its --log_samples files). Raises ValueError when there are neither results nor
+    answers, when results were made with different questions, and when the baseline is missing.
     """
     folder = Path(folder)
-    results = join_results(results_files(folder))
-    summary = summarise(results, baseline, folder / "report.html")
-    draw_curves(summary, folder / "window.png")
+    answers = [*read_answers(folder), *read_samples(folder)] if folder.is_dir() else []
+    found = {path: results for path, results in results_files(folder, bool(answers)).items() if _has_a_curve(results)}
+    summary, pictures, versions = Summary([], baseline, None, None, {}, folder / "report.html"), [], {}
+    if found or not answers:
+        results = join_results(found or results_files(folder))
+        summary, versions = summarise(results, baseline, folder / "report.html"), results["versions"]
+        draw_curves(summary, folder / "window.png")
+        pictures.append(folder / "window.png")
+    summary = replace(summary, scores=summarise_scores(answers, baseline))
     runs = {path.parent.name: _metrics(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
     runs = {name: lines for name, lines in runs.items() if lines}
-    pictures = [folder / "window.png"]
     if runs:
         draw_training(runs, folder / "training.png")
         pictures.append(folder / "training.png")
-    summary.path.write_text(_page(summary, pictures, results["versions"]))
+    summary.path.write_text(_page(summary, pictures, versions))
     return summary
 
 
-def results_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The results files of a folder, whatever their names; other JSON files are none. Raises ValueError when there is none."""
+def _has_a_curve(results: dict[str, Any]) -> bool:
+    """Whether results are of one task, asked at several sizes, with a level of chance: the others have scores alone."""
+    return bool(results["setting"].get("sizes") and results["setting"].get("choices"))
+
+
+def results_files(folder: Path, may_be_none: bool = False) -> dict[Path, dict[str, Any]]:
+    """The results files of a folder, whatever their names; other JSON files are none. Raises ValueError when there is none, unless there
+    may be none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the one that holds the results of `laid eval`")
     found = {}
@@ -104,7 +124,7 @@ def results_files(folder: Path) -> dict[Path, dict[str, Any]]:
             ) from None
         if is_results(content):
             found[path] = content
-    if not found:
+    if not found and not may_be_none:
         raise ValueError(f"no results at {folder}; make them with `laid eval ... --out {folder / 'evaluation.json'}`")
     return found
 
@@ -212,6 +232,16 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> str:
+    images = "".join(f'<p><img alt="{path.stem}" src="{_embedded(path)}"></p>' for path in pictures)
+    scores = f"<h2>Scores by rule</h2><pre>{html.escape(chr(10).join(as_lines(summary.scores)))}</pre>" if summary.scores else ""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
+        f"<h1>How far does each model see?</h1>{images}{_table(summary) if summary.rows else ''}{scores}"
+        f"<h2>Setting</h2><pre>{html.escape(json.dumps(summary.setting | {'versions': versions}, indent=1))}</pre></html>"
+    )
+
+
+def _table(summary: Summary) -> str:
     sizes = summary.setting["sizes"]
     head = "".join(f"<th>{size}</th>" for size in sizes)
     body = "".join(
@@ -219,13 +249,9 @@ def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> s
         f"<td>{html.escape(str(row.window))}</td><td>{html.escape(str(row.against_baseline))}</td></tr>"
         for row in summary.rows
     )
-    images = "".join(f'<p><img alt="{path.stem}" src="{_embedded(path)}"></p>' for path in pictures)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
-        f"<h1>How far does each model see?</h1>{images}"
         f"<table><tr><th>accuracy at</th>{head}<th>window [95 %]</th><th>against {html.escape(summary.baseline)}</th></tr>{body}</table>"
         f"<p class=note>{html.escape(summary.rule())}.</p>"
-        f"<h2>Setting</h2><pre>{html.escape(json.dumps(summary.setting | {'versions': versions}, indent=1))}</pre></html>"
     )
 
 

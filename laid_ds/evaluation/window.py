@@ -96,8 +96,11 @@ def notes_on(left_out: Mapping[Any, str]) -> list[str]:
     return [f"not measured at {', '.join(sizes)} images: {reason}" for reason, sizes in reasons.items()]
 
 
-def average_gain(points: Mapping[int, float], baseline: Mapping[int, float], sizes: Sequence[int]) -> float:
-    """Mean over sizes of the relative change of accuracy against a baseline (the paper's Table 1, with SHORT and LONG sizes)."""
+def average_gain(points: Mapping[int, float], baseline: Mapping[int, float], sizes: Sequence[int]) -> float | None:
+    """Mean over sizes of the relative change of accuracy against a baseline (the paper's Table 1, with SHORT and LONG sizes). None where
+    a size was not measured, or the baseline is never right there."""
+    if not all(size in points and baseline.get(size) for size in sizes):
+        return None
     return float(np.mean([points[size] / baseline[size] - 1 for size in sizes]))
 
 
