@@ -60,7 +60,7 @@ $(DEMO)/student/done.json: | $(DEMO)/teacher/done.json
 $(DEMO)/kl+sft/done.json: | $(DEMO)/sft/done.json
 $(DEMO)/laid/done.json: | $(DEMO)/kl+sft/done.json
 
-EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,256 --haystacks 64 --questions 4
+EVALUATION := --sizes 1,2,4,8,16,32,64,96,128,256 --haystacks 64 --questions 4 --dtype float32
 LEAVE_OUT_kl+sft := losses.align=0 losses.match=0 gain.enabled=false
 LEAVE_OUT_sft := losses.align=0 losses.match=0 losses.kl=0 gain.enabled=false
 

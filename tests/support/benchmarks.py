@@ -45,14 +45,14 @@ def mm_niah(names: list[str], entries: int, task: str) -> list[dict[str, Any]]:
 
 
 def _niah(names: list[str], i: int, task: str) -> dict[str, Any]:
-    shown = [names[(i + k) % len(names)] for k in range(2 + i % 3)]
+    shown = [names[(i + k) % len(names)] for k in range((2 + i) % 4)]  # some have none
     pictures = [names[-1], names[-2], names[-3]] if task in ("retrieval-image", "reasoning-image") else None
     words = [*COLOURS] if task == "reasoning-text" else None
     answer = {"counting-text": [1, i % 3], "counting-image": [i % 2, 2], "retrieval-text": COLOURS[i % 4]}.get(task, i % 3)
     return {
         "id": i,
         "images_list": shown,
-        "context": " ".join(f"The {COLOURS[k % 4]} shape. <image>" for k in range(len(shown))),
+        "context": " ".join(f"The {COLOURS[k % 4]} shape. <image>" for k in range(len(shown))) or "No shape.",
         "question": "Which shape is it?",
         "answer": answer,
         "meta": {
