@@ -95,10 +95,10 @@ class SelfExtend:
     ) -> tuple[Tensor, None]:
         """query [B, H, T, D], key and value [B, K, S, D], mask [B, 1, T, S] bool or None (causal) -> [B, T, H, D]."""
         self._extend_positions(query.shape[2], key.shape[2])
-        grouped = self.positions // self.group
-        far_key = self._turn(key, grouped - self.positions)
+        seen = self.positions[..., -key.shape[2] :]  # a layer with a sliding window has forgotten the others
+        far_key = self._turn(key, seen // self.group - seen)
         shift = self.window - self.window // self.group
-        own = self.positions[..., -query.shape[2] :]
+        own = seen[..., -query.shape[2] :]
         far_query = self._turn(query, own // self.group + shift - own)
         heads = query.shape[1] // key.shape[1]
         keys, far_keys, values = (tensor.repeat_interleave(heads, 1) for tensor in (key, far_key, value))
@@ -132,13 +132,12 @@ class SelfExtend:
 
     def _extend_positions(self, num_queries: int, num_keys: int) -> None:
         """All layers of a pass come here; the first one takes the new positions in."""
-        if num_queries == num_keys:
-            self.positions = self.new
-        elif self.positions is None or self.positions.shape[-1] < num_keys:
-            known = self.positions
-            if known is None or known.shape[-1] + num_queries != num_keys:
-                raise ValueError(f"the cache holds {num_keys - num_queries} keys that SelfExtend has not seen; prefill with it too")
-            self.positions = torch.cat([known, self.new], -1)
+        if self.new is not None:
+            begins = num_queries == num_keys and (num_queries > 1 or self.positions is None)
+            self.positions = self.new if begins or self.positions is None else torch.cat([self.positions, self.new], -1)
+            self.new = None
+        if num_keys > self.positions.shape[-1]:
+            raise ValueError(f"the cache holds {num_keys - num_queries} keys that SelfExtend has not seen; prefill with it too")
 
     def _turn(self, x: Tensor, by: Tensor) -> Tensor:
         """x [B, heads, tokens, D], rotated already, turned on by `by` [..., B, tokens] positions; lengths stay as they are."""

@@ -161,6 +161,15 @@ def test_generation_and_teacher_forcing_agree_on_haystacks(world, tmp_path):
             assert one["choices"][one["said_choice"]] == one["expected"][0]
 
 
+def test_selfextend_over_everything_says_what_the_model_says(world, tmp_path):
+    """With a cache that forgets: the world's models have a layer with a sliding window."""
+    model, how = taught(world, tmp_path / "taught"), How(max_new_tokens=8, extended={"wide": (4, 10_000), "narrow": (4, 2)})
+    models = dict.fromkeys(("plain", "wide", "narrow"), model)
+    evaluate_models([world.shards], models, tmp_path / "e.json", Wish([4], 12, 2, mode="generate"), how)
+    said = {name: [answer["said"] for answer in answers_of(tmp_path / "e.json") if answer["model"] == name] for name in models}
+    assert said["wide"] == said["plain"] != said["narrow"]
+
+
 def taught(world, folder: Path) -> Path:
     """A model fitted to the answers of some windows."""
     from laid_ds.data.batch import collate
