@@ -3,10 +3,10 @@ little else.
 
     python -m benchmarks.asking --json
 
-A model of 20 million parameters answers questions about haystacks of 32 photographs. Everything that asking does is counted (reading shards,
-decoding, batches, generation, the file of answers), against `generate` on the same batches, made before. CPU seconds of the asking process,
-in turns within one run; medians of the ratios. `cpu_ratio_with_workers` counts what the workers spend, too, and `cpu_ratio_same_thread`
-is without workers.
+A model with random weights answers questions about haystacks of 32 photographs. Everything that asking does is counted (reading shards,
+decoding, batching, generating, writing answers), against `generate` on the same batches, made before. CPU seconds of the asking process, in
+turns within one run; medians of the ratios. `cpu_ratio_with_workers` counts what the workers spend, too, and `cpu_ratio_same_thread` is
+without workers.
 """
 
 import argparse
@@ -82,7 +82,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--keep", action="store_true", help="append the figures to results.csv")
     options = parser.parse_args()
     choose_accelerator()
     torch.set_num_threads(1)
@@ -90,8 +89,7 @@ def main() -> None:
         folder = Path(place)
         write_world(folder)
         figures = asking(folder, options.rounds)
-    if options.keep:
-        measure.append("asking", "cpu", f"{SAMPLES}x{IMAGES} photographs", figures, ("transformers",))
+    measure.append("asking", "cpu", f"{SAMPLES} haystacks of {IMAGES} photographs", figures, ("transformers",))
     measure.show(figures, options.json)
 
 

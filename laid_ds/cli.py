@@ -234,9 +234,11 @@ def evaluate(
     results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
     if results is not None:
         found = [{"model": name, "task": task} | scores for name, task, scores in scores_of(results)]
-        lines = ["{model}, {task}: official {official:.4f}, strict {strict:.4f}, {answers} answers".format(**scores) for scores in found]
-        said = "\n".join([*lines, f"{out}: {', '.join(results['models'])}; next: laid report {out.parent}"])
-        print(json.dumps({"out": str(out), "scores": found}) if as_json else said)
+        if as_json:
+            print_json({"out": str(out), "scores": found})
+        else:
+            print_table(found)
+            next_step("laid", "report", out.parent)
 
 
 @app.command(epilog="Example: laid probe models/teacher data/test --student models/student")

@@ -10,7 +10,10 @@ from typing import Any
 
 from laid_ds.evaluation.evaluate import How, check, evaluate_models
 from laid_ds.evaluation.tasks import Wish
+from laid_ds.parent import end_with
 from laid_ds.runtime import distributed, engine, environment, local
+from laid_ds.runtime.launchers import STARTED_BY
+from laid_ds.terminal import say
 
 MODULE = "laid_ds.cli"  # what a rank runs, with the words of the command
 
@@ -25,10 +28,18 @@ def evaluate(
     environment.open_rank_log(os.environ)
     engine.choose_accelerator()
     if "RANK" in os.environ:
+        if STARTED_BY in os.environ:
+            end_with(os.getppid())  # the launcher, so that none of its ranks asks on unseen
         check(folders, models, wish, how)  # every rank alike, before they wait for each other
         engine.start_processes()
     elif ranks > 1:
         check(folders, models, wish, how)
         sys.exit(local.launch(words, ranks, port, module=MODULE))
-    results = evaluate_models(folders, models, out, wish, how)
+    try:
+        results = evaluate_models(folders, models, out, wish, how)
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        say(f"laid: rank {distributed.rank()} lost another rank; the same command goes on with what is not answered yet ({error})")
+        sys.exit(1)
     return results if distributed.rank() == 0 else None
