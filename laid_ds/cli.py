@@ -214,6 +214,9 @@ def evaluate(
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Ask models that have changed since anew.")] = False,
     attention: Annotated[bool, typer.Option("--attention", help="Also record what each head attends to.")] = False,
+    number_images: Annotated[
+        bool | None, typer.Option("--number-images/--plain-images", help='Write "Image 7: " before the seventh; default: as trained.')
+    ] = None,
     self_extend: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=GROUP,WINDOW", help="Ask this model with SelfExtend (a baseline); may be given more than once."),
@@ -230,7 +233,9 @@ def evaluate(
     wish = Wish(sizes and _sizes(sizes), haystacks, questions, depths, mode)
     limits = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch, "workers": _spare_cores(ranks, workers)}
     extended = _extended(self_extend or [], models)
-    how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again)
+    how = How(
+        dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, number_images=number_images
+    )
     results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
     if results is not None:
         found = [{"model": name, "task": task} | scores for name, task, scores in scores_of(results)]

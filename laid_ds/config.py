@@ -144,6 +144,10 @@ class Data(Section):
     """Ask at most this many of a sample's questions in each window; without it all.
 
     When answers of one haystack crowd out the number of haystacks, or text takes too many tokens."""
+    number_images: bool = False
+    """Write "Image 7: " before the seventh image that a sample shows, in training as in asking.
+
+    When answers are to name images by number. A model that was trained so is asked so (docs/benchmarks.md)."""
     shuffle: Literal["full", "none"] | Count = "full"
     """The order of the samples; a number shuffles within windows of so many samples.
 
@@ -197,6 +201,12 @@ class Data(Section):
             raise ValueError(f"micro_batch is {self.micro_batch}: with tokens_per_pack a forward pass is one pack; set micro_batch = 1")
         if self.tokens_per_pack is not None and self.grow_from is not None:
             raise ValueError("packs are planned before the run, for windows of one range: leave out grow_from or tokens_per_pack")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_know_the_numbers(self) -> Data:
+        if self.number_images and self.tokens_per_pack is not None and self.count_tokens != "estimate":
+            raise ValueError(f'count_tokens={self.count_tokens!r} counts samples without numbered images: set it to "estimate"')
         return self
 
     @model_validator(mode="after")

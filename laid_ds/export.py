@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from laid_ds.commands import asking_lines, pixel_limits
 from laid_ds.config import Run
 from laid_ds.evaluation.window import curve
 from laid_ds.files import read_json, read_json_lines
@@ -40,9 +41,10 @@ def export_run(folder: Path, output: Path, step: int | None = None) -> None:
         gains,
         run.student.dtype,
         output,
-        model_card(run, resolved["versions"], saved.name, results(folder, saved.name)),
+        model_card(run, resolved["versions"], saved.name, results(folder, saved.name)) + _asking(run),
         run.student.trust_remote_code,
         run.data.image_pixels,
+        run.data.number_images,
     )
 
 
@@ -54,6 +56,17 @@ def _weights(saved: Path) -> dict[str, Any]:
         if (saved / "manifest.json").is_file():
             raise
         raise ValueError(f"the run goes on and has removed checkpoint {saved} while it was read; export again") from None
+
+
+def _asking(run: Run) -> str:
+    """The card's lines that ask the model, with the run's pixel limits, else those of the student's processor, which the folder keeps."""
+    student = Path(run.student.path)
+    names = [name for name in ("processor_config.json", "preprocessor_config.json") if (student / name).is_file()]
+    processors = [read_json(student / name, plain=True) for name in names]
+    limits = next(filter(None, map(pixel_limits, processors)), None)
+    limits = limits and (run.data.image_pixels or limits)
+    model_type = read_json(student / "config.json", plain=True).get("model_type", "")
+    return f"\n## Asking it\n\n{asking_lines(model_type, limits, run.data.number_images)}"
 
 
 def results(folder: Path, step: str) -> str:

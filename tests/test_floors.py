@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
+    "laid_ds.commands": 1,
     "laid_ds.config": 1,
     "laid_ds.disk": 1,
     "laid_ds.files": 1,

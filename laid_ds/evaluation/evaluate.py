@@ -26,6 +26,7 @@ from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import listen_to_windows
 from laid_ds.models.extension import self_extend
 from laid_ds.models.load import PreTrainedModel, load_config, load_model, open_model
+from laid_ds.models.numbering import numbering_note, numbers_images
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.runtime import distributed, engine
 
@@ -50,11 +51,17 @@ class How:
     """Processes of each rank that render ahead."""
     again: bool = False
     """Ask models that have changed since anew, which is refused otherwise."""
+    number_images: bool | None = None
+    """Whether "Image 7: " stands before the seventh image; None: as the model was trained."""
+
+    def numbers(self, folder: Path) -> bool:
+        return numbers_images(folder) if self.number_images is None else self.number_images
 
     def of(self, name: str, folder: Path) -> dict[str, Any]:
         """A model as it is asked."""
         group_and_window = self.extended.get(name)
-        return {"folder": str(folder), "self_extend": list(group_and_window) if group_and_window else None}
+        extension = list(group_and_window) if group_and_window else None
+        return {"folder": str(folder), "self_extend": extension, "number_images": self.numbers(folder) or None}
 
 
 def evaluate_models(
@@ -71,7 +78,9 @@ def evaluate_models(
     tasks = check(folders, models, wish or Wish(), how)
     first = distributed.rank() == 0
     with claimed(out) if first else nullcontext():
-        for note in [note for task in tasks for note in notes_on(task.left_out)] if first else ():
+        notes = [note for task in tasks for note in notes_on(task.left_out)]
+        notes += [numbering_note(name, numbers_images(folder), how.numbers(folder)) for name, folder in models.items()]
+        for note in filter(None, notes) if first else ():
             print(note, file=sys.stderr)
         if first:
             open_files(out, _setting(tasks, how), {name: how.of(name, folder) for name, folder in models.items()}, tasks, how.again)
@@ -128,7 +137,7 @@ def _ask_model(name: str, folder: Path, tasks: Sequence[Task], out: Path, how: H
         listen_to_windows(model)
         if how.extended.get(name):
             self_extend(model, *how.extended[name])
-        renderer = Renderer(load_processor(folder), Pixels())
+        renderer = Renderer(load_processor(folder), Pixels(), number_images=how.numbers(folder))
         asker = Asker(model, renderer, device, how.max_new_tokens, how.tokens_per_batch, how.workers, in_step=sharded)
         append = stack.enter_context(appending(answers_file(out), rank))
         phases = _phases(pending)

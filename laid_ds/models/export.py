@@ -14,6 +14,7 @@ from laid_ds.disk import whole_folder
 from laid_ds.models.attention import attention_layers
 from laid_ds.models.image_pixels import Limits, write_limits
 from laid_ds.models.load import load_model
+from laid_ds.models.numbering import record_numbering
 from laid_ds.models.probe import probe
 from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import fold
@@ -28,12 +29,14 @@ def write_student(
     card: str,
     trust_remote_code: bool = False,
     image_pixels: Limits | None = None,
+    number_images: bool = False,
 ) -> None:
     """Write model, processor and model card to `output`.
 
     stock: the folder the student was loaded from (config, processor, and any weights that were not trained);
     weights: the trained parameters under the model's own names; gains: decoder layer -> theta [H, P] or [1, P];
-    image_pixels: the limits within which it saw its images, which the folder's processor is to keep.
+    image_pixels: the limits within which it saw its images, which the folder's processor is to keep;
+    number_images: how it was trained, which the folder tells those who ask it.
     The folder appears whole or not at all. Raises ValueError when `output` exists, a weight has no place in the model, or the model is
     not what the table of families says, so that a gain would fold into something else; DiskError when the disk has no room for it.
     """
@@ -53,6 +56,7 @@ def write_student(
         _copy_small(Path(stock), partial, (".json", ".jinja", ".txt", ".model") + ((".py",) if trust_remote_code else ()))
         if image_pixels is not None:
             write_limits(partial, load_processor(partial, trust_remote_code), image_pixels)
+        record_numbering(partial, number_images)
         (partial / "README.md").write_text(card)
 
 

@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from laid_ds.files import read_json
 from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say
 from laid_ds.models.folder import check_folder, first_paragraph
+from laid_ds.models.numbering import numbered
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -221,9 +222,12 @@ class Renderer:
         pixels: PixelsLike,
         cache_bytes: int = 256 << 20,
         positions: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        number_images: bool = False,
     ):
-        """positions: numbers the tokens of a sample (models.positions.position_rule), for samples that will share a row."""
+        """positions: numbers the tokens of a sample (models.positions.position_rule), for samples that will share a row.
+        number_images: "Image 7: " stands before the seventh image (models.numbering)."""
         self.processor, self.pixels, self.cache_bytes, self.positions = processor, pixels, cache_bytes, positions
+        self.number_images = number_images
         self._pictures: OrderedDict[bytes, _Picture] = OrderedDict()
         self._cached_bytes, self._texts, self._lengths = 0, {}, {}
         self._options = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
@@ -303,7 +307,7 @@ class Renderer:
 
     def _tokens(self, sample: SampleLike | RecordLike, prompt: bool = False) -> tuple[Tensor, Tensor, list[int]]:
         """Token ids with one mark per image [T'], which of them are answers [T'], and the images in the order shown."""
-        said = say(self._template, sample.turns, prompt)
+        said = say(self._template, numbered(sample.turns) if self.number_images else sample.turns, prompt)
         ids, offsets = self._encode(said)
         supervised = answer_tokens(said.text, said.spans, offsets)
         shown = [segment for turn in sample.turns for segment in turn.segments if isinstance(segment, int)]

@@ -125,8 +125,8 @@ def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
     """Samples to tensors, their images within the run's limits, with position ids where samples are to share a row. Raises ValueError for
     limits that the family cannot keep."""
     positions = position_rule(config_of(run.student)) if run.data.tokens_per_pack is not None else None
-    limited = limit_pixels(processor, run.data.image_pixels)
-    return Renderer(limited, Pixels(run.data.decoder, run.data.resizer), positions=positions)
+    limited, pixels = limit_pixels(processor, run.data.image_pixels), Pixels(run.data.decoder, run.data.resizer)
+    return Renderer(limited, pixels, positions=positions, number_images=run.data.number_images)
 
 
 def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
