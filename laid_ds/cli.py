@@ -293,21 +293,27 @@ def yarn(
     print(f"{output}: positions stretched {factor:g} times by YaRN")
 
 
-@app.command(epilog="Example: laid report runs/demo")
+@app.command(epilog="Examples: laid report runs/demo;  laid report runs/e --official runs/e/official")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with results files of `laid eval`, and the runs beside it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with results of `laid eval` or logs of lmms-eval, and the runs beside it.")],
     baseline: Annotated[str, typer.Option(help="Model whose one-image skill sets the threshold.")] = "student",
+    official: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Also write the answers as the benchmarks' own scorers take them, into a new folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
 ) -> None:
     """Turn results files into a table, a picture and one self-contained report.html."""
-    from laid_ds.evaluation.report import write_report
+    from laid_ds.evaluation.official import write_official
+    from laid_ds.evaluation.report import all_answers, write_report
 
     with working("bootstrapping windows, drawing and writing"):
         summary = write_report(folder, baseline)
+    files = {} if official is None else {"official": write_official(all_answers(folder), official)}
     if as_json:
-        print_json(summary.as_json())
+        print_json(summary.as_json() | files)
         return
     print(summary.as_text())
+    print("".join(f"official: {benchmark}, {len(paths)} files\n" for benchmark, paths in files.get("official", {}).items()), end="")
     print(f"next: open {summary.path} in a browser")
 
 

@@ -25,6 +25,7 @@ FLOORS = {
     "laid_ds.evaluation.rules": 1,
     "laid_ds.evaluation.scores": 1,
     "laid_ds.evaluation.harness": 1,
+    "laid_ds.evaluation.official": 1,
     "laid_ds.evaluation.visual_haystacks_rule": 1,
     "laid_ds.evaluation.mm_niah_rule": 1,
     "laid_ds.evaluation.mmlongbench_rule": 1,

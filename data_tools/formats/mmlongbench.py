@@ -123,7 +123,9 @@ def score(path: Path) -> dict[str, Any]:
     files = sorted([*visible(path, "*.json"), *visible(path, "*.jsonl")]) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no results (*.json, *.jsonl)")
-    return {"benchmark": "mmlongbench", "results": {file.stem: score_entries(_results(file), rule_for(file.name)) for file in files}}
+    found = {file: _results(file) for file in files}
+    rules = {file: take(entries[0], "rule", str, "") or rule_for(file.name) for file, entries in found.items()}
+    return {"benchmark": "mmlongbench", "results": {file.stem: score_entries(entries, rules[file]) for file, entries in found.items()}}
 
 
 def rule_for(name: str) -> str:

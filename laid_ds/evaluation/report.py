@@ -86,7 +86,7 @@ def write_report(folder: str | Path, baseline: str) -> Summary:
     answers, when results were made with different questions, and when the baseline is missing.
     """
     folder = Path(folder)
-    answers = [*read_answers(folder), *read_samples(folder)] if folder.is_dir() else []
+    answers = all_answers(folder)
     found = {path: results for path, results in results_files(folder, bool(answers)).items() if _has_a_curve(results)}
     summary, pictures, versions = Summary([], baseline, None, None, {}, folder / "report.html"), [], {}
     if found or not answers:
@@ -102,6 +102,11 @@ def write_report(folder: str | Path, baseline: str) -> Summary:
         pictures.append(folder / "training.png")
     summary.path.write_text(_page(summary, pictures, versions))
     return summary
+
+
+def all_answers(folder: Path) -> list[dict[str, Any]]:
+    """The answers in a folder: those of `laid eval`, and those that lmms-eval logged."""
+    return [*read_answers(folder), *read_samples(folder)] if folder.is_dir() else []
 
 
 def _has_a_curve(results: dict[str, Any]) -> bool:

@@ -10,9 +10,16 @@ from PIL import Image
 
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import ImageInfo, Record, Sample, Turn
+from laid_ds.evaluation.evaluate import How, evaluate_models
+from laid_ds.evaluation.tasks import Wish
+from laid_ds.export import export_run
 from laid_ds.models.chat import learn_template, say
 from laid_ds.models.numbering import numbered, numbering_note, numbers_images, record_numbering
 from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.run.loop import train
+from laid_ds.runtime import engine
+from laid_ds.runtime.stop import StopRequest
+from tests.support.processes import run_ranks
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava")
 
@@ -79,3 +86,23 @@ def test_a_folder_says_how_its_model_was_trained(tmp_path):
     assert numbering_note("m", True, True) == ""
     assert numbering_note("m", True, False) == "m was trained with numbered images and is asked without: its answers may suffer"
     assert numbering_note("m", False, True).startswith("m was trained without numbered images and is asked with them")
+
+
+def whole_run(run):
+    engine.start_processes()
+    train(run, StopRequest())
+
+
+def test_a_run_with_numbers_exports_a_model_that_is_asked_with_them(world, tmp_path, capsys):
+    run = world.run(tmp_path / "run", steps=2, data={"shards": [str(world.shards)], "number_images": True})
+    run_ranks(1, whole_run, run)
+    export_run(run.output, tmp_path / "model")
+    assert numbers_images(tmp_path / "model")
+    assert "trained with numbered images" in (tmp_path / "model" / "README.md").read_text()
+    models, wish = {"m": tmp_path / "model"}, Wish(sizes=[2], haystacks=3)
+    evaluate_models([world.shards], models, tmp_path / "a.json", wish)
+    assert "numbered" not in capsys.readouterr().err
+    evaluate_models([world.shards], models, tmp_path / "b.json", wish, How(number_images=False))
+    assert "m was trained with numbered images and is asked without" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="other number_images"):
+        evaluate_models([world.shards], models, tmp_path / "a.json", wish, How(number_images=False))
