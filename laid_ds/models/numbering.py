@@ -20,16 +20,19 @@ def numbered(turns: Sequence[TurnLike]) -> tuple[TurnLike, ...]:
     it. Images in an answer count, and get no number: what is learned stays as it is."""
     found, shown = [], 0
     for turn in turns:
+        if turn.role == "assistant":
+            shown += sum(isinstance(segment, int) for segment in turn.segments)
+            found.append(turn)
+            continue
         segments: list[str | int] = []
         for segment in turn.segments:
             if isinstance(segment, int):
                 shown += 1
-                if turn.role != "assistant":
-                    _add(segments, f"Image {shown}: ")
+                _add(segments, f"Image {shown}: ")
                 segments.append(segment)
             else:
                 _add(segments, segment)
-        found.append(replace(turn, segments=tuple(segments) if shown and turn.role != "assistant" else turn.segments))
+        found.append(replace(turn, segments=tuple(segments)))
     return tuple(found)
 
 
