@@ -97,7 +97,8 @@ LMMS := .lmms-eval
 test-lmms-eval: install
 	test -d $(LMMS) || { $(PYTHON) -m venv $(LMMS) \
 	  && $(LMMS)/bin/pip install --quiet --constraint constraints.txt torch==2.13.0 transformers accelerate datasets evaluate pytablewriter \
-	    sacrebleu numexpr scikit-learn tqdm-multiprocess zstandard jsonlines ftfy tenacity openai python-dotenv loguru psutil nltk \
+	    sacrebleu numexpr scikit-learn tqdm-multiprocess zstandard jsonlines ftfy tenacity openai python-dotenv loguru psutil nltk pillow \
+	    sentencepiece einops Levenshtein decord2 aiohttp \
 	  && $(LMMS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3; }
 	LAID_LMMS_EVAL=$(CURDIR)/$(LMMS)/bin/python $(BIN)/python -m pytest -m lmms_eval
 
