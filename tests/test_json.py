@@ -24,6 +24,7 @@ CASES = {
     "laid checkpoint list": ("{run}",),
     "laid checkpoint prune": ("{run}", "--keep-last", "1"),
     "laid checkpoint verify": ("{run}",),
+    "laid eval": ("{shards}", "student={world}/student", "--out", "{new}.json", "--sizes", "1,2", "--haystacks", "2"),
     "laid models": ("{world}/student",),
     "laid new": ("{new}.toml", "--student", "{world}/student", "--teacher", "{world}/teacher", "--data", "{shards}"),
     "laid plan": ("{recipe}",),
@@ -48,7 +49,10 @@ CASES = {
     "laid-data verify": ("{shards}", "--deep"),
     "laid-launch status": ("{run}",),
 }
-ELSEWHERE = {"laid doctor"}  # starts ranks and writes below Python's stdout: tests/doctor reads its JSON
+ELSEWHERE = {
+    "laid doctor",  # starts ranks and writes below Python's stdout: tests/doctor reads its JSON
+    "laid-data compose",  # wants many pictures: every test of tests/data_tools/test_compose.py reads its JSON
+}
 
 
 def commands_with_json() -> Iterator[str]:
