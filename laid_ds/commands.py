@@ -58,9 +58,8 @@ VLMEVALKIT = {
     "qwen2_vl": "Qwen2VLChat",
     "qwen2_5_vl": "Qwen2VLChat",
     "qwen3_vl": "Qwen3VLChat",
-    "internvl": "InternVLChat",
-    "llava": "LLaVA",
 }
+"""Family -> its class in VLMEvalKit. Its classes for InternVL and LLaVA read those projects' own checkpoints, not transformers folders."""
 
 
 def _options(model_type: str, limits: tuple[int, int] | None) -> tuple[tuple[str, str], str, str]:
