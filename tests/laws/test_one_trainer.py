@@ -19,7 +19,7 @@ import torch
 from laid_ds.run.loop import train
 from laid_ds.run.metrics import Reporter
 from laid_ds.runtime import engine, lock
-from laid_ds.runtime.local import RANK
+from laid_ds.runtime.launchers import MODULE
 from laid_ds.runtime.stop import StopRequest
 from laid_ds.train import main
 from tests.support.processes import free_port, run_ranks, start_ranks, wait_until
@@ -103,7 +103,7 @@ def ranks_of(recipe):
 
 
 def is_rank(words):
-    return RANK in (tuple(words[1:3]), tuple(words[2:4]))  # launchers name it farther behind
+    return ("-m", MODULE) in (tuple(words[1:3]), tuple(words[2:4]))  # launchers name it farther behind
 
 
 def is_gone(process):
