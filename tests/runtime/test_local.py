@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,9 @@ def test_a_closed_terminal_asks_the_ranks_to_save_unless_nohup_keeps_it_away(tmp
     (tmp_path / "asked.py").write_text(ASKED)
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
     command = [sys.executable, "-c", START_STUB, str(tmp_path)]
-    process = subprocess.Popen(["nohup", *command] if nohup else command, env=environ, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
+    words = ["nohup", *command] if nohup else command
+    process = subprocess.Popen(words, env=environ, start_new_session=True, preexec_fn=heard)
     wait_until((tmp_path / "ready").is_file, "the rank")
     process.send_signal(signal.SIGHUP)
     if nohup:
