@@ -221,10 +221,14 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME=GROUP,WINDOW", help="Ask this model with SelfExtend (a baseline); may be given more than once."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at tasks and models, and ask nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as one JSON object.")] = False,
 ) -> None:
     """Ask models about tasks: haystacks of growing size and imported benchmarks. Every answer is kept as text, and scored."""
-    from laid_ds.evaluation.evaluate import How
+    from laid_ds.evaluation.job import leave_when_asked, note_done
+
+    leave_when_asked(os.environ)
+    from laid_ds.evaluation.evaluate import How, check
     from laid_ds.evaluation.ranks import evaluate
     from laid_ds.evaluation.results import scores_of
     from laid_ds.evaluation.tasks import Wish
@@ -236,8 +240,13 @@ def evaluate(
     how = How(
         dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, number_images=number_images
     )
+    if dry_run:
+        tasks = check(folders, models, wish, how)
+        print(f"nothing speaks against asking {', '.join(models)} about {', '.join(task.name for task in tasks)}")
+        return
     results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
     if results is not None:
+        note_done(os.environ)
         found = [{"model": name, "task": task} | scores for name, task, scores in scores_of(results)]
         if as_json:
             print_json({"out": str(out), "scores": found})

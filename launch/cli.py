@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from laid_ds.files import own_or_shipped
+from laid_ds.runtime.stop import DONE
 from laid_ds.terminal import print_json, run_app, with_version, working
+from launch import options
 
 if TYPE_CHECKING:
     from laid_ds.config import Run
@@ -28,10 +32,6 @@ Recipe = Annotated[Path, typer.Argument(help="TOML file of the run.", show_defau
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run (its recipe's `output`), or of a sweep.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _option(text: str) -> Any:
-    return typer.Option(help=text, show_default=False)
 
 
 @app.command(epilog="Example: laid-launch local recipes/demo.toml --ranks 2 --launcher torchrun")
@@ -58,35 +58,35 @@ def local(
 def slurm(
     recipe: Recipe,
     overrides: Overrides = None,
-    site: Annotated[Path | None, _option("TOML file with this cluster's values of the options below (names with _).")] = None,
-    launcher: Annotated[str | None, _option("srun (default: one task per rank), torchrun or deepspeed (one task per node).")] = None,
-    nodes: Annotated[int | None, _option("Nodes; default 1.")] = None,
-    gpus_per_node: Annotated[int | None, _option("GPUs of each node, one rank each.")] = None,
-    ranks_per_node: Annotated[int | None, _option("Ranks of each node, where it has no GPUs.")] = None,
-    cpus_per_rank: Annotated[int | None, _option("CPUs of each rank.")] = None,
-    mem: Annotated[str | None, _option("Memory of each node, such as 200G.")] = None,
-    time: Annotated[str | None, _option("Time limit, such as 24:00:00.")] = None,
-    account: Annotated[str | None, _option("Account.")] = None,
-    partition: Annotated[str | None, _option("Partition.")] = None,
-    qos: Annotated[str | None, _option("Quality of service.")] = None,
-    constraint: Annotated[str | None, _option("Features that nodes must have.")] = None,
-    dependency: Annotated[str | None, _option("singleton, afterok:123, ...")] = None,
-    signal: Annotated[str | None, _option("Warning signal: USR1 (default) or USR2.")] = None,
-    lead_seconds: Annotated[int | None, _option("Seconds from the warning to the time limit; default 180.")] = None,
-    max_restarts: Annotated[int | None, _option("Restarts in all; default 50.")] = None,
-    max_crashes: Annotated[int | None, _option("Restarts in a row after failures, without a newer checkpoint; default 2.")] = None,
-    sweep: Annotated[list[str] | None, _option("Overrides of one element of a job array; give it once for each.")] = None,
-    parallel: Annotated[int | None, _option("Elements of the array that run at a time.")] = None,
-    chain: Annotated[int | None, _option("Submit so many times, each going on from the last; for clusters that never requeue.")] = None,
-    container: Annotated[str | None, _option("none, pyxis or apptainer.")] = None,
-    image: Annotated[str | None, _option("Image of the container.")] = None,
-    mount: Annotated[list[str] | None, _option("SOURCE:TARGET to mount beside the run and this folder.")] = None,
-    python: Annotated[str | None, _option("Interpreter of the ranks; default: this one, or the container's python3.")] = None,
-    setup: Annotated[list[str] | None, _option("Line of bash before the ranks start; may be given more than once.")] = None,
-    extra: Annotated[list[str] | None, _option("Further option of sbatch, such as --extra=--exclude=n3.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and do nothing.")] = False,
-    test_only: Annotated[bool, typer.Option("--test-only", help="Ask SLURM whether it would take the script.")] = False,
-    check: Annotated[bool, typer.Option(help="Look at shards and models before submitting.")] = True,
+    site: options.Site = None,
+    launcher: options.Launcher = None,
+    nodes: options.Nodes = None,
+    gpus_per_node: options.GpusPerNode = None,
+    ranks_per_node: options.RanksPerNode = None,
+    cpus_per_rank: options.CpusPerRank = None,
+    mem: options.Mem = None,
+    time: options.Time = None,
+    account: options.Account = None,
+    partition: options.Partition = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    dependency: options.Dependency = None,
+    signal: options.Signal = None,
+    lead_seconds: options.LeadSeconds = None,
+    max_restarts: options.MaxRestarts = None,
+    max_crashes: options.MaxCrashes = None,
+    sweep: Annotated[list[str] | None, options.option("Overrides of one element of a job array; give it once for each.")] = None,
+    parallel: Annotated[int | None, options.option("Elements of the array that run at a time.")] = None,
+    chain: options.Chain = None,
+    container: options.Container = None,
+    image: options.Image = None,
+    mount: options.Mount = None,
+    python: options.Python = None,
+    setup: options.Setup = None,
+    extra: options.Extra = None,
+    dry_run: options.DryRun = False,
+    test_only: options.TestOnly = False,
+    check: options.Check = True,
 ) -> None:
     """Submit a recipe as a SLURM job that saves when warned and goes on after preemption, time limit and failure."""
     given = dict(locals())
@@ -121,6 +121,79 @@ def slurm(
     print(f"submitted job {', '.join(jobs)}; next: laid-launch status {shlex.quote(str(run.output))}")
 
 
+@app.command(
+    "eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="TASKS... NAME=FOLDER... [OPTIONS]",
+    epilog="Example: laid-launch eval shards/vhs qwen=models/qwen --out runs/e/e.json --dtype bfloat16 --nodes 2 --gpus-per-node 8",
+)
+def evaluate(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Results file of `laid eval`; the job's folder lies beside it (.job).")],
+    launcher: options.Launcher = None,
+    site: options.Site = None,
+    nodes: options.Nodes = None,
+    gpus_per_node: options.GpusPerNode = None,
+    ranks_per_node: options.RanksPerNode = None,
+    cpus_per_rank: options.CpusPerRank = None,
+    mem: options.Mem = None,
+    time: options.Time = None,
+    account: options.Account = None,
+    partition: options.Partition = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    dependency: options.Dependency = None,
+    signal: options.Signal = None,
+    lead_seconds: options.LeadSeconds = None,
+    max_restarts: options.MaxRestarts = None,
+    max_crashes: options.MaxCrashes = None,
+    chain: options.Chain = None,
+    container: options.Container = None,
+    image: options.Image = None,
+    mount: options.Mount = None,
+    python: options.Python = None,
+    setup: options.Setup = None,
+    extra: options.Extra = None,
+    dry_run: options.DryRun = False,
+    test_only: options.TestOnly = False,
+    check: options.Check = True,
+) -> None:
+    """Submit `laid eval` as a SLURM job, which goes on with what is not answered yet after preemption, time limit and failure.
+
+    Tasks, models and all options of `laid eval` are given as there; their number of ranks is the job's.
+    """
+    given = dict(locals())
+    from laid_ds.evaluation.answers import answers_file
+    from launch import slurm as commands
+    from launch.job import Job, read_job
+    from launch.record import write_evaluation
+    from launch.script import EVALUATION, Target, render
+
+    job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
+    refused = next((word for word in context.args if word.partition("=")[0] in ("--ranks", "--port")), None)
+    if refused or job.sweep:
+        raise ValueError(
+            f"{refused or '`sweep` of the site file'} is not for an evaluation: its ranks are those of the job, one for each task"
+        )
+    words = (*context.args, "--out", str(out))
+    folder = answers_file(out).with_suffix(".job")
+    target = Target(f"eval {out.stem}", folder, Path.cwd(), words, _python(job), EVALUATION)
+    script = render(job, target)
+    if dry_run:
+        sys.stdout.write(script)
+        return
+    if test_only:
+        print(commands.test_only(script))
+        return
+    commands.check_free(target.run)
+    if check:
+        _check_evaluation(words)
+    write_evaluation(target, script, os.environ)
+    (target.run / DONE).unlink(missing_ok=True)
+    jobs = commands.submit(target.run, job.chain)
+    print(f"submitted job {', '.join(jobs)}; next: laid-launch status {shlex.quote(str(folder))}")
+
+
 @app.command(epilog="Example: laid-launch status runs/demo/laid")
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Tell how a run's jobs stand and how far it came."""
@@ -135,6 +208,9 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         details = "  ".join(f"{name} {row[name]}" for name in ("nodes", "reason", "elapsed", "left", "exit", "restarts") if row.get(name))
         print(f"job {row['job']}  {row['state']}  {details}  ({row['source']})")
     for row in runs:
+        if "answers" in row:
+            print(f"{row['run']}  {row['answers']} answers{'  done' if row['done'] else ''}")
+            continue
         print(f"{row['run']}  step {row['step']}  {row['checkpoint'] or 'no checkpoint'}{'  done' if row['done'] else ''}")
 
 
@@ -191,8 +267,19 @@ def _target(run: Run, recipe: Path, overrides: list[str], job: Job) -> Target:
     found = forms_of_secrets(read_text(recipe))
     if found:
         raise ValueError(f"{recipe} holds {found[0]}, which would be copied into files; give it by an environment variable or a file")
-    python = job.python or (sys.executable if job.container == "none" else "python3")
-    return Target(run.name, run.output, Path.cwd(), tuple(overrides), python)
+    return Target(run.name, run.output, Path.cwd(), tuple(overrides), _python(job))
+
+
+def _python(job: Job) -> str:
+    return job.python or (sys.executable if job.container == "none" else "python3")
+
+
+def _check_evaluation(words: Sequence[str]) -> None:
+    """What `laid eval` refuses, with its own sentence and status, before any job waits in a queue."""
+    with working("looking at tasks and models"):
+        found = subprocess.run([sys.executable, "-m", "laid_ds.cli", "eval", *words, "--dry-run"], stdout=subprocess.DEVNULL)
+    if found.returncode:
+        raise typer.Exit(found.returncode)
 
 
 def _check(run: Run) -> None:

@@ -1,6 +1,7 @@
 """RUN/launch/: what a job was made of, so that a run can be explained and repeated. Nothing in it holds a secret.
 
-job.sh (as submitted), recipe.toml (a copy: later edits do not change a job that waits), run.json (the resolved run), environment.json,
+job.sh (as submitted), recipe.toml (a copy: later edits do not change a job that waits), run.json (the resolved run; of an evaluation there
+is its command instead of both, evaluation.json), environment.json,
 version.json and changes.diff (of the code), state.json (the job's own word), logs/.
 """
 
@@ -21,21 +22,32 @@ from launch.script import Target
 from launch.secrets import clean_environment, redact
 
 STATE = "state.json"
+EVALUATED = "evaluation.json"
 
 
 def write_record(target: Target, recipe: Path, resolved: dict[str, Any], script: str, environ: Mapping[str, str]) -> Path:
     """Fill the folder; returns the script's path."""
-    with writing(target.launch, "the record of the job"):
-        return _write_record(target, recipe, resolved, script, environ)
-
-
-def _write_record(target: Target, recipe: Path, resolved: dict[str, Any], script: str, environ: Mapping[str, str]) -> Path:
     folder = target.launch
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    if recipe.resolve() != (folder / "recipe.toml").resolve():
-        shutil.copyfile(recipe, folder / "recipe.toml")
+    with writing(folder, "the record of the job"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe.resolve() != (folder / "recipe.toml").resolve():
+            shutil.copyfile(recipe, folder / "recipe.toml")
+        _write(folder / "run.json", resolved)
+        return _write_job(folder, script, environ)
+
+
+def write_evaluation(target: Target, script: str, environ: Mapping[str, str]) -> Path:
+    """Fill the folder of an evaluation's job; returns the script's path."""
+    folder = target.launch
+    with writing(folder, "the record of the job"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / EVALUATED, {"command": ["laid", *target.arguments], "folder": str(target.folder)})
+        return _write_job(folder, script, environ)
+
+
+def _write_job(folder: Path, script: str, environ: Mapping[str, str]) -> Path:
+    (folder / "logs").mkdir(exist_ok=True)
     repository = Path(laid_ds.__file__).parents[1]
-    _write(folder / "run.json", resolved)
     _write(folder / "environment.json", clean_environment(environ))
     _write(folder / "version.json", code_version(repository))
     (folder / "changes.diff").write_text(redact(_git(repository, "diff", "HEAD") or ""))

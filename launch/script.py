@@ -18,16 +18,33 @@ BASH = Path(__file__).with_name("bash")
 
 
 @dataclass(frozen=True)
+class Program:
+    """What the ranks run, and how a job sees that they came further."""
+
+    module: str
+    newest: str
+    """Bash that prints what is newest in the folder $run: the same as before where nothing was added."""
+    gain: str
+    """What is newer then."""
+
+
+TRAINING = Program("laid_ds.train", 'cat "$run/checkpoints/latest" 2> /dev/null', "newer checkpoint")
+EVALUATION = Program("laid_ds.cli", 'echo "lines of answers: $(cat "${run%.job}.jsonl"* 2> /dev/null | wc -l)"', "further answer")
+
+
+@dataclass(frozen=True)
 class Target:
-    """What the job trains."""
+    """What the job does: a training, or an evaluation."""
 
     name: str
     output: Path
-    """The run folder as the recipe names it; of a sweep, the folder of its runs 0, 1, ..."""
+    """The run folder as the recipe names it; of a sweep, the folder of its runs 0, 1, ...; of an evaluation, X.job beside its X.json."""
     folder: Path
-    """The folder to start in; relative paths of the recipe begin there."""
-    overrides: tuple[str, ...]
+    """The folder to start in; relative paths begin there."""
+    words: tuple[str, ...]
+    """Overrides of the recipe, or what follows `laid eval`."""
     python: str
+    program: Program = TRAINING
 
     @property
     def run(self) -> Path:
@@ -37,24 +54,37 @@ class Target:
     def launch(self) -> Path:
         return self.run / "launch"
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the program."""
+        return (str(self.launch / "recipe.toml") if self.program == TRAINING else "eval", *self.words)
+
+    @property
+    def written(self) -> Path:
+        """The folder into which the ranks write: the results of an evaluation lie beside its job's."""
+        return self.run if self.program == TRAINING else self.run.parent
+
 
 def render(job: Job, target: Target) -> str:
     """The script. Raises ValueError for what a script cannot hold: paths or overrides of several lines, secrets."""
     _check(job, target)
     lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in _requests(job, target)), "", *_differences(job, target)]
-    return "\n".join([*lines, "", _bash("begin"), _on_nodes(job, target), _bash("end")])
+    begin = _bash("begin", newest=target.program.newest, gain=target.program.gain)
+    return "\n".join([*lines, "", begin, _on_nodes(job, target), _bash("end")])
 
 
 def _check(job: Job, target: Target) -> None:
-    words = [*target.overrides, *(word for element in job.sweep for word in element)]
+    words = [*target.words, *(word for element in job.sweep for word in element)]
     for text in (target.name, str(target.run), str(target.folder), target.python, *words):
         if not is_one_line(text) or text != text.strip():
             raise ValueError(f"{text!r} cannot stand in a job script: one line of printable text is needed, without spaces at its ends")
     found = forms_of_secrets("\n".join(words))
     if found:
-        raise ValueError(f"an override holds {found[0]}, which would be written into files; give it by an environment variable or a file")
-    if job.container != "none" and any(mark in str(path) for path in (target.run, target.folder) for mark in ",:"):
-        raise ValueError(f"{target.run}: a folder that is mounted into a container may not hold a comma or a colon")
+        raise ValueError(
+            f"a word of the command holds {found[0]}, which would be written into files; give it by an environment variable or a file"
+        )
+    if job.container != "none" and any(mark in str(path) for path in (target.written, target.folder) for mark in ",:"):
+        raise ValueError(f"{target.written}: a folder that is mounted into a container may not hold a comma or a colon")
 
 
 def _requests(job: Job, target: Target) -> list[str]:
@@ -90,15 +120,16 @@ def _slurm_quote(text: str) -> str:
 
 
 def _differences(job: Job, target: Target) -> list[str]:
-    arguments = _words([str(target.launch / "recipe.toml"), *target.overrides])
     lines = [
         f"run={_quote(str(target.run))}" + ('"/$SLURM_ARRAY_TASK_ID"' if job.sweep else ""),
-        f"arguments=({arguments})",
+        f"arguments=({_words(target.arguments)})",
         f"signal={job.signal} max_restarts={job.max_restarts} max_crashes={job.max_crashes}",
     ]
     if job.sweep:
         lines += ["case $SLURM_ARRAY_TASK_ID in", *map(_element, range(len(job.sweep)), job.sweep), "esac"]
         lines += [f'arguments+=({_quote(f"output={target.output}")}"/$SLURM_ARRAY_TASK_ID")']
+    if target.program == EVALUATION:
+        lines += ["export LAID_JOB_FOLDER=$run"]
     if job.setup:
         lines += ["", "# Setup, as given.", *job.setup]
     return lines
@@ -122,12 +153,13 @@ def _words(texts: Iterable[str]) -> str:
 def _on_nodes(job: Job, target: Target) -> str:
     """The part that starts the ranks."""
     options, prefix = _container(job, target)
-    srun, python = f"srun --kill-on-bad-exit=1 --wait=60{options}", _words([*prefix, target.python])
+    srun = f"srun --kill-on-bad-exit=1 --wait=60{options}"
+    run = {"python": _words([*prefix, target.python]), "module": target.program.module}
     if job.launcher == "srun":
-        return _bash("srun", srun=srun, python=python)
+        return _bash("srun", srun=srun, **run)
     starts = {
-        "torchrun": _bash("torchrun", python=python, nodes=job.nodes, ranks_per_node=job.ranks, shutdown_seconds=job.lead_seconds),
-        "deepspeed": _bash("deepspeed", python=python),
+        "torchrun": _bash("torchrun", nodes=job.nodes, ranks_per_node=job.ranks, shutdown_seconds=job.lead_seconds, **run),
+        "deepspeed": _bash("deepspeed", **run),
     }
     start = shlex.quote("\n" + starts[job.launcher] + _bash("forward"))
     hostfile = _bash("hostfile", ranks_per_node=job.ranks) if job.launcher == "deepspeed" else ""
@@ -136,7 +168,7 @@ def _on_nodes(job: Job, target: Target) -> str:
 
 def _container(job: Job, target: Target) -> tuple[str, list[str]]:
     """(options of srun, words before the interpreter)."""
-    folders = [target.folder] if target.run.is_relative_to(target.folder) else [target.folder, target.run]
+    folders = [target.folder] if target.written.is_relative_to(target.folder) else [target.folder, target.written]
     mounts = [*(f"{path}:{path}" for path in folders), *job.mount]
     if job.container == "pyxis":
         options = [f"--container-image={job.image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={target.folder}"]

@@ -6,6 +6,7 @@ accounting), and the file that the job itself wrote.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.runtime.stop import DONE, STOP
-from launch.record import read_state, write_state
+from launch.record import EVALUATED, read_state, write_state
 
 JOBS = "jobs.json"
 GOING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -51,6 +52,10 @@ def find(run: Path) -> list[dict[str, Any]]:
 
 def progress(run: Path) -> dict[str, Any]:
     """How far a run came, from its own files."""
+    if (run / "launch" / EVALUATED).is_file():
+        files = run.parent.glob(f"{glob.escape(run.stem)}.jsonl*")
+        answers = sum('"question_index"' in line for path in files for line in path.read_text(encoding="utf-8").splitlines())
+        return {"run": str(run), "answers": answers, "done": (run / DONE).is_file()}
     lines = run / "metrics.jsonl"
     last = lines.read_text().splitlines()[-1:] if lines.is_file() else []
     latest = run / "checkpoints" / "latest"
@@ -85,11 +90,11 @@ def requeue(run: Path, now: bool = False) -> str:
         raise ValueError(f"job {rows[0]['job']} is {rows[0]['state']}: it starts by itself when SLURM has nodes for it")
     if not rows:
         _jobs(run, must=True)
-        return f"submitted job {submit(run)[0]}, which goes on from the newest checkpoint"
+        return f"submitted job {submit(run)[0]}, which goes on where it stopped"
     if now:
         for row in running:
             _run(["scontrol", "requeue", row["job"]])
-        return f"job {running[0]['job']} starts again from its newest checkpoint"
+        return f"job {running[0]['job']} starts again from what it has saved"
     for folder in runs_of(run):
         if not (folder / DONE).exists():
             (folder / STOP).touch()

@@ -36,15 +36,15 @@ again() { # WORDS: start this job again, unless that was done often enough or so
   finish stopped 0 "$*; SLURM does not: $answer"
 }
 
-newest() { cat "$run/checkpoints/latest" 2> /dev/null; }
+newest() { @newest@; }
 
 crashed() { # EXIT: without a marker
   local crashes=0
   [ "$(newest)" != "$before" ] || crashes=$(cat "$launch/crashes" 2> /dev/null || echo 0)
   crashes=$((crashes + 1))
   echo "$crashes" > "$launch/crashes"
-  [ "$crashes" -le "$max_crashes" ] || finish failed 1 "failed (exit $1), $crashes times without a newer checkpoint; see $launch/logs"
-  again "failed (exit $1), without a newer checkpoint $crashes of $max_crashes times"
+  [ "$crashes" -le "$max_crashes" ] || finish failed 1 "failed (exit $1), $crashes times without a @gain@; see $launch/logs"
+  again "failed (exit $1), without a @gain@ $crashes of $max_crashes times"
 }
 
 # shellcheck disable=SC2317 # called by traps

@@ -3,5 +3,5 @@
 
 start() {
   exec @python@ -m deepspeed.launcher.runner --hostfile="$LAID_HOSTFILE" --no_ssh --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" \
-    --master_port="$MASTER_PORT" --no_local_rank --module laid_ds.train "$@"
+    --master_port="$MASTER_PORT" --no_local_rank --module @module@ "$@"
 }

@@ -4,5 +4,5 @@
 start() {
   exec @python@ -m torch.distributed.run --nnodes=@nodes@ --nproc-per-node=@ranks_per_node@ --rdzv-backend=c10d --rdzv-id="$LAID_JOB" \
     --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --max-restarts=0 --shutdown-timeout=@shutdown_seconds@ \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module laid_ds.train "$@"
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --module @module@ "$@"
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from tests.support.slurm import Cluster
 from tests.support.world import World, make_world
 
 LOSSES = pytest.StashKey[list]()
+PLAYED = """#!{python}
+import json, pathlib, sys
+folder, name = pathlib.Path({folder!r}), pathlib.Path(sys.argv[0]).name
+with (folder / "said").open("a") as said:
+    said.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
+answer = folder / (name + ".answer")
+sys.stdout.write(answer.read_text() if answer.exists() else "")
+sys.exit(0 if answer.exists() else 1)
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,3 +80,15 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line(f"{'fault':<44}  steps lost  seconds lost  longest pause (s)")
     for row in rows:
         terminalreporter.write_line(f"{row['fault']:<44}  {row['steps']:>10}  {row['seconds']:>12}  {row['pause']:>17}")
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """A folder of commands; `NAME.answer` in it is what that command prints, without it the command fails."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("squeue", "scontrol", "sacct", "scancel", "sbatch"):
+        (folder / name).write_text(PLAYED.format(python=sys.executable, folder=str(folder)))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder

@@ -16,7 +16,7 @@ import pytest
 from launch.testcluster import cluster as testcluster
 from launch.testcluster.configuration import Shape
 from tests.support.recipes import write_recipe
-from tests.support.slurm import Submitted
+from tests.support.slurm import Evaluated, Submitted
 
 pytestmark = pytest.mark.slurm
 
@@ -26,7 +26,7 @@ TWO_NODES = ["--nodes=2"]
 LAUNCHERS = ["srun", "torchrun", "deepspeed"]
 
 
-def warn(run: Submitted) -> None:
+def warn(run: Evaluated | Submitted) -> None:
     """What SLURM does before a time limit, without waiting for it."""
     run.cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
 
@@ -71,7 +71,7 @@ def test_preemption(clusters, proctrack, told, launcher):
 def test_one_rank_is_killed(cluster):
     run = Submitted(cluster, "killed", TWO_NODES, **STEPS)
     run.wait_for_step(15)
-    run.ranks()[1].kill()
+    run.ranks(run.output / "launch" / "recipe.toml")[1].kill()
     run.wait_for_attempt(1)
     run.wait_for_status("done")
     run.check("kill -9 of one rank", 2, **STEPS)
@@ -172,6 +172,34 @@ def test_a_cancelled_job_stays_cancelled_until_it_is_asked_for_again(cluster):
     run.wait_for_status("done")
     assert json.loads(cluster.laid_launch("status", run.output, "--json"))["runs"][0]["done"]
     run.check("scancel, and submitted again by hand", 1, **ALONE)
+
+
+def test_an_evaluation_goes_on_after_a_kill_and_a_warning(cluster, tmp_path):
+    world, folder = cluster.world, cluster.world.folder / "evaluated"
+    folder.mkdir()
+    words = [str(world.shards), f"m={world.student}", "--mode=generate", "--sizes=1,2,4", "--haystacks=12", "--max-new-tokens=100"]
+    words += ["--tokens-per-batch=1", "--workers=0"]
+    run = Evaluated(cluster, folder / "e.json", words, [*TWO_NODES])
+    run.wait(lambda: run.answered() >= 4, "the first answers")
+    run.ranks(run.out)[1].kill()
+    run.wait_for_attempt(1)
+    before = run.answered()
+    run.wait(lambda: run.answered() > before, "further answers")
+    warn(run)
+    run.wait_for_attempt(2)
+    run.wait_for_status("done")
+    assert "without a further answer 1 of 2 times" in run.log()
+    assert "saved and stopped" in run.log()
+    assert 4 <= before < run.answered() == 36
+    alone = tmp_path / "e.json"
+    cluster.slurm(sys.executable, "-m", "laid_ds.cli", "eval", *words, "--out", str(alone))
+    said, expected = (path.with_suffix(".jsonl").read_text().splitlines()[1:] for path in (run.out, alone))
+    assert said == expected
+    assert len(said) == 36
+    again = cluster.laid_launch("requeue", run.output)
+    assert again.startswith("submitted job")
+    run.wait_for_end()
+    assert "already done" in run.log()
 
 
 ALONE_EACH = "{python} -m torch.distributed.run --nproc-per-node=1 --master-port=2950$SLURM_NODEID -m laid_ds.train x.toml"

@@ -9,31 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
 from tests.support.recipes import write_recipe
+from tests.support.slurm import ask, said
 
-PLAYED = """#!{python}
-import json, pathlib, sys
-folder, name = pathlib.Path({folder!r}), pathlib.Path(sys.argv[0]).name
-with (folder / "said").open("a") as said:
-    said.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
-answer = folder / (name + ".answer")
-sys.stdout.write(answer.read_text() if answer.exists() else "")
-sys.exit(0 if answer.exists() else 1)
-"""
 RUNNING = "12|RUNNING|n[0-1]|None|1:00|59:00\n"
-
-
-@pytest.fixture
-def played(tmp_path, monkeypatch):
-    """A folder of commands; `NAME.answer` in it is what that command prints, without it the command fails."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("squeue", "scontrol", "sacct", "scancel", "sbatch"):
-        (folder / name).write_text(PLAYED.format(python=sys.executable, folder=str(folder)))
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-    return folder
 
 
 @pytest.fixture
@@ -44,18 +23,6 @@ def run(tmp_path) -> Path:
     (run / "launch" / "state.json").write_text('{"job": "12", "attempt": 2, "status": "stopped", "nodes": "n0"}')
     (run / "metrics.jsonl").write_text('{"step": 7}\n')
     return run
-
-
-def said(folder: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (folder / "said").read_text().splitlines()]
-
-
-def ask(capsys, *words) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as status:
-        cli.main([str(word) for word in words])
-    found = capsys.readouterr()
-    assert "Traceback" not in found.err
-    return status.value.code, found.out, found.err
 
 
 def test_a_job_is_looked_for_from_squeue_down_to_its_own_word(played, run, capsys):

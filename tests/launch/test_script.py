@@ -15,7 +15,7 @@ import pytest
 
 from launch import cli
 from launch.job import Job, read_job
-from launch.script import Target, render
+from launch.script import EVALUATION, Target, render
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +24,16 @@ ODD = Target(
     name="a 'b' \"c\" #1",
     output=Path('runs/50% o\'clock $HOME `x` "q" \\'),
     folder=Path("/project/a b"),
-    overrides=('name=it\'s "so" $x `y` \\', "data.images=[1, 4]"),
+    words=('name=it\'s "so" $x `y` \\', "data.images=[1, 4]"),
     python="/ve nv/python",
+)
+ASKED = Target(
+    name="eval e",
+    output=Path("/scratch/e/e.job"),
+    folder=Path("/project"),
+    words=("shards/vhs", "qwen=models/it's", "--out", "/scratch/e/e.json"),
+    python="/venv/bin/python",
+    program=EVALUATION,
 )
 EVERYTHING = Job(
     launcher="torchrun",
@@ -57,6 +65,8 @@ CASES = {
     "deepspeed": (Job(launcher="deepspeed", nodes=2, gpus_per_node=8), PLAIN),
     "pyxis": (Job(container="pyxis", image="me/laid:1", mount=("/data:/data",), chain=3, max_restarts=0), PLAIN),
     "everything": (EVERYTHING, PLAIN),
+    "evaluation": (Job(nodes=2, gpus_per_node=8), ASKED),
+    "evaluation-torchrun": (Job(launcher="torchrun", container="apptainer", image="laid.sif"), ASKED),
     "odd-names": (Job(sweep=(("x=it's",), ("y=$z",))), ODD),
 }
 scripts = pytest.mark.parametrize("case", CASES)
@@ -97,7 +107,7 @@ esac
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
 def test_odd_names_and_overrides_arrive_as_they_were_written(tmp_path, launcher):
-    target = Target(ODD.name, ODD.output, tmp_path, ODD.overrides, ODD.python)
+    target = Target(ODD.name, ODD.output, tmp_path, ODD.words, ODD.python)
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name in ("srun", "scontrol"):
@@ -114,7 +124,7 @@ def test_odd_names_and_overrides_arrive_as_they_were_written(tmp_path, launcher)
     assert found.returncode == 0, found.stderr
     assert json.loads((target.launch / "state.json").read_text())["status"] == "done"
     said = json.loads((tmp_path / "said.json").read_text())
-    assert said[-3:] == [str(target.launch / "recipe.toml"), *ODD.overrides]
+    assert said[-3:] == [str(target.launch / "recipe.toml"), *ODD.words]
     if launcher == "srun":
         assert ODD.python in said
 
@@ -123,10 +133,10 @@ def test_odd_names_and_overrides_arrive_as_they_were_written(tmp_path, launcher)
     "change",
     [
         {"name": "two\nlines"},
-        {"overrides": ("x=1\ny=2",)},
+        {"words": ("x=1\ny=2",)},
         {"output": Path("runs/a\tb")},
-        {"overrides": (" x=1",)},
-        {"overrides": ('data.shards=["https://me:hunter22@host/x"]',)},
+        {"words": (" x=1",)},
+        {"words": ('data.shards=["https://me:hunter22@host/x"]',)},
     ],
 )
 def test_what_a_script_cannot_hold_is_refused(change):
