@@ -69,17 +69,23 @@ class Build:
     """The user's word that every question stays true whichever images are left out or moved."""
     follow_links: bool = False
     """Links in the image folder may lead out of it; the user trusts whoever made them."""
+    more_sources: tuple[Path, ...] = ()
+    """Files of the same format that are read after `source`, into the same set."""
 
     def facts(self) -> bytes:
         """The build, and the contents of its source, as `build.json` holds them."""
-        with open(self.source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         names = {"source": self.source.name, "images": self.images.name, "processor": self.processor and self.processor.name}
-        fields = {**self.__dict__, **names, "source_sha256": digest}
-        for name in ("haystack", "follow_links"):
+        more = [[path.name, _digest(path)] for path in self.more_sources]
+        fields = {**self.__dict__, **names, "source_sha256": _digest(self.source), "more_sources": more}
+        for name in ("haystack", "follow_links", "more_sources"):
             if not fields[name]:  # as builds without it were written
                 del fields[name]
         return json.dumps(fields, indent=1).encode() + b"\n"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
     first = _entries_done(writer)
     rejected = _rejected_before(out, first)
     changes: Counter[str] = Counter()
-    numbered = islice(enumerate(entries(plan.source, keep_going=plan.skip_bad)), first, None)
+    numbered = islice(_numbered(plan), first, None)
     with writer, ThreadPoolExecutor(jobs) as pool:
         for read in track(_ordered(pool, work, numbered, jobs * READ_AHEAD), f"build {out.name}"):
             if read.error:
@@ -108,7 +114,7 @@ def build(plan: Build, out: Path, *, resume: bool, jobs: int) -> dict[str, Any]:
                 writer.write(read.sample)
                 changes += read.changes
         if not writer.samples_done:
-            raise DataError(f"{plan.source} holds no good entries ({rejected} rejected)")
+            raise DataError(f"{', '.join(map(str, (plan.source, *plan.more_sources)))} holds no good entries ({rejected} rejected)")
     return {
         "folder": str(out),
         "shards": len(writer.shards),
@@ -124,6 +130,14 @@ def _refuse_what_changes_nothing(plan: Build) -> None:
         raise ValueError(f"--keep-rest is for documents ({', '.join(DOCUMENTS)}), not for {plan.format}")
     if plan.options and plan.format != "vhs":
         raise ValueError(f"--{next(iter(plan.options))} is for vhs, not for {plan.format}")
+    if plan.more_sources and plan.format != "vhs":
+        raise ValueError(
+            f"several files become one set for vhs, whose files are sizes of one task; import those of {plan.format} one by one"
+        )
+    files = (plan.source, *plan.more_sources)
+    twice = next((path for path in files if files.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice")
 
 
 def _same_build(out: Path, facts: bytes) -> bool:
@@ -152,11 +166,19 @@ class Read:
     error: DataError | None = None
 
 
-def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tuple[int, Any]], Read]:
+def _numbered(plan: Build) -> Iterator[tuple[int, str, Any]]:
+    """(number, place for people, entry) of all files, one after the other."""
+    files = (plan.source, *plan.more_sources)
+    found = ((path.name, place, entry) for path in files for place, entry in enumerate(entries(path, keep_going=plan.skip_bad)))
+    for number, (name, place, entry) in enumerate(found):
+        yield number, f"{name}, entry {place}", entry
+
+
+def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tuple[int, str, Any]], Read]:
     check = check_with(plan.processor) if plan.processor else None
 
-    def read(numbered: tuple[int, Any]) -> Read:
-        number, entry = numbered
+    def read(numbered: tuple[int, str, Any]) -> Read:
+        number, place, entry = numbered
         if isinstance(entry, DataError):
             return Read(number, error=entry)
         key, images = f"{plan.prefix}-{number:08d}", root.anew()
@@ -169,7 +191,7 @@ def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tupl
             if check:
                 check(sample)
         except DataError as error:
-            return Read(number, error=DataError(f"{plan.source.name}, entry {number}: {error.reason}", key=key))
+            return Read(number, error=DataError(f"{place}: {error.reason}", key=key))
         return Read(number, sample, images.changes)
 
     return read

@@ -112,7 +112,9 @@ app.command(epilog=EXAMPLE)(compose)
 @app.command("import")
 def import_(
     format: Annotated[ImportFormat, argument("The benchmark or format.")],
-    source: Annotated[Path, argument("Its file: visual_haystack_20.json, retrieval-image.jsonl, ...")],
+    sources: Annotated[
+        list[Path], argument("Its file: visual_haystack_20.json, retrieval-image.jsonl, ...; of vhs also several, one for each size.")
+    ],
     out: Out,
     images: Images,
     prefix: Prefix = "sample",
@@ -131,15 +133,15 @@ def import_(
 ) -> None:
     """Import a benchmark's file, field by field; the original entry stays in the sample's meta.
 
-    Example: laid-data import vhs visual_haystack_20.json shards/vhs20 --images coco --seed 1
+    Example: laid-data import vhs VHs_large/visual_haystack_{oracle,5,10,20,50,100}.json shards/vhs --images coco
     """
     from data_tools import build
 
     options = {name: value for name, value in (("seed", seed), ("depth", depth)) if value is not None}
     ignored = tuple(ignore or ())
     more = {"skip_bad": skip_bad, "decode": decode, "shrink": shrink, "ignore": ignored, "processor": processor, "options": options}
-    more["follow_links"] = follow_links
-    plan = build.Build(format, source, images, prefix, licence, **more)
+    more |= {"follow_links": follow_links, "more_sources": tuple(sources[1:])}
+    plan = build.Build(format, sources[0], images, prefix, licence, **more)
     show(build.build(plan, out, resume=resume, jobs=jobs), json)
     _then_verify(out, json)
 
@@ -148,7 +150,7 @@ def import_(
 def export(format: Annotated[ExportFormat, argument("The benchmark's format.")], folder: Source, out: Out, json: Json = False) -> None:
     """Write a data set as a benchmark's files with their images, or as a task folder for lmms-eval's --include_path.
 
-    Examples: laid-data export vhs shards/vhs20 exported;  laid-data export lmms-eval shards/vhs20 tasks/vhs20
+    Example: laid-data export vhs shards/vhs20 exported;  laid-data export lmms-eval shards/vhs20 tasks/vhs20
     """
     from data_tools import benchmark_files
 

@@ -24,6 +24,7 @@ FLOORS = {
     "laid_ds.evaluation.report": 1,
     "laid_ds.evaluation.rules": 1,
     "laid_ds.evaluation.scores": 1,
+    "laid_ds.evaluation.kinds": 1,
     "laid_ds.evaluation.harness": 1,
     "laid_ds.evaluation.official": 1,
     "laid_ds.evaluation.visual_haystacks_rule": 1,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.evaluation.harness import read_samples
-from laid_ds.evaluation.scores import as_lines, read_answers, summarise_scores
+from laid_ds.evaluation.scores import as_lines, read_answers, summarise_kinds, summarise_scores, windows_as_lines
 from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
 from laid_ds.files import read_json, read_json_lines, read_text
 
@@ -48,15 +48,21 @@ class Summary:
     """Sizes that were asked for and not measured, and why."""
     scores: dict[str, Any] = field(default_factory=dict)
     """What each model is worth on each task, by the official and a strict rule (scores.py)."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """The same for each benchmark's kinds of question, over all tasks that ask it."""
 
     def as_json(self) -> dict[str, Any]:
         models = {row.name: asdict(row) for row in self.rows}
         numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
-        return numbers | {"left_out": self.left_out, "scores": self.scores, "report": str(self.path)}
+        return numbers | {"left_out": self.left_out, "scores": self.scores, "benchmarks": self.benchmarks, "report": str(self.path)}
 
     def as_text(self) -> str:
-        parts = [*([*self._windows(), ""] if self.rows else []), *([*as_lines(self.scores), ""] if self.scores else [])]
-        return "\n".join([*parts, f"report: {self.path}"])
+        windows = [*self._windows(), ""] if self.rows else []
+        return "\n".join([*windows, *(line for part in self.by_rule() for line in (*part, "")), f"report: {self.path}"])
+
+    def by_rule(self) -> list[list[str]]:
+        """Tables of what answers are worth."""
+        return [part for part in (as_lines(self.scores), windows_as_lines(self.benchmarks, self.baseline)) if self.scores and part]
 
     def _windows(self) -> list[str]:
         sizes = self.setting["sizes"]
@@ -94,7 +100,7 @@ def write_report(folder: str | Path, baseline: str) -> Summary:
         summary, versions = summarise(results, baseline, folder / "report.html"), results["versions"]
         draw_curves(summary, folder / "window.png")
         pictures.append(folder / "window.png")
-    summary = replace(summary, scores=summarise_scores(answers, baseline))
+    summary = replace(summary, scores=summarise_scores(answers, baseline), benchmarks=summarise_kinds(answers, baseline))
     runs = {path.parent.name: _metrics(path) for path in sorted(folder.glob("*/metrics.jsonl"))}
     runs = {name: lines for name, lines in runs.items() if lines}
     if runs:
@@ -238,7 +244,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 def _page(summary: Summary, pictures: list[Path], versions: dict[str, str]) -> str:
     images = "".join(f'<p><img alt="{path.stem}" src="{_embedded(path)}"></p>' for path in pictures)
-    scores = f"<h2>Scores by rule</h2><pre>{html.escape(chr(10).join(as_lines(summary.scores)))}</pre>" if summary.scores else ""
+    tables = "".join(f"<pre>{html.escape(chr(10).join(part))}</pre>" for part in summary.by_rule())
+    scores = f"<h2>Scores by rule</h2>{tables}" if tables else ""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>laid_ds report</title><style>{STYLE}</style>'
         f"<h1>How far does each model see?</h1>{images}{_table(summary) if summary.rows else ''}{scores}"

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from laid_ds.evaluation.rules import Answer, score
-from laid_ds.evaluation.window import LONG, SHORT, average_gain, curve, ratio, relative_threshold, window
+from laid_ds.evaluation.kinds import haystack_of, kind_of, place_of, unit_of
+from laid_ds.evaluation.rules import HAYSTACK, Answer, score
+from laid_ds.evaluation.window import LONG, SHORT, Ratio, Window, average_gain, curve, ratio, relative_threshold, window
 from laid_ds.files import read_json_lines
 
 RULES = ("official", "strict")
@@ -71,18 +72,30 @@ def scored(answers: Sequence[Answer]) -> list[Scored]:
 def summarise_scores(answers: Sequence[Answer], baseline: str) -> dict[str, dict[str, Any]]:
     """Task -> model -> "answers", "clusters", and for each rule a mean with its interval, "by_size", "by_depth" (tenths, from 0 for the
     first images) and "curve": the window, its ratio to the baseline's, and the paper's average gain over it, or "why_not"."""
-    tasks: dict[str, dict[str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
-    for one in scored(answers):
-        tasks[one.answer["task"]][one.answer["model"]].append(one)
+    return _summarise(scored(answers), baseline, lambda answer: answer["task"])
+
+
+def summarise_kinds(answers: Sequence[Answer], baseline: str) -> dict[str, dict[str, Any]]:
+    """The same for each benchmark's kinds of question (kinds.py), over all tasks that ask it; "tasks" names them. Haystacks of our own
+    are left out: a task of them holds all sizes."""
+    asked = [one for one in scored(answers) if one.answer["benchmark"] != HAYSTACK]
+    return _summarise(asked, baseline, kind_of)
+
+
+def _summarise(found: Sequence[Scored], baseline: str, name_of: Callable[[Answer], str]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
+    for one in found:
+        groups[name_of(one.answer)][one.answer["model"]].append(one)
     return {
-        task: {model: _worth(found) | {"curve": _curves(found, models.get(baseline), baseline)} for model, found in models.items()}
-        for task, models in tasks.items()
+        name: {model: _worth(group) | {"curve": _curves(group, models.get(baseline), baseline)} for model, group in models.items()}
+        for name, models in groups.items()
     }
 
 
 def _worth(found: Sequence[Scored]) -> dict[str, Any]:
-    clusters = {one.answer["cluster"] for one in found}
-    facts = {"benchmark": found[0].answer["benchmark"], "answers": len(found), "clusters": len(clusters)}
+    clusters = {haystack_of(one.answer) for one in found}
+    tasks = sorted({one.answer["task"] for one in found})
+    facts = {"benchmark": found[0].answer["benchmark"], "tasks": tasks, "answers": len(found), "clusters": len(clusters)}
     depths = [one for one in found if one.answer["depth"] is not None]
     return (
         facts
@@ -108,10 +121,10 @@ def _parts(found: Sequence[Scored], of: Callable[[Answer], Any]) -> dict[str, di
 
 def _interval(found: Sequence[Scored], rule: str, seed: int = 0) -> dict[str, float | None]:
     """The mean over answers, and the interval over clusters (None for a single one)."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sums: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for one in found:
-        sums[one.answer["cluster"]][0] += getattr(one, rule)
-        sums[one.answer["cluster"]][1] += 1
+        sums[haystack_of(one.answer)][0] += getattr(one, rule)
+        sums[haystack_of(one.answer)][1] += 1
     hits, asked = np.array(list(sums.values())).T
     mean, number = float(hits.sum() / asked.sum()), len(hits)
     if number < 2:
@@ -122,31 +135,31 @@ def _interval(found: Sequence[Scored], rule: str, seed: int = 0) -> dict[str, fl
 
 
 def _curves(found: Sequence[Scored], base: Sequence[Scored] | None, baseline: str) -> dict[str, Any]:
-    reason = _why_no_curve(found, base, baseline)
-    return {"why_not": reason} if reason else {rule: _curve(found, base, rule) for rule in RULES}
+    ours, theirs = _placed(found), _placed(base or ())
+    reason = _why_no_curve(ours, theirs, baseline)
+    return {"why_not": reason} if reason else {"unit": unit_of(ours[0].answer)} | {rule: _curve(ours, theirs, rule) for rule in RULES}
 
 
-def _why_no_curve(found: Sequence[Scored], base: Sequence[Scored] | None, baseline: str) -> str | None:
+def _placed(found: Sequence[Scored]) -> list[Scored]:
+    return [one for one in found if place_of(one.answer) is not None]
+
+
+def _why_no_curve(found: Sequence[Scored], base: Sequence[Scored], baseline: str) -> str | None:
     """Why there is neither a window nor a ratio, as a sentence; None where there is."""
-    if len({one.answer["size"] for one in found}) < 2:
-        return "only one number of images was asked"
-    if base is None:
+    if len({place_of(one.answer) for one in found}) < 2:
+        unit = unit_of(found[0].answer) if found else "tokens"
+        return f"only one number of {unit} was asked" if found else "no answer tells the length of its context, from 1000 tokens on"
+    if not base:
         return f"the baseline {baseline} has not answered this task"
     if _chance(base) is None:
         return "questions do not all offer the same number of choices, so that there is no level of chance"
-    ours, theirs = (_clusters_by_size(group) for group in (found, base))
-    if ours != theirs:
+    if _asked(found) != _asked(base):
         return f"it was asked about other haystacks than the baseline {baseline}"
-    if len(set(map(frozenset, ours.values()))) > 1:
-        return "not every haystack was asked at every number of images"
     return None
 
 
-def _clusters_by_size(found: Sequence[Scored]) -> dict[int, set[str]]:
-    sizes: dict[int, set[str]] = defaultdict(set)
-    for one in found:
-        sizes[one.answer["size"]].add(one.answer["cluster"])
-    return dict(sizes)
+def _asked(found: Sequence[Scored]) -> set[tuple[Any, ...]]:
+    return {(place_of(one.answer), haystack_of(one.answer)) for one in found}
 
 
 def _chance(found: Sequence[Scored]) -> float | None:
@@ -159,9 +172,10 @@ def _curve(found: Sequence[Scored], base: Sequence[Scored], rule: str) -> dict[s
     ours, theirs, chance = _rows(found, rule), _rows(base, rule), _chance(base)
     points, reference = curve(ours), curve(theirs)
     first = min(reference)
+    unit = unit_of(found[0].answer)
     gains = {name: average_gain(points, reference, sizes) for name, sizes in (("short", SHORT), ("long", LONG))}
     if reference[first] <= chance:
-        reason = f"the baseline is at {reference[first]:.2f} with {first} images, not above chance ({chance:.2f})"
+        reason = f"the baseline is at {reference[first]:.2f} with {first} {unit}, not above chance ({chance:.2f})"
         return {"why_not": reason, "average_gain": gains}
     threshold = relative_threshold(reference[first], chance)
     facts = {"threshold": threshold, "window": asdict(window(ours, threshold)), "against_baseline": asdict(ratio(ours, theirs, threshold))}
@@ -169,11 +183,13 @@ def _curve(found: Sequence[Scored], base: Sequence[Scored], rule: str) -> dict[s
 
 
 def _rows(found: Sequence[Scored], rule: str) -> Mapping[str, list[list[float]]]:
-    """Size -> for each cluster, in the order of their names, what its answers are worth."""
-    sizes: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Place on the axis -> for each haystack of all places, in the order of their names, what its answers are worth: [] where it was not
+    asked there."""
+    places: dict[int, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in found:
-        sizes[one.answer["size"]][one.answer["cluster"]].append(getattr(one, rule))
-    return {str(size): [clusters[name] for name in sorted(clusters)] for size, clusters in sorted(sizes.items())}
+        places[place_of(one.answer)][haystack_of(one.answer)].append(getattr(one, rule))
+    names = sorted({name for haystacks in places.values() for name in haystacks})
+    return {str(place): [haystacks.get(name, []) for name in names] for place, haystacks in sorted(places.items())}
 
 
 def as_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -186,6 +202,23 @@ def as_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = ("", "answers", "official [95 %]", "strict [95 %]")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+
+
+def windows_as_lines(kinds: Mapping[str, Mapping[str, Any]], baseline: str) -> list[str]:
+    """For people: of each kind of question and model the window by either rule and its ratio to the baseline's, or why there is none."""
+    lines = []
+    for kind, models in kinds.items():
+        for model, worth in models.items():
+            curve = worth["curve"]
+            found = [_window_told(rule, curve[rule], curve["unit"], baseline) for rule in RULES] if "unit" in curve else [curve["why_not"]]
+            lines += [f"{kind}: {model}: {one}" for one in found]
+    return lines
+
+
+def _window_told(rule: str, found: Mapping[str, Any], unit: str, baseline: str) -> str:
+    if "why_not" in found:
+        return f"{rule}: {found['why_not']}"
+    return f"{rule}: window {Window(**found['window'])} {unit}, {Ratio(**found['against_baseline'])} against {baseline}"
 
 
 def _told(found: Mapping[str, float | None]) -> str:

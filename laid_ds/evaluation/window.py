@@ -113,10 +113,11 @@ def _divide(a: float, b: float) -> float:
 
 
 def _bootstrap_curves(answers: Answers, draws: int, seed: int) -> list[dict[int, float]]:
-    """Curves over resampled haystacks; the same seed draws the same haystacks for every model."""
+    """Curves over resampled haystacks; the same seed draws the same haystacks for every model. A row is empty where its haystack was not
+    asked at a size; a size at which none of a draw was asked is no point of its curve."""
     hits = {int(size): np.array([sum(row) for row in rows], float) for size, rows in answers.items()}
     asked = {int(size): np.array([len(row) for row in rows], float) for size, rows in answers.items()}
     number = len(next(iter(hits.values())))
     picks = np.random.default_rng(seed).integers(number, size=(draws, number))
-    accuracy = {size: hits[size][picks].sum(1) / asked[size][picks].sum(1) for size in hits}
-    return [{size: float(values[draw]) for size, values in accuracy.items()} for draw in range(draws)]
+    drawn = {size: (hits[size][picks].sum(1), asked[size][picks].sum(1)) for size in hits}
+    return [{size: float(right[draw] / number[draw]) for size, (right, number) in drawn.items() if number[draw]} for draw in range(draws)]

@@ -205,3 +205,29 @@ def test_bad_input_is_one_sentence(laid_data, folder, source, tmp_path, args, me
 
 def test_nothing_but_the_result_is_printed_where_no_terminal_listens(laid_data, folder):
     assert laid_data("verify", folder, "--json").err == ""
+
+
+def test_files_of_all_sizes_become_one_set_in_their_order(laid_data, source, tmp_path):
+    _, images = source
+    entries = {}
+    for size in (1, 3, 2):
+        entries[size] = [{"conversations": [{"value": f"Is it {n}?"}, {"value": "no"}], "pos_image": ["p0.jpg"]} for n in range(3)]
+        for entry in entries[size]:
+            entry["neg_image"] = ["p1.jpg", "p2.jpg"][: size - 1]
+        (tmp_path / f"visual_haystack_{size}.json").write_text(json.dumps(entries[size]))
+    files = [tmp_path / f"visual_haystack_{size}.json" for size in (1, 3, 2)]
+    assert laid_data("import", "vhs", *files, tmp_path / "vhs", "--images", images, "--json").json["samples"] == 9
+    found = list(Dataset.open(tmp_path / "vhs"))
+    assert [len(sample.images) for sample in found] == [1] * 3 + [3] * 3 + [2] * 3
+    assert [sample.meta["vhs"] for sample in found] == entries[1] + entries[3] + entries[2]
+    again = ["import", "vhs", *files, tmp_path / "vhs", "--images", images, "--resume"]
+    assert laid_data(*again, "--json").json["already_complete"]
+    assert "holds another build" in laid_data(*(word for word in again if word != files[2])).err
+    entries[2][1]["conversations"][1]["value"] = "perhaps"
+    files[2].write_text(json.dumps(entries[2]))
+    found = laid_data("import", "vhs", *files, tmp_path / "bad", "--images", images)
+    assert (found.code, "visual_haystack_2.json, entry 1: answer 'perhaps'" in found.err) == (2, True)
+    found = laid_data("import", "vhs", files[0], files[0], tmp_path / "twice", "--images", images)
+    assert (found.code, f"{files[0]} is given twice" in found.err) == (2, True)
+    found = laid_data("import", "mm-niah", *files, tmp_path / "niah", "--images", images)
+    assert (found.code, "import those of mm-niah one by one" in found.err) == (2, True)
