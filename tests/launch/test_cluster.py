@@ -174,12 +174,13 @@ def test_a_cancelled_job_stays_cancelled_until_it_is_asked_for_again(cluster):
     run.check("scancel, and submitted again by hand", 1, **ALONE)
 
 
-def test_an_evaluation_goes_on_after_a_kill_and_a_warning(cluster, tmp_path):
-    world, folder = cluster.world, cluster.world.folder / "evaluated"
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_evaluation_goes_on_after_a_kill_and_a_warning(cluster, tmp_path, launcher):
+    world, folder = cluster.world, cluster.world.folder / f"evaluated-{launcher}-{cluster.shape.proctrack}"
     folder.mkdir()
     words = [str(world.shards), f"m={world.student}", "--mode=generate", "--sizes=1,2,4", "--haystacks=12", "--max-new-tokens=100"]
     words += ["--tokens-per-batch=1", "--workers=0"]
-    run = Evaluated(cluster, folder / "e.json", words, [*TWO_NODES])
+    run = Evaluated(cluster, folder / "e.json", words, [*TWO_NODES, f"--launcher={launcher}"])
     run.wait(lambda: run.answered() >= 4, "the first answers")
     run.ranks(run.out)[1].kill()
     run.wait_for_attempt(1)
