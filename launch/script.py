@@ -26,10 +26,14 @@ class Program:
     """Bash that prints what is newest in the folder $run: the same as before where nothing was added."""
     gain: str
     """What is newer then."""
+    passes_on: str
+    """The file of bash that runs the launcher of a node, and tells the ranks of signals."""
 
 
-TRAINING = Program("laid_ds.train", 'cat "$run/checkpoints/latest" 2> /dev/null', "newer checkpoint")
-EVALUATION = Program("laid_ds.cli", 'echo "lines of answers: $(cat "${run%.job}.jsonl"* 2> /dev/null | wc -l)"', "further answer")
+TRAINING = Program("laid_ds.train", 'cat "$run/checkpoints/latest" 2> /dev/null', "newer checkpoint", "forward")
+EVALUATION = Program(
+    "laid_ds.cli", 'echo "lines of answers: $(cat "${run%.job}.jsonl"* 2> /dev/null | wc -l)"', "further answer", "end_launcher"
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _on_nodes(job: Job, target: Target) -> str:
         "torchrun": _bash("torchrun", nodes=job.nodes, ranks_per_node=job.ranks, shutdown_seconds=job.lead_seconds, **run),
         "deepspeed": _bash("deepspeed", **run),
     }
-    start = shlex.quote("\n" + starts[job.launcher] + _bash("forward"))
+    start = shlex.quote("\n" + starts[job.launcher] + _bash(target.program.passes_on))
     hostfile = _bash("hostfile", ranks_per_node=job.ranks) if job.launcher == "deepspeed" else ""
     return _bash("node") + hostfile + _bash("on_node", start=start, srun=srun)
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launch.job import Job
-from launch.script import Target, render
+from launch.script import EVALUATION, Target, render
 from tests.support.processes import output_of, wait_until
 
 SRUN = """#!/bin/bash
@@ -203,3 +203,28 @@ def test_a_signal_to_the_task_of_a_node_becomes_the_stop_file(tmp_path, launcher
     said = output_of(process)
     assert process.returncode == 0, said
     assert json.loads((run / "launch" / "state.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_sigterm_to_the_task_of_an_evaluation_ends_its_launcher_and_asks_for_nothing(tmp_path, number):
+    """srun sends it to the other nodes when one has failed: a file would make that failure look like a warning."""
+    run = tmp_path / "run.job"
+    (tmp_path / "bin").mkdir()
+    run.mkdir()
+    python = (
+        f'#!/bin/bash\ntrap \'touch "{run}/ended"; exit 1\' TERM\ntouch "{run}/python"\n'
+        f'until [ -f "{run}/stop" ]; do sleep 0.05; done; echo {{}} > "{run}/requeue.json"\n'
+    )
+    for name, text in (("srun", NODE), ("scontrol", SCONTROL.format(state="RUNNING", answer="no")), ("python", python)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    target = Target("x", Path("run.job"), tmp_path, (), str(tmp_path / "bin" / "python"), EVALUATION)
+    script = render(Job(launcher="torchrun", max_crashes=0), target)
+    environ = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n0"}
+    process = start_script(["bash", "-c", script], environ | {"SLURM_NODEID": "0"})
+    wait_until(lambda: (run / "python").exists() and (run / "task").exists(), "the launcher of the node")
+    os.kill(int((run / "task").read_text()), number)
+    said = output_of(process)
+    failed = number == signal.SIGTERM
+    assert (process.returncode, (run / "ended").exists(), (run / "requeued").exists()) == (int(failed), failed, not failed), said
+    assert ("1 times without a further answer" in said) == failed

@@ -93,8 +93,12 @@ start() {
 request() {
   touch "$LAID_STOP"
 }
-trap request TERM USR1 USR2
-(trap "" TERM USR1 USR2; start "$@") & # where a signal reaches all processes of a task, it does not end the launcher; the ranks listen anew
+end() {
+  kill "$launcher"
+}
+trap request USR1 USR2
+trap end TERM
+(trap "" USR1 USR2; start "$@") &
 launcher=$!
 while :; do
   wait "$launcher"; status=$?
