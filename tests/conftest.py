@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import
@@ -16,6 +17,15 @@ if not torch.cuda.is_available():
 
 if TYPE_CHECKING:  # imported where it is asked for: the GPU tests of the kernels need torch, triton and numpy alone
     from tests.support.world import World
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A test leaves the environment as it found it: one that starts DeepSpeed in this process would make a rank of all that come after."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

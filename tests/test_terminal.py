@@ -20,6 +20,7 @@ import typer
 from data_tools import cli as data_cli
 from laid_ds import cli as laid_cli
 from laid_ds import terminal
+from laid_ds.evaluation import telling
 from launch import cli as launch_cli
 from tests.support.recipes import write_recipe
 from tests.test_json import APPS, CASES, json_of, places  # noqa: F401 (a fixture)
@@ -251,7 +252,13 @@ def told(monkeypatch) -> list[str]:
         labels.append(label)
         return lines(label, total)
 
+    def asking(name, *rest):
+        labels.append(name)
+        return asking_lines(name, *rest)
+
+    asking_lines = telling._lines
     monkeypatch.setattr(terminal, "_lines", recorded)
+    monkeypatch.setattr(telling, "_lines", asking)
     return labels
 
 
