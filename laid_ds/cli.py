@@ -302,27 +302,56 @@ def yarn(
     print(f"{output}: positions stretched {factor:g} times by YaRN")
 
 
-@app.command(epilog="Examples: laid report runs/demo;  laid report runs/e --official runs/e/official")
+Baseline = Annotated[str, typer.Option(help="Model whose one-image skill sets the threshold.")]
+
+
+@app.command(epilog="Examples: laid report runs/demo;  laid report runs/laid runs/e;  laid report runs/e --official runs/e/official")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with results of `laid eval` or logs of lmms-eval, and the runs beside it.")],
-    baseline: Annotated[str, typer.Option(help="Model whose one-image skill sets the threshold.")] = "student",
+    folders: Annotated[
+        list[Path], typer.Argument(help="Runs, results of `laid eval`, logs of lmms-eval, or folders that hold some; runs may be going on.")
+    ],
+    baseline: Baseline = "student",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and report/; default: the first folder.")] = None,
     official: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Also write the answers as the benchmarks' own scorers take them, into a new folder.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
 ) -> None:
-    """Turn results files into a table, a picture and one self-contained report.html."""
+    """Write one self-contained report.html: windows, training, attention, answers, recipe; its pictures and data stand in report/."""
     from laid_ds.evaluation.official import write_official
-    from laid_ds.evaluation.report import all_answers, write_report
+    from laid_ds.evaluation.summary import all_answers
+    from laid_ds.report.write import write_report
 
     with working("bootstrapping windows, drawing and writing"):
-        summary = write_report(folder, baseline)
-    files = {} if official is None else {"official": write_official(all_answers(folder), official)}
+        summary = write_report(folders, baseline, out)
+    answers = [answer for folder in folders for answer in all_answers(folder)] if official else []
+    files = {} if official is None else {"official": write_official(answers, official)}
     if as_json:
         print_json(summary.as_json() | files)
         return
     print(summary.as_text())
     print("".join(f"official: {benchmark}, {len(paths)} files\n" for benchmark, paths in files.get("official", {}).items()), end="")
+    print(f"next: open {summary.path} in a browser")
+
+
+@app.command(epilog="Example: laid compare runs/demo/laid runs/demo/kl+sft --out runs/demo/compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs, with or without an evaluation in them.")],
+    baseline: Baseline = "student",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and report/; default: `compare` beside the first run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
+) -> None:
+    """Write the page of `laid report` for several runs side by side; of their recipes it shows where they differ."""
+    if len(runs) < 2:
+        raise ValueError("give at least two runs to compare; `laid report RUN` is for one")
+    from laid_ds.report.write import write_report
+
+    with working("bootstrapping windows, drawing and writing"):
+        summary = write_report(runs, baseline, out or runs[0].resolve().parent / "compare")
+    if as_json:
+        print_json(summary.as_json())
+        return
+    print(summary.as_text())
     print(f"next: open {summary.path} in a browser")
 
 

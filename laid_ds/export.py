@@ -84,11 +84,11 @@ def results(folder: Path, step: str) -> str:
         parts.append(f"Training after step {losses['step']} of the run: {', '.join(named)}.")
     held_out = _last(folder / "evaluation.jsonl", number)
     if held_out is not None:
-        bound = "at least " if held_out["censored"] else ""
-        parts.append(
-            f"Held out after step {held_out['step']}, accuracy by number of images: {_curve(held_out['accuracy'])}. Window: {bound}"
-            f"{held_out['window']:.1f} images (accuracy >= {held_out['threshold']:.3f})."
-        )
+        measured = f"Held out after step {held_out['step']}, accuracy by number of images: {_curve(held_out['accuracy'])}."
+        if held_out["threshold"] is not None:
+            bound = "at least " if held_out["censored"] else ""
+            measured += f" Window: {bound}{held_out['window']:.1f} images (accuracy >= {held_out['threshold']:.3f})."
+        parts.append(measured)
     if (folder / "evaluation.json").is_file():
         for name, model in read_json(folder / "evaluation.json")["models"].items():
             parts.append(f"Evaluated, {name}, accuracy by number of images: {_curve(curve(model['answers']))}.")

@@ -48,13 +48,14 @@ def _accuracy(answers: Sequence[Sequence[int]]) -> float:
 def record(path: Path, step: int, accuracy: dict[int, float], chance: float, left_out: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Append a measurement to the run's evaluation.jsonl, in place of any of this step or later; returns it.
 
-    The threshold is that of the first measurement in the file: chance + 0.6 of the one-image skill (the first size's) at that time.
+    The threshold is that of the first measurement in the file: chance + 0.6 of the one-image skill (the first size's) at that time. Where
+    that was not above chance there is neither a threshold nor a window: None.
     """
     earlier = [line for line in _lines(path) if line["step"] < step]
     at_first = next(iter(earlier[0]["accuracy"].values())) if earlier else accuracy[min(accuracy)]
-    threshold = relative_threshold(at_first, chance)
-    images, censored = window_of(accuracy, threshold)
-    found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold}
+    threshold = relative_threshold(at_first, chance) if at_first > chance else None
+    images, censored = (None, None) if threshold is None else window_of(accuracy, threshold)
+    found = {"step": step, "accuracy": {str(n): a for n, a in accuracy.items()}, "threshold": threshold, "chance": chance}
     found |= {"window": images, "censored": censored}
     found |= {"left_out": {str(n): reason for n, reason in left_out.items()}} if left_out else {}
     checkpoint.write_durably(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*earlier, found]))
@@ -64,8 +65,14 @@ def record(path: Path, step: int, accuracy: dict[int, float], chance: float, lef
 def sentence(found: dict[str, Any]) -> str:
     """One line for people."""
     curve = "  ".join(f"{size}: {accuracy:.2f}" for size, accuracy in found["accuracy"].items())
-    bound = ">= " if found["censored"] else ""
-    return f"held out after step {found['step']}: accuracy by images  {curve}  window {bound}{found['window']:.1f} images"
+    return f"held out after step {found['step']}: accuracy by images  {curve}  {window_words(found)}"
+
+
+def window_words(found: dict[str, Any]) -> str:
+    """The window of a measurement for people, or why it has none."""
+    if found["threshold"] is None:
+        return "no window (the first measurement was not above chance)"
+    return f"window {'>= ' if found['censored'] else ''}{found['window']:.1f} images"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -14,13 +14,11 @@ import torch
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.evaluation.haystack import read_haystacks
+from laid_ds.evaluation.heads import CLEAR, retrieving_heads
 from laid_ds.evaluation.spectra import check_needles, needle_profile
 from laid_ds.models.attention import attention_shape
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import Renderer, load_processor
-
-CLEAR = 0.1  # mass on the needle below which no head is called retrieving
-SHARE = 0.5  # of the best head's mass: from there on a head is called retrieving, too
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,8 @@ class Retrieval:
     """Decoder layer -> mean share of attention on the needle's tokens, one number per query head."""
 
     def heads(self) -> list[tuple[int, int, float]]:
-        """(layer, head, mass) of the heads that retrieve, most first: at least CLEAR, and at least SHARE of the best head's mass (ours)."""
-        every = [(layer, head, share) for layer, shares in self.mass.items() for head, share in enumerate(shares)]
-        least = max(CLEAR, SHARE * max(share for _, _, share in every))
-        return sorted((found for found in every if found[2] >= least), key=lambda found: -found[2])
+        """(layer, head, mass) of the heads that retrieve, most first (evaluation/heads.py)."""
+        return retrieving_heads(self.mass)
 
     def pairs(self, student_layers: int) -> list[tuple[int, int]]:
         """(student layer, teacher layer), ascending, for the layers with a head that retrieves: the student's at the same share of its

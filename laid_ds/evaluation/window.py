@@ -38,6 +38,13 @@ def curve(answers: Answers) -> dict[int, float]:
     return {int(size): float(np.mean([hit for haystack in rows for hit in haystack])) for size, rows in answers.items()}
 
 
+def bands(answers: Answers, draws: int = 1000, seed: int = 0) -> dict[int, tuple[float, float]]:
+    """The 95 % interval of the accuracy at each size, by the bootstrap over haystacks of `window`."""
+    curves = _bootstrap_curves(answers, draws, seed)
+    ends = {size: np.percentile([points[size] for points in curves], [2.5, 97.5]) for size in curves[0]}
+    return {size: (float(low), float(high)) for size, (low, high) in ends.items()}
+
+
 def relative_threshold(accuracy_at_one: float, chance: float, share: float = 0.6) -> float:
     """chance + share x (the baseline's own one-image skill)."""
     return chance + share * (accuracy_at_one - chance)

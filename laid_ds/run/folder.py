@@ -1,18 +1,22 @@
 """The folder of a run: whose it is, and whether this recipe may go on in it.
 
-run.json (the resolved recipe and versions) claims it; done.json or requeue.json says how the last attempt ended (runtime/stop.py).
+run.json (the resolved recipe, versions, and each attempt) claims it; done.json or requeue.json says how the last attempt ended (runtime/stop.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import tempfile
+import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from laid_ds.config import Run, as_tree
@@ -117,18 +121,31 @@ def _claim(run: Run, started: float) -> int | None:
         write_record(run, resolved)
     elif run.steps > recorded(run.output)["run"]["steps"]:
         steps_before = _prolong(run)
+    _add_attempt(run)
     reopen(run)
     lock.let_ranks_in(run.output, handle)
     return steps_before
+
+
+def _add_attempt(run: Run) -> None:
+    """Record that the run starts, or goes on: after which step, on how many ranks of which machine."""
+    record = recorded(run.output)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    place = {"ranks": distributed.world_size(), "host": socket.gethostname(), "device": device}
+    attempt = {"after_step": _latest_step(run), "since": time.strftime("%F %T %z")} | place
+    write_record(run, record | {"attempts": [*record.get("attempts", []), attempt]})
+
+
+def _latest_step(run: Run) -> int:
+    return next((saved.step for saved in checkpoint.all_saved(run.output) if saved.is_latest), 0)
 
 
 def _prolong(run: Run) -> int:
     """Record that a run has more steps now; returns those that it had."""
     record = recorded(run.output)
     before = record["run"]["steps"]
-    after = next((saved.step for saved in checkpoint.all_saved(run.output) if saved.is_latest), 0)
     record["run"]["steps"] = run.steps
-    record["prolonged"] = [*record.get("prolonged", []), {"after_step": after, "from": before, "to": run.steps}]
+    record["prolonged"] = [*record.get("prolonged", []), {"after_step": _latest_step(run), "from": before, "to": run.steps}]
     write_record(run, record)
     return before
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from laid_ds.evaluation.report import write_report
+from laid_ds.report.write import write_report
 from laid_ds.evaluation.scores import read_answers, summarise_scores, tenth
 from laid_ds.evaluation.window import LONG, SHORT, average_gain
 

@@ -1,0 +1,163 @@
+"""Which heads did it: attention on the needle, by distance, and its entropy, per layer and head (`laid eval --attention`); what the
+compared layers did in training (logging.attention_every_steps)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from laid_ds.evaluation.heads import retrieving_heads
+from laid_ds.report.figures import Shelf, heat_map
+from laid_ds.report.html_parts import figures, fold, paragraph, table
+from laid_ds.report.palette import Style
+from laid_ds.report.sources import RunFolder
+
+Layers = dict[int, dict[str, Any]]
+MOST_NAMED = 12  # heads of a model that are named in the table
+MAPS = {
+    "marked_mass": ("needle", "attention on the needle", (0, 1)),
+    "far_mass": ("far", "attention beyond half of the longest distance", (0, 1)),
+    "entropy": ("entropy", "entropy, nats", (0, None)),
+}
+
+
+def attention_part(models: Mapping[str, Any], shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    """models: as in a results file. "" where none was asked with --attention."""
+    looked = {name: sizes for name, model in models.items() if (sizes := _sizes(model))}
+    if not looked:
+        return ""
+    largest = {name: (max(sizes), sizes[max(sizes)]) for name, sizes in looked.items()}
+    lines = [_by_layer(largest, shelf, styles), _by_distance(largest, shelf, styles)]
+    maps = [_map(name, size, layers, kind, shelf) for name, (size, layers) in largest.items() for kind in MAPS if _has(layers, kind)]
+    how = "A head retrieves when at least 0.1 of its attention, and half of the best head's, is on the needle (ours; laid probe)."
+    return (
+        _retrieving(looked, styles)
+        + paragraph(how, "note")
+        + figures(lines)
+        + fold(f"Maps of layers and heads ({len(maps)})", figures(maps))
+    )
+
+
+def _sizes(model: Any) -> dict[int, Layers]:
+    """Size -> layer -> what was found; {} for what is not as `laid eval --attention` writes it."""
+    found = model.get("attention") if isinstance(model, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    sizes = {int(size): {int(layer): kept for layer, kept in layers.items() if _is_whole(kept)} for size, layers in found.items()}
+    return {size: layers for size, layers in sizes.items() if layers}
+
+
+def _is_whole(kept: Any) -> bool:
+    return isinstance(kept, dict) and {"entropy", "far_mass", "mass", "bins"} <= kept.keys()
+
+
+def _has(layers: Layers, kind: str) -> bool:
+    return all(kind in kept for kept in layers.values())
+
+
+def _retrieving(looked: Mapping[str, dict[int, Layers]], styles: Mapping[str, Style]) -> str:
+    rows = []
+    for name, sizes in looked.items():
+        for size, layers in sorted(sizes.items()):
+            if not _has(layers, "marked_mass"):
+                continue
+            heads = retrieving_heads({layer: kept["marked_mass"] for layer, kept in layers.items()})
+            named = ", ".join(f"layer {layer} head {head}: {mass:.2f}" for layer, head, mass in heads[:MOST_NAMED])
+            more = f" and {len(heads) - MOST_NAMED} more" if len(heads) > MOST_NAMED else ""
+            rows.append((name, size, len(heads), sum(len(kept["entropy"]) for kept in layers.values()), named + more or "none"))
+    return table(("model", "images", "heads that retrieve", "of", "which"), rows, styles)
+
+
+def _by_layer(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    found = {
+        name: [(layer / max(1, max(layers)), max(kept["marked_mass"])) for layer, kept in sorted(layers.items())]
+        for name, (_, layers) in largest.items()
+        if _has(layers, "marked_mass")
+    }
+
+    def paint(axes: Axes) -> None:
+        for name, points in found.items():
+            style = styles[name]
+            axes.plot(*zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.3, label=name)
+        axes.set(xlabel="depth in the decoder, 0 first to 1 last layer", ylabel="best head's mass on the needle", ylim=(0, 1.04))
+        axes.grid(axis="y")
+        axes.legend(fontsize=7.5)
+
+    rows = [("model", "depth", "mass"), *((name, *point) for name, points in found.items() for point in points)]
+    return shelf.figure("attention-layers", "which layers retrieve, at each model's most images", paint, rows)
+
+
+def _by_distance(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    found = {}
+    for name, (_, layers) in largest.items():
+        kept = list(layers.values())
+        mass = np.mean([np.mean(one["mass"], axis=0) for one in kept if one["bins"] == kept[0]["bins"]], axis=0)
+        found[name] = list(zip(kept[0]["bins"], map(float, mass), strict=False))
+
+    def paint(axes: Axes) -> None:
+        for name, points in found.items():
+            x, y = zip(*points, strict=True)
+            axes.step([edge + 1 for edge in x], y, where="post", color=styles[name].colour, ls=styles[name].dash, lw=1.3, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="distance in tokens + 1", ylabel="mass in a bin, mean of all heads")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(fontsize=7.5)
+
+    rows = [("model", "from distance", "mass"), *((name, *point) for name, points in found.items() for point in points)]
+    return shelf.figure("attention-distance", "how far attention reaches, in log-spaced bins", paint, rows)
+
+
+def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
+    heads = max(len(kept[kind]) for kept in layers.values())
+    grid = np.full((len(layers), heads), np.nan)
+    for row, (_, kept) in enumerate(sorted(layers.items())):
+        grid[row, : len(kept[kind])] = kept[kind]
+    file, label, limits = MAPS[kind]
+
+    def paint(axes: Axes) -> None:
+        heat_map(axes, grid, label, limits)
+        every = max(1, len(layers) // 8)
+        axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in sorted(layers)][::every])
+        axes.set(xlabel="head", ylabel="layer")
+        axes.spines[:].set_visible(False)
+
+    rows = [("layer", "head", label)]
+    rows += [(layer, head, value) for layer, kept in sorted(layers.items()) for head, value in enumerate(kept[kind])]
+    return shelf.figure(f"attention-{file}-{name}", f"{name}, {size} images: {label}", paint, rows, margins=(0.13, 0.17, 0.9, 0.96))
+
+
+def training_attention(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    """Entropy and far mass of the compared layers over the steps, student and teacher; "" where no run recorded them."""
+    recorded = {run.name: lines for run in runs if (lines := [line for line in run.steps if isinstance(line.get("attention"), dict)])}
+    if not recorded:
+        return ""
+    charts = [_over_steps(recorded, kind, label, shelf, styles) for kind, (_, label, _) in MAPS.items() if kind != "marked_mass"]
+    return "<h3>The compared layers in training</h3>" + figures(charts)
+
+
+def _over_steps(recorded: Mapping[str, list[dict[str, Any]]], kind: str, label: str, shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    found = {
+        (run, who): [
+            (line["step"], float(np.mean([np.mean(kept[kind]) for kept in line["attention"][who].values()])))
+            for line in lines
+            if line["attention"].get(who)
+        ]
+        for run, lines in recorded.items()
+        for who in ("student", "teacher")
+    }
+
+    def paint(axes: Axes) -> None:
+        for (run, who), points in found.items():
+            if points:
+                style = "-" if who == "student" else ":"
+                axes.plot(*zip(*points, strict=True), color=styles[run].colour, ls=style, lw=1.3, marker=".", ms=3, label=f"{run}, {who}")
+        axes.set(xlabel="step")
+        axes.grid(axis="y")
+        axes.legend(fontsize=7.5)
+
+    rows = [("run", "model", "step", label), *((*name, *point) for name, points in found.items() for point in points)]
+    return shelf.figure(f"training-attention-{kind}", f"{label}, mean of heads", paint, rows, margins=(0.19, 0.17, 0.97, 0.93))

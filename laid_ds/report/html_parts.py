@@ -1,0 +1,64 @@
+"""Pieces of HTML: tables that sort, facts, text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from laid_ds.report.palette import Style, variables
+
+
+def text(value: Any) -> str:
+    """A value as people read it, safe in HTML; what is not there is a dash."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text, value)) or "none"
+    return html.escape(str(value))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], styles: dict[str, Style] | None = None) -> str:
+    """A table whose columns sort by a click on their head. A model's name in the first column wears its colour."""
+    heads = "".join(f'<th scope=col tabindex=0 title="sort">{html.escape(name)}</th>' for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{(_named(value, styles) if i == 0 else text(value))}</td>" for i, value in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _named(name: Any, styles: dict[str, Style] | None) -> str:
+    return f"{swatch(styles[name])}{text(name)}" if styles and name in styles else text(name)
+
+
+def swatch(style: Style) -> str:
+    return f'<i class=swatch style="background:var({variables()[style.colour][0]})"></i>'
+
+
+def paragraph(sentence: str, kind: str = "") -> str:
+    return f"<p{f' class={kind}' if kind else ''}>{html.escape(sentence)}</p>"
+
+
+def fold(title: str, content: str) -> str:
+    """Something that is shown when it is asked for."""
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def code(lines: str) -> str:
+    return f"<pre>{html.escape(lines)}</pre>"
+
+
+def figures(parts: Sequence[str]) -> str:
+    return f"<div class=figures>{''.join(parts)}</div>" if parts else ""
+
+
+def section(anchor: str, title: str, content: str) -> str:
+    """ "" where there is nothing to say."""
+    return f"<section id={anchor}><h2>{html.escape(title)}</h2>{content}</section>" if content else ""

@@ -1,0 +1,145 @@
+"""What a report is made of: the runs and the evaluations in some folders, read as they stand, a run that still goes on included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laid_ds.evaluation.harness import read_samples
+from laid_ds.evaluation.scores import read_answers
+from laid_ds.evaluation.summary import ASKED, has_a_curve, join_results, results_files
+from laid_ds.files import read_json, read_json_lines
+
+DATASET = "dataset.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as its folder tells it."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]
+    """run.json; {} where there is none."""
+    steps: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+    held_out: list[dict[str, Any]]
+    """The lines of the run's evaluation.jsonl."""
+    state: str
+    """How far it is, as words."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.record.get("run", {})
+
+
+@dataclass
+class Evaluation:
+    """Models that were asked the same, by one or several commands."""
+
+    folder: Path
+    results: dict[str, Any]
+    """As a results file holds it; {} where there are answers alone."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def has_curve(self) -> bool:
+        return bool(self.results)
+
+
+@dataclass(frozen=True)
+class Sources:
+    runs: list[RunFolder]
+    evaluations: list[Evaluation]
+
+
+def read_sources(places: list[Path]) -> Sources:
+    """The runs and evaluations in folders and in the folders directly inside them. Raises ValueError where there are none, and for a file
+    that is damaged before its last line, or that another version wrote and this one cannot read."""
+    for place in places:
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder; give the one that holds the results of `laid eval`, or a run")
+    runs = [run for folder in _unique(_with_inner(places)) if (run := read_run(folder)) is not None]
+    evaluations: list[Evaluation] = []
+    for folder in _unique(_with_inner(places)):
+        found = read_evaluation(folder, with_logs=folder in places)
+        if found is not None:
+            _add(evaluations, found)
+    if not runs and not evaluations:
+        shown = ", ".join(map(str, places))
+        raise ValueError(f"no results at {shown}, and no run; make them with `laid eval ... --out {places[0] / 'evaluation.json'}`")
+    return Sources(_with_names(runs), evaluations)
+
+
+def read_run(folder: Path) -> RunFolder | None:
+    """The run of a folder; None where there is none."""
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if not isinstance(record.get("run"), dict):
+        record = {}
+    steps = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    if not steps and not record:
+        return None
+    held_out = [line for line in read_json_lines(folder / "evaluation.jsonl") if isinstance(line, dict) and "accuracy" in line]
+    return RunFolder(folder.name, folder, record, steps, held_out, _state(folder, record, steps))
+
+
+def _state(folder: Path, record: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+    planned, last = record.get("run", {}).get("steps"), steps[-1]["step"] if steps else 0
+    of = f"{last:,} of {planned:,} steps" if isinstance(planned, int) else f"{last:,} steps"
+    if (folder / "done.json").is_file():
+        return f"finished, {of}"
+    if (folder / "requeue.json").is_file():
+        reason = read_json(folder / "requeue.json").get("reason", "no reason is recorded")
+        return f"stopped and saved, {of} ({reason}); the same command goes on"
+    return f"not finished, {of}: it goes on, or was killed"
+
+
+def read_evaluation(folder: Path, with_logs: bool) -> Evaluation | None:
+    """The evaluation in a folder; None where there is none. with_logs: answers that lmms-eval logged are looked for, too."""
+    answers = [*read_answers(folder), *(read_samples(folder) if with_logs else [])]
+    found = results_files(folder, may_be_none=True)
+    curves = {path: results for path, results in found.items() if has_a_curve(results)}
+    if not found and not answers:
+        return None
+    results = join_results(curves or found) if curves or not answers else {}
+    return Evaluation(folder, results, answers)
+
+
+def _add(evaluations: list[Evaluation], found: Evaluation) -> None:
+    """Beside those that were asked the same; a model whose name another one has there is called by its folder, too."""
+    for known in evaluations:
+        if known.has_curve and found.has_curve and _asked(known) == _asked(found):
+            names = {}
+            for name, model in found.results["models"].items():
+                same = known.results["models"].get(name, model) == model
+                names[name] = name if same else f"{found.folder.name}/{name}"
+                known.results["models"][names[name]] = model
+            told = {(answer["model"], answer["task"], answer["key"]) for answer in known.answers}
+            renamed = [answer | {"model": names.get(answer["model"], answer["model"])} for answer in found.answers]
+            known.answers += [answer for answer in renamed if (answer["model"], answer["task"], answer["key"]) not in told]
+            return
+    evaluations.append(found)
+
+
+def _asked(evaluation: Evaluation) -> list[Any]:
+    return [evaluation.results["setting"].get(name) for name in ASKED]
+
+
+def _with_inner(places: list[Path]) -> list[Path]:
+    inner = [path for place in places for path in sorted(place.iterdir()) if path.is_dir() and not (path / DATASET).is_file()]
+    return [*places, *inner]
+
+
+def _unique(folders: list[Path]) -> list[Path]:
+    return list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+
+
+def _with_names(runs: list[RunFolder]) -> list[RunFolder]:
+    """Runs of one name get that of the folder above, too."""
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 else RunFolder(f"{run.folder.parent.name}/{run.name}", *_after_name(run)) for run in runs]
+
+
+def _after_name(run: RunFolder) -> tuple[Any, ...]:
+    return run.folder, run.record, run.steps, run.held_out, run.state
