@@ -17,9 +17,9 @@ import torch
 from laid_ds.data.images import Pixels
 from laid_ds.evaluation.answers import answers_file, appending
 from laid_ds.evaluation.asking import TOKENS_PER_BATCH, Asker, ask_items
-from laid_ds.evaluation.summary import read_results
 from laid_ds.evaluation.results import add_model, claimed, open_files, unanswered
 from laid_ds.evaluation.spectra import check_needles, needle_profile
+from laid_ds.evaluation.summary import read_results
 from laid_ds.evaluation.tasks import FORCED, Item, Task, Wish, open_tasks
 from laid_ds.evaluation.telling import telling
 from laid_ds.evaluation.window import notes_on

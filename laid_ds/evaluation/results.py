@@ -18,8 +18,8 @@ from typing import Any
 
 from laid_ds.disk import writing
 from laid_ds.evaluation.answers import Answer, answers_file, differences, read_answers, settle
-from laid_ds.evaluation.summary import read_results
 from laid_ds.evaluation.rules import score
+from laid_ds.evaluation.summary import read_results
 from laid_ds.evaluation.tasks import FORCED, Item, Task, items_of
 
 NOT_COMPARED = ("shards", "folder", "modified")  # where something lies, and since when, changes no answer

@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from laid_ds.evaluation.scores import RULES, Scored, scored, tenth
 from laid_ds.evaluation.summary import Summary
 from laid_ds.evaluation.window import bands
-from laid_ds.report.figures import WIDE, Shelf, heat_map, say_numbers
+from laid_ds.report.figures import WIDE, Shelf, heat_map, say_numbers, shortened
 from laid_ds.report.html_parts import figures, fold, paragraph, table
 from laid_ds.report.palette import MUTED, Style
 from laid_ds.report.sources import Evaluation
 
+LEGEND_CHARACTERS = 80  # that a line of the legend has room for
 MOST_CELLS = 160  # of a heat map whose numbers are written in
 
 
@@ -72,13 +73,15 @@ def accuracy_part(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles
 def _curves(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles: Mapping[str, Style]) -> str:
     interval = {row.name: bands(evaluation.results["models"][row.name]["answers"]) for row in summary.rows}
     sizes = sorted(summary.rows[0].accuracy)
+    labels = {row.name: shortened(row.name) for row in summary.rows}
+    columns = max(1, min(4, LEGEND_CHARACTERS // (max(map(len, labels.values())) + 8)))
 
     def paint(axes: Axes) -> None:
         for row in summary.rows:
             style, found = styles[row.name], interval[row.name]
             points = [row.accuracy[size] for size in sizes]
             axes.fill_between(sizes, *zip(*(found[size] for size in sizes), strict=True), color=style.colour, alpha=0.13, lw=0)
-            axes.plot(sizes, points, color=style.colour, ls=style.dash, marker=style.mark, ms=4.5, lw=1.8, label=row.name)
+            axes.plot(sizes, points, color=style.colour, ls=style.dash, marker=style.mark, ms=4.5, lw=1.8, label=labels[row.name])
             if row.window and row.window.images and not row.window.censored:
                 axes.plot([row.window.images], [summary.threshold], marker="|", ms=16, mec=style.colour, mew=2.4, zorder=5)
             elif row.window and row.window.censored:
@@ -92,17 +95,17 @@ def _curves(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles: Mapp
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.set(xlabel="images in the haystack", ylabel="accuracy", ylim=(0, 1.04))
+        axes.set(xlabel="images in the haystack", ylabel="accuracy", xlim=(sizes[0] / 1.1, sizes[-1] * 1.4), ylim=(0, 1.04))
         axes.grid(axis="y")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=2.4, borderpad=0)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2.4, borderpad=0)
 
     rows = [("model", "images", "accuracy", "low", "high")]
     rows += [(row.name, size, row.accuracy[size], *interval[row.name][size]) for row in summary.rows for size in sizes]
-    legend_rows = -(-len(summary.rows) // 4)
+    legend_rows = -(-len(summary.rows) // columns)
     caption = (
         "Accuracy against images, bands 95 %; a tick on the threshold is a window's end, an arrow one that goes on beyond what was asked."
     )
-    return shelf.figure("accuracy", caption, paint, rows, WIDE, (0.085, 0.13, 0.98, 0.95 - 0.055 * legend_rows))
+    return shelf.figure("accuracy", caption, paint, rows, WIDE, (0.1, 0.14, 0.98, 0.96 - 0.055 * legend_rows))
 
 
 def _windows(summary: Summary, styles: Mapping[str, Style]) -> str:
@@ -162,7 +165,7 @@ def _depth_map(task: str, model: str, found: Sequence[Scored], shelf: Shelf) -> 
     shares = np.divide(right, asked, out=np.full_like(right, np.nan), where=asked > 0)
 
     def paint(axes: Axes) -> None:
-        heat_map(axes, shares, "official score", (0, 1))
+        heat_map(axes, shares, (0, 1))
         if shares.size <= MOST_CELLS:
             say_numbers(axes, shares)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -173,5 +176,9 @@ def _depth_map(task: str, model: str, found: Sequence[Scored], shelf: Shelf) -> 
     rows = [("depth", "images", "answers", "official")]
     rows += [(row / 10, sizes[j], int(asked[row, j]), right[row, j] / asked[row, j]) for row, j in np.argwhere(asked > 0)]
     return shelf.figure(
-        f"depth-{task}-{model}", f"{model}, {task}: depth from 0 (first image) to 1", paint, rows, margins=(0.13, 0.17, 0.93, 0.96)
+        f"depth-{task}-{model}",
+        f"{model}, {task}: official score, depth from 0 (first image) to 1",
+        paint,
+        rows,
+        margins=(0.13, 0.17, 0.97, 0.96),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from laid_ds.evaluation.heads import retrieving_heads
-from laid_ds.report.figures import Shelf, heat_map
+from laid_ds.report.figures import PlainLog, Shelf, heat_map, shortened
 from laid_ds.report.html_parts import figures, fold, paragraph, table
 from laid_ds.report.palette import Style
 from laid_ds.report.sources import RunFolder
@@ -81,7 +81,9 @@ def _by_layer(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: M
     def paint(axes: Axes) -> None:
         for name, points in found.items():
             style = styles[name]
-            axes.plot(*zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.3, label=name)
+            axes.plot(
+                *zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.3, label=shortened(name)
+            )
         axes.set(xlabel="depth in the decoder, 0 first to 1 last layer", ylabel="best head's mass on the needle", ylim=(0, 1.04))
         axes.grid(axis="y")
         axes.legend(fontsize=7.5)
@@ -100,15 +102,20 @@ def _by_distance(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles
     def paint(axes: Axes) -> None:
         for name, points in found.items():
             x, y = zip(*points, strict=True)
-            axes.step([edge + 1 for edge in x], y, where="post", color=styles[name].colour, ls=styles[name].dash, lw=1.3, label=name)
+            axes.step(
+                [edge + 1 for edge in x], y, where="post", color=styles[name].colour, ls=styles[name].dash, lw=1.3, label=shortened(name)
+            )
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(PlainLog(base=2))
         axes.set(xlabel="distance in tokens + 1", ylabel="mass in a bin, mean of all heads")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.legend(fontsize=7.5)
 
     rows = [("model", "from distance", "mass"), *((name, *point) for name, points in found.items() for point in points)]
-    return shelf.figure("attention-distance", "how far attention reaches, in log-spaced bins", paint, rows)
+    return shelf.figure(
+        "attention-distance", "how far attention reaches, in log-spaced bins", paint, rows, margins=(0.19, 0.17, 0.97, 0.95)
+    )
 
 
 def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
@@ -119,7 +126,7 @@ def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
     file, label, limits = MAPS[kind]
 
     def paint(axes: Axes) -> None:
-        heat_map(axes, grid, label, limits)
+        heat_map(axes, grid, limits)
         every = max(1, len(layers) // 8)
         axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in sorted(layers)][::every])
         axes.set(xlabel="head", ylabel="layer")
@@ -127,7 +134,7 @@ def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
 
     rows = [("layer", "head", label)]
     rows += [(layer, head, value) for layer, kept in sorted(layers.items()) for head, value in enumerate(kept[kind])]
-    return shelf.figure(f"attention-{file}-{name}", f"{name}, {size} images: {label}", paint, rows, margins=(0.13, 0.17, 0.9, 0.96))
+    return shelf.figure(f"attention-{file}-{name}", f"{name}, {size} images: {label}", paint, rows, margins=(0.13, 0.17, 0.97, 0.96))
 
 
 def training_attention(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style]) -> str:
@@ -154,7 +161,15 @@ def _over_steps(recorded: Mapping[str, list[dict[str, Any]]], kind: str, label: 
         for (run, who), points in found.items():
             if points:
                 style = "-" if who == "student" else ":"
-                axes.plot(*zip(*points, strict=True), color=styles[run].colour, ls=style, lw=1.3, marker=".", ms=3, label=f"{run}, {who}")
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=styles[run].colour,
+                    ls=style,
+                    lw=1.3,
+                    marker=".",
+                    ms=3,
+                    label=f"{shortened(run)}, {who}",
+                )
         axes.set(xlabel="step")
         axes.grid(axis="y")
         axes.legend(fontsize=7.5)

@@ -20,11 +20,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation
 
 from laid_ds.report.palette import GRID, INK, MUTED, PAPER, variables
 
-WIDE, NARROW = (7.2, 4.0), (4.0, 2.8)  # inches
+WIDE, NARROW = (5.6, 3.9), (4.0, 2.8)  # inches
 POINTS = 300  # of a curve; longer ones are drawn as means with their range
+UNUSED = (r"matplotlib\.axis", "axes", "figure", "legend", "line2d", "patch", "text", "xtick", "ytick", r"\w+Collection", r"FillBetween\w+")
+"""Begins of ids that matplotlib gives and nothing refers to: on a page of many figures they would stand many times."""
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -44,6 +47,7 @@ STYLE = {
     "figure.facecolor": PAPER,
     "figure.dpi": 72,
     "path.simplify": True,
+    "text.parse_math": False,  # a model may be called $x$
 }
 
 
@@ -85,6 +89,18 @@ class Shelf:
         )
 
 
+class PlainLog(LogFormatterSciNotation):
+    """Ticks of a logarithmic axis as plain numbers."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
+
+
+def shortened(name: str, most: int = 36) -> str:
+    """A name as a legend has room for it."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def _unused(name: str, names: list[str]) -> str:
     number = 2
     found = name
@@ -96,20 +112,17 @@ def _unused(name: str, names: list[str]) -> str:
 def _inline(svg: str, caption: str) -> str:
     """The SVG as a part of the page: its colours are the page's, its font is the reader's."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(
-        r' id="(?:figure|axes|patch|line2d|text|legend|matplotlib\.axis|xtick|ytick|PathCollection|FillBetween\w*|LineCollection|PolyCollection|QuadMesh)_\w+"',
-        "",
-        svg,
-    )
+    svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
+    svg = re.sub(rf' id="(?:{"|".join(UNUSED)})_\w+"', "", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    width, height = (float(re.search(rf' {side}="([\d.]+)pt"', svg)[1]) for side in ("width", "height"))
-    svg = re.sub(r' width="[\d.]+pt"', f' style="max-width:{1.34 * width:.0f}px"', re.sub(r' height="[\d.]+pt"', "", svg, count=1), count=1)
+    points = float(re.search(r' width="([\d.]+)pt"', svg)[1])
+    svg = re.sub(r' height="[\d.]+pt"', "", svg, count=1)
+    most = f"max-width:{(1.4 if points < 72 * WIDE[0] else 1.8) * points:.0f}px"
+    svg = re.sub(r' width="[\d.]+pt"', f' style="{most}"', svg, count=1)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
     for light, (variable, _, _) in variables().items():
         svg = svg.replace(light, f"var({variable})")
-    assert height > 0
     return svg
 
 
@@ -123,12 +136,11 @@ def curve_points(steps: Sequence[float], values: Sequence[float]) -> tuple[np.nd
     return tuple(np.array([of(values[part]) for part in parts]) for values, of in ((x, np.mean), (y, np.mean), (y, np.min), (y, np.max)))
 
 
-def heat_map(axes: Axes, table: np.ndarray, label: str, limits: tuple[float | None, float | None] = (0, None)) -> None:
+def heat_map(axes: Axes, table: np.ndarray, limits: tuple[float | None, float | None] = (0, None)) -> None:
     """Cells as an image of one pixel each, with a bar of colours; NaN cells stay empty."""
     image = axes.imshow(table, aspect="auto", interpolation="none", cmap="viridis", origin="lower", vmin=limits[0], vmax=limits[1])
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     bar.outline.set_visible(False)
-    bar.set_label(label)
 
 
 def say_numbers(axes: Axes, table: np.ndarray, digits: str = ".2f") -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from laid_ds.report.palette import Style, variables
 
+LONG = 28  # characters; columns with more are text, which breaks into lines
+
 
 def text(value: Any) -> str:
     """A value as people read it, safe in HTML; what is not there is a dash."""
@@ -25,12 +27,13 @@ def text(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], styles: dict[str, Style] | None = None) -> str:
-    """A table whose columns sort by a click on their head. A model's name in the first column wears its colour."""
-    heads = "".join(f'<th scope=col tabindex=0 title="sort">{html.escape(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{(_named(value, styles) if i == 0 else text(value))}</td>" for i, value in enumerate(row)) + "</tr>"
-        for row in rows
-    )
+    """A table, each row as long as its head, whose columns sort by a click on their head. A model's name in the first column wears its colour."""
+    rows = [list(row) for row in rows]
+    worded = {i for row in rows for i, value in enumerate(row) if isinstance(value, str | list | tuple) and len(text(value)) > LONG}
+    kinds = [" class=text" if i in worded else "" for i in range(len(head))]
+    heads = "".join(f'<th scope=col tabindex=0 title="sort"{kind}>{html.escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
+    shown = ([_named(value, styles) if i == 0 else text(value) for i, value in enumerate(row)] for row in rows)
+    body = "".join("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>" for row in shown)
     return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
 
 

@@ -80,9 +80,10 @@ def _card(one: Scored, datasets: Mapping[str, Dataset], styles: Mapping[str, Sty
     )
     depth = "" if answer["depth"] is None else f", needle at depth {answer['depth']:.2f}"
     name = answer["model"]
+    mark = swatch(styles[name]) if name in styles else ""
     facts = f"{answer['task']}, {answer['size']} images{depth}, {answer['key']}"
     return (
-        f"<article class={verdict.split()[0]}><h4>{swatch(styles[name]) if name in styles else ''}{html.escape(name)}: {html.escape(verdict)}</h4>"
+        f"<article class={verdict.split()[0]}><h4>{mark}{html.escape(name)}: {html.escape(verdict)}</h4>"
         f"{sheet}<dl><dt>question<dd>{_cut(answer.get('question'))}<dt>answer<dd>{_cut(' or '.join(map(str, answer['expected'])))}"
         f"<dt>said<dd>{_cut(answer['said'])}</dl><small>{html.escape(facts)}</small></article>"
     )

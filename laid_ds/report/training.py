@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from laid_ds.report.figures import Shelf, curve_points
+from laid_ds.report.figures import PlainLog, Shelf, curve_points, shortened
 from laid_ds.report.html_parts import figures, paragraph, table
 from laid_ds.report.palette import MARKS, MUTED, Style
 from laid_ds.report.sources import RunFolder
@@ -114,11 +114,13 @@ def _chart(name: str, runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[s
     def paint(axes: Axes) -> None:
         for run, (x, mean, low, high) in found.items():
             style = styles[run]
-            axes.plot(x, mean, color=style.colour, ls=style.dash, lw=1.3, marker="." if len(x) == 1 else None, label=run)
+            axes.plot(x, mean, color=style.colour, ls=style.dash, lw=1.3, marker="." if len(x) == 1 else None, label=shortened(run))
             if high is not mean:
                 axes.fill_between(x, low, high, color=style.colour, alpha=0.15, lw=0)
         if logarithmic and all(np.all(mean > 0) for _, mean, _, _ in found.values()):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(PlainLog())
+            axes.yaxis.set_minor_formatter(PlainLog(minor_thresholds=(1.5, 0.4)))
         axes.set(xlabel="step")
         axes.grid(axis="y")
         axes.locator_params(axis="x", nbins=5)
@@ -146,7 +148,7 @@ def _windows(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style
         for run in runs:
             style, lines = styles[run.name], _with_window(run)
             x, y = [line["step"] for line in lines], [line["window"] for line in lines]
-            axes.plot(x, y, color=style.colour, ls=style.dash, lw=1.3, label=run.name)
+            axes.plot(x, y, color=style.colour, ls=style.dash, lw=1.3, label=shortened(run.name))
             censored = [line for line in lines if line.get("censored")]
             axes.plot([line["step"] for line in censored], [line["window"] for line in censored], "^", ms=5, color=style.colour)
         axes.set(xlabel="step", ylabel="images")

@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, and whether this recipe may go on in it.
 
-run.json (the resolved recipe, versions, and each attempt) claims it; done.json or requeue.json says how the last attempt ended (runtime/stop.py).
+run.json (the resolved recipe, versions, each attempt) claims it; done.json or requeue.json says how the last one ended (runtime/stop.py).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation.harness import read_samples
-from laid_ds.report.write import write_report
 from laid_ds.models.new_model import write_new_model
+from laid_ds.report.write import write_report
 
 LLAVA = {
     "model_type": "llava",

@@ -15,10 +15,10 @@ from laid_ds.data.images import Pixels
 from laid_ds.evaluation.asking import ask
 from laid_ds.evaluation.evaluate import How, evaluate_models
 from laid_ds.evaluation.haystack import read_haystacks
-from laid_ds.report.write import write_report
 from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.load import load_config
 from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.report.write import write_report
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from laid_ds.report.write import write_report
 from laid_ds.evaluation.scores import read_answers, summarise_scores, tenth
 from laid_ds.evaluation.window import LONG, SHORT, average_gain
+from laid_ds.report.write import write_report
 
 SIZES = (1, 5, 10, 20, 50, 100, 150)
 TABLE_1 = {

@@ -20,9 +20,9 @@ from laid_ds.evaluation import asking
 from laid_ds.evaluation.asking import ask
 from laid_ds.evaluation.evaluate import How, evaluate_models
 from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey
-from laid_ds.report.write import write_report
 from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.report.write import write_report
 
 
 @pytest.fixture

@@ -76,15 +76,10 @@ class Browser:
 def chromium(home: Path) -> Iterator[Browser]:
     """A browser with a profile of its own, which ends with the block."""
     commands, told = os.pipe(), os.pipe()
-
-    def connect() -> None:  # Chromium reads from 3 and writes to 4
-        reading, writing = os.dup(commands[0]), os.dup(told[1])
-        os.dup2(reading, 3)
-        os.dup2(writing, 4)
-
-    process = subprocess.Popen(
-        [CHROMIUM, *FLAGS, *QUIET, f"--user-data-dir={home}"], preexec_fn=connect, close_fds=False, stderr=subprocess.DEVNULL
-    )
+    words = [CHROMIUM, *FLAGS, *QUIET, f"--user-data-dir={home}"]
+    line = f'exec "$@" 3<&{commands[0]} 4>&{told[1]}'  # Chromium reads from 3 and writes to 4
+    log = home.with_name(f"{home.name}.log").open("wb")
+    process = subprocess.Popen(["bash", "-c", line, "bash", *words], pass_fds=(commands[0], told[1]), stdout=log, stderr=log)
     os.close(commands[0])
     os.close(told[1])
     try:
