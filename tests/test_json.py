@@ -24,6 +24,7 @@ CASES = {
     "laid checkpoint list": ("{run}",),
     "laid checkpoint prune": ("{run}", "--keep-last", "1"),
     "laid checkpoint verify": ("{run}",),
+    "laid compare": ("{run}", "{results}", "--out", "{new}"),
     "laid eval": ("{shards}", "student={world}/student", "--out", "{new}.json", "--sizes", "1,2", "--haystacks", "2"),
     "laid models": ("{world}/student",),
     "laid new": ("{new}.toml", "--student", "{world}/student", "--teacher", "{world}/teacher", "--data", "{shards}"),

@@ -48,15 +48,19 @@ class Summary:
     scores: dict[str, Any] = field(default_factory=dict)
     """What each model is worth on each task, by the official and a strict rule (scores.py)."""
 
+    others: list[str] = field(default_factory=list)
+    """Folders of further evaluations, which asked something else: their numbers are on the page alone."""
+
     def as_json(self) -> dict[str, Any]:
         models = {row.name: asdict(row) for row in self.rows}
         numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
         numbers |= {"why_no_window": self.why_no_window()}
-        return numbers | {"left_out": self.left_out, "scores": self.scores, "report": str(self.path)}
+        return numbers | {"left_out": self.left_out, "scores": self.scores, "others": self.others, "report": str(self.path)}
 
     def as_text(self) -> str:
         parts = [*([*self._windows(), ""] if self.rows else []), *([*as_lines(self.scores), ""] if self.scores else [])]
-        return "\n".join([*parts, f"report: {self.path}"])
+        others = [f"on the page alone, since it asked something else: {folder}" for folder in self.others]
+        return "\n".join([*parts, *others, f"report: {self.path}"])
 
     def _windows(self) -> list[str]:
         sizes = self.setting["sizes"]

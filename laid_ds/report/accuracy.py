@@ -175,10 +175,5 @@ def _depth_map(task: str, model: str, found: Sequence[Scored], shelf: Shelf) -> 
 
     rows = [("depth", "images", "answers", "official")]
     rows += [(row / 10, sizes[j], int(asked[row, j]), right[row, j] / asked[row, j]) for row, j in np.argwhere(asked > 0)]
-    return shelf.figure(
-        f"depth-{task}-{model}",
-        f"{model}, {task}: official score, depth from 0 (first image) to 1",
-        paint,
-        rows,
-        margins=(0.13, 0.17, 0.97, 0.96),
-    )
+    caption = f"{model}, {task}: official score, depth from 0 (first image) to 1"
+    return shelf.figure(f"depth-{task}-{model}", caption, paint, rows, margins=(0.13, 0.17, 0.97, 0.96))

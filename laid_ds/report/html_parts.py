@@ -27,7 +27,7 @@ def text(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], styles: dict[str, Style] | None = None) -> str:
-    """A table, each row as long as its head, whose columns sort by a click on their head. A model's name in the first column wears its colour."""
+    """A table, rows as long as its head; a click on a head sorts by it. A model's name in the first column wears its colour."""
     rows = [list(row) for row in rows]
     worded = {i for row in rows for i, value in enumerate(row) if isinstance(value, str | list | tuple) and len(text(value)) > LONG}
     kinds = [" class=text" if i in worded else "" for i in range(len(head))]

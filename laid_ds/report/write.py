@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,14 +40,22 @@ def write_report(places: str | Path | Sequence[str | Path], baseline: str, out: 
     summaries = [_summary(evaluation, baseline, shown) for evaluation in sources.evaluations]
     with writing(out, PAGE):
         (out / BESIDE).mkdir(parents=True, exist_ok=True)
-        for old in (out / BESIDE).glob("*.*"):
-            if old.suffix in (".png", ".csv"):
-                old.unlink()
+        _clear(out)
         text = _page(sources, summaries, places, baseline, Shelf(out / BESIDE))
         partial = shown.with_name(PAGE + ".partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, shown)
-    return summaries[0] if summaries else Summary([], baseline, None, None, {}, shown)
+    if not summaries:
+        return Summary([], baseline, None, None, {}, shown)
+    return replace(summaries[0], others=[str(evaluation.folder) for evaluation in sources.evaluations[1:]])
+
+
+def _clear(out: Path) -> None:
+    """Remove the pictures and data that the page before names, and no other file."""
+    if (out / PAGE).is_file():
+        for name in re.findall(rf"{BESIDE}/([\w.+-]+)\.png, \.csv", (out / PAGE).read_text(encoding="utf-8", errors="replace")):
+            for suffix in ("png", "csv"):
+                (out / BESIDE / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _summary(evaluation: Evaluation, baseline: str, path: Path) -> Summary:

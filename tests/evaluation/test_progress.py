@@ -73,6 +73,15 @@ def test_the_threshold_is_set_by_the_first_measurement_and_a_repeated_step_repla
     assert progress.sentence(found) == "held out after step 4: accuracy by images  1: 1.00  10: 0.80  window >= 10.0 images"
 
 
+def test_a_first_measurement_that_is_not_above_chance_sets_no_threshold(tmp_path):
+    path = tmp_path / "evaluation.jsonl"
+    for step, accuracy in ((0, {1: 0.5, 10: 0.5}), (4, {1: 1.0, 10: 0.8})):
+        found = progress.record(path, step, accuracy, chance=0.5)
+        assert (found["threshold"], found["window"], found["censored"]) == (None, None, None)
+    assert progress.sentence(found).endswith("1: 1.00  10: 0.80  no window (the first measurement was not above chance)")
+    assert [json.loads(line)["chance"] for line in path.read_text().splitlines()] == [0.5, 0.5]
+
+
 def test_too_few_haystacks_are_refused_before_the_run(held_out):
     with pytest.raises(ValueError, match="8 haystacks asked for, the data set has 7"):
         progress.held_out(Evaluation(shards=str(held_out), haystacks=8))

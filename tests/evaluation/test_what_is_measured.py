@@ -259,11 +259,14 @@ def test_a_report_holds_the_models_of_every_results_file(tmp_path):
 
 
 def test_a_ratio_to_no_window_is_none_and_the_report_valid_json(tmp_path, capsys):
-    """A baseline below chance has a window of 0."""
-    blind = results({"student": {"1": [[0], [1]], "4": [[0], [0]]}, "laid": GOOD, "blind": BLIND}, choices=2)
+    """A baseline that is never right sets no threshold: there is neither a window nor a ratio."""
+    blind = results({"student": {"1": [[0], [1]], "4": [[0], [0]]}, "laid": GOOD, "blind": BLIND}, choices=4)
     write(tmp_path, evaluation=blind)
-    assert run("report", tmp_path, "--baseline", "blind", "--json") == 0
+    assert run("report", tmp_path, "--baseline", "laid", "--json") == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["models"]
-    assert found["laid"]["against_baseline"] == {"times": None, "at_least": True, "low": None, "high": None}
+    assert found["blind"]["against_baseline"]["times"] == 0
+    assert run("report", tmp_path, "--baseline", "blind", "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["models"]["laid"] == {"name": "laid", "accuracy": {"1": 1.0, "4": 0.5}, "window": None, "against_baseline": None}
     assert run("report", tmp_path, "--baseline", "blind") == 0
-    assert "no ratio to a window of 0" in capsys.readouterr().out
+    assert "no window: blind is at 0.000 with 1 image, not above chance (0.250)" in capsys.readouterr().out

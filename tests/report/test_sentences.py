@@ -128,6 +128,27 @@ def test_compare_shows_where_recipes_differ_and_joins_evaluations_that_asked_the
     assert "give at least two runs" in capsys.readouterr().err
 
 
+def test_an_evaluation_that_asked_something_else_has_its_own_part_and_is_named(tmp_path, capsys):
+    write_evaluation(tmp_path / "a", {"student": 2.0})
+    write_evaluation(tmp_path / "b", {"student": 2.0}, haystacks=7)
+    assert run("report", tmp_path) == 0
+    assert f"on the page alone, since it asked something else: {tmp_path / 'b'}" in capsys.readouterr().out
+    assert words_of(tmp_path / "report.html").count("Scores by rule") == 2
+
+
+def test_another_s_files_stay_and_those_of_the_page_before_go(tmp_path):
+    write_run(tmp_path / "run", 5)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "mine.png").write_text("mine")
+    write_report(tmp_path, "student")
+    assert (tmp_path / "report" / "held-out-run.png").is_file()
+    (tmp_path / "run" / "evaluation.jsonl").unlink()
+    write_report(tmp_path, "student")
+    assert not (tmp_path / "report" / "held-out-run.png").exists()
+    assert not (tmp_path / "report" / "held-out-run.csv").exists()
+    assert (tmp_path / "report" / "mine.png").read_text() == "mine"
+
+
 def test_the_recipe_on_the_page_is_the_run(tmp_path):
     tree = recipe(tmp_path, 10, losses={"kl": 0.5}, gain={"enabled": False})
     (tmp_path / "again.toml").write_text(as_toml(tree))
