@@ -53,9 +53,11 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def _begins_as_answers(path: Path) -> bool:
+    """A file of answers begins with its header; a rank's part has none. Logs of lmms-eval name the same fields inside others."""
     with path.open("rb") as file:
         first = file.readline(4096)
-    return f'"{HEADER}"'.encode() in first or (b'"question_index"' in first and b'"benchmark"' in first)
+    is_part = ".jsonl.rank-" in path.name and b'"question_index"' in first and b'"benchmark"' in first
+    return f'"{HEADER}"'.encode() in first or is_part
 
 
 def scored(answers: Sequence[Answer]) -> list[Scored]:

@@ -193,7 +193,7 @@ def test_what_was_left_out_is_said_recorded_and_reported(world, tmp_path, capsys
     assert set(results["left_out"]) == {"50", "100"}
     assert run("report", out.parent) == 0
     assert "not measured at 50, 100 images" in (text := capsys.readouterr().out)
-    assert "student's skill at 2 images" in text
+    assert "no window: student is at 0.000 with 2 images, not above chance" in text
     assert run("report", out.parent, "--json") == 0
     numbers = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert set(numbers["left_out"]) == {"50", "100"}
