@@ -21,6 +21,7 @@ from laid_ds.files import read_json_lines
 RULES = ("official", "strict")
 HEADER = "laid_eval"
 NEEDED = ("model", "task", "benchmark", "key", "cluster", "question_index", "size", "depth", "expected", "said", "meta")
+KINDS = {"model": str, "task": str, "key": str, "size": int, "depth": (int, float, type(None)), "expected": list, "said": str, "meta": dict}
 DRAWS = 1000
 
 
@@ -43,10 +44,14 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
         if not _begins_as_answers(path):
             continue
         for number, line in enumerate(read_json_lines(path), 1):
+            if not isinstance(line, dict):
+                raise ValueError(f"{path}, line {number}: no object, where an answer must stand")
             if HEADER in line:
                 continue
             if missing := [name for name in NEEDED if name not in line]:
                 raise ValueError(f"{path}, line {number}: an answer without {', '.join(missing)}")
+            if wrong := [name for name, kind in KINDS.items() if not isinstance(line[name], kind)]:
+                raise ValueError(f"{path}, line {number}: {', '.join(wrong)} of an answer is not as this version of laid_ds writes it")
             name = tuple(line[part] for part in ("model", "task", "key", "size", "depth", "question_index"))
             found[name] = line
     return list(found.values())

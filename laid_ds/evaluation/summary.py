@@ -173,12 +173,20 @@ def _check_answers(path: Path, results: dict[str, Any]) -> None:
     """Raises ValueError for results that another version wrote and this one cannot read."""
     if not has_a_curve(results):
         return
-    sizes = results["setting"]["sizes"]
+    sizes, *numbers = (results["setting"].get(name) for name in ("sizes", "choices", "haystacks", "questions"))
+    if not (isinstance(sizes, list) and all(isinstance(number, int) for number in (*sizes, *numbers))):
+        raise ValueError(f"{path}: the setting is not as this version of laid_ds writes it; ask again with `laid eval`")
     for name, model in results["models"].items():
         answers = model.get("answers") if isinstance(model, dict) else None
-        rows = [answers.get(str(size)) for size in sizes] if isinstance(answers, dict) else [None]
-        if not all(isinstance(row, list) and row and all(isinstance(one, list) and one for one in row) for row in rows):
+        rows = [answers.get(str(size)) for size in sizes] if isinstance(answers, dict) and len(answers) == len(sizes) else [None]
+        if not all(map(_are_answers, rows)) or len(set(map(len, rows))) > 1:
             raise ValueError(f"{path}: the answers of {name} are not as this version of laid_ds writes them; ask it again with `laid eval`")
+
+
+def _are_answers(row: Any) -> bool:
+    """Whether these are 1 or 0 for each question of each haystack."""
+    haystacks = isinstance(row, list) and row and all(isinstance(one, list) and one for one in row)
+    return bool(haystacks) and all(hit in (0, 1) for one in row for hit in one)
 
 
 def summarise(results: dict[str, Any], baseline: str, path: Path) -> Summary:

@@ -46,12 +46,15 @@ def _sizes(model: Any) -> dict[int, Layers]:
     found = model.get("attention") if isinstance(model, dict) else None
     if not isinstance(found, dict):
         return {}
-    sizes = {int(size): {int(layer): kept for layer, kept in layers.items() if _is_whole(kept)} for size, layers in found.items()}
+    sizes = {}
+    for size, layers in found.items():
+        if size.isdigit() and isinstance(layers, dict):
+            sizes[int(size)] = {int(layer): kept for layer, kept in layers.items() if layer.isdigit() and _is_whole(kept)}
     return {size: layers for size, layers in sizes.items() if layers}
 
 
 def _is_whole(kept: Any) -> bool:
-    return isinstance(kept, dict) and {"entropy", "far_mass", "mass", "bins"} <= kept.keys()
+    return isinstance(kept, dict) and all(isinstance(kept.get(name), list) for name in ("entropy", "far_mass", "mass", "bins"))
 
 
 def _has(layers: Layers, kind: str) -> bool:
@@ -139,11 +142,16 @@ def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
 
 def training_attention(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style]) -> str:
     """Entropy and far mass of the compared layers over the steps, student and teacher; "" where no run recorded them."""
-    recorded = {run.name: lines for run in runs if (lines := [line for line in run.steps if isinstance(line.get("attention"), dict)])}
+    recorded = {run.name: lines for run in runs if (lines := [line for line in run.steps if _recorded(line)])}
     if not recorded:
         return ""
     charts = [_over_steps(recorded, kind, label, shelf, styles) for kind, (_, label, _) in MAPS.items() if kind != "marked_mass"]
     return "<h3>The compared layers in training</h3>" + figures(charts)
+
+
+def _recorded(line: dict[str, Any]) -> bool:
+    found = line.get("attention")
+    return isinstance(found, dict) and all(isinstance(layers, dict) and all(map(_is_whole, layers.values())) for layers in found.values())
 
 
 def _over_steps(recorded: Mapping[str, list[dict[str, Any]]], kind: str, label: str, shelf: Shelf, styles: Mapping[str, Style]) -> str:

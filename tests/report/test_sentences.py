@@ -97,6 +97,10 @@ def test_values_that_are_no_numbers_and_an_older_run_have_a_page(tmp_path):
         (lambda results: results["models"]["laid"].pop("answers"), "the answers of laid are not as this version"),
         (lambda results: results["models"]["laid"].update(answers={"1": [1, 0]}), "the answers of laid are not as this version"),
         (lambda results: results["models"].update(laid="good"), "the answers of laid are not as this version"),
+        (lambda results: results["models"]["laid"]["answers"]["16"].pop(), "the answers of laid are not as this version"),
+        (lambda results: results["models"]["laid"]["answers"]["16"][0].append(None), "the answers of laid are not as this version"),
+        (lambda results: results["setting"].pop("haystacks"), "the setting is not as this version"),
+        (lambda results: results["setting"].update(sizes="1,2"), "the setting is not as this version"),
         (lambda results: results["models"].pop("student"), "no model 'student' in the results"),
     ],
 )
@@ -111,6 +115,35 @@ def test_an_evaluation_of_another_version_is_a_sentence(tmp_path, capsys, spoil,
     assert sentence in said
     assert "Traceback" not in said
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name, value", [("said", None), ("expected", "red"), ("size", "4"), ("depth", "deep"), ("benchmark", "other")])
+def test_answers_of_another_version_are_a_sentence(tmp_path, capsys, name, value):
+    write_evaluation(tmp_path, {"student": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    lines[3][name] = value
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("report", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_half_an_answer_at_the_end_is_left_out(tmp_path):
+    write_evaluation(tmp_path, {"student": 2.0})
+    text = (tmp_path / "evaluation.jsonl").read_text()
+    (tmp_path / "evaluation.jsonl").write_text(text[:-40])
+    assert write_report(tmp_path, "student").scores["test"]["student"]["answers"] == text.count("\n") - 2
+
+
+def test_attention_of_another_version_is_left_out(tmp_path):
+    write_evaluation(tmp_path, {"student": 2.0, "laid": 4.0}, attention=(2, 2))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    results["models"]["laid"]["attention"] = {"16": {"first": [1, 2]}, "all": 3}
+    (tmp_path / "evaluation.json").write_text(json.dumps(results))
+    write_report(tmp_path, "student")
+    maps = {path.stem for path in (tmp_path / "report").glob("attention-*-*.png")}
+    assert maps == {f"attention-{kind}-student" for kind in ("needle", "far", "entropy")}
 
 
 def test_compare_shows_where_recipes_differ_and_joins_evaluations_that_asked_the_same(tmp_path, capsys):

@@ -40,6 +40,15 @@ def test_keys_that_a_later_version_added_stand_at_their_defaults(recorded):
     check_output(run)
 
 
+def test_each_attempt_is_recorded_with_its_ranks_and_machine(world, tmp_path):
+    run = world.run(tmp_path / "run")
+    for _ in range(2):
+        open_output(run, 0.0)
+    attempts = json.loads((run.output / "run.json").read_text())["attempts"]
+    assert [(one["after_step"], one["ranks"]) for one in attempts] == [(0, 1), (0, 1)]
+    assert all(one["since"] and one["host"] and one["device"] for one in attempts)
+
+
 @pytest.mark.parametrize("section, key, value", [("optimizer", "lr", 0.5), ("data", "key_of_another_version", 1)])
 def test_another_run_is_refused_by_what_differs(recorded, section, key, value):
     run, tree, write = recorded
