@@ -106,7 +106,13 @@ def _by_distance(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles
         for name, points in found.items():
             x, y = zip(*points, strict=True)
             axes.step(
-                [edge + 1 for edge in x], y, where="post", color=styles[name].colour, ls=styles[name].dash, lw=1.3, label=shortened(name)
+                [*(edge + 1 for edge in x), 2 * x[-1] + 2],
+                [*y, y[-1]],
+                where="post",
+                color=styles[name].colour,
+                ls=styles[name].dash,
+                lw=1.3,
+                label=shortened(name),
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(PlainLog(base=2))

@@ -70,15 +70,15 @@ def _fingerprint(recipe: Mapping[str, Any]) -> str:
         return f"the shards cannot be read: {error}"
 
 
-def commands_part(runs: Sequence[RunFolder], evaluations: Sequence[Evaluation], places: Sequence[Path], baseline: str) -> str:
-    """The commands that make all this again, and a recipe file for each run."""
+def commands_part(runs: Sequence[RunFolder], evaluations: Sequence[Evaluation], report: Sequence[str]) -> str:
+    """The commands that make all this again, `report` the last, and a recipe file for each run."""
     lines = []
     for run in (run for run in runs if run.recipe):
         ranks = run.record.get("world_size")
         lines.append(shlex.join(["laid", "train", f"{_file(run)}.toml", *(["--ranks", str(ranks)] if ranks else [])]))
         lines.append(shlex.join(["laid", "export", str(run.folder), f"models/{_file(run)}"]))
     lines += [line for evaluation in evaluations for line in _asking(evaluation)]
-    lines.append(shlex.join(["laid", "report", *map(str, places), "--baseline", baseline]))
+    lines.append(shlex.join(report))
     files = "".join(fold(f"{_file(run)}.toml", code(as_toml(run.recipe))) for run in runs if run.recipe)
     return code("\n".join(lines)) + files
 

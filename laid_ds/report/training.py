@@ -143,6 +143,18 @@ def _with_window(run: RunFolder) -> list[dict[str, Any]]:
     return [line for line in run.held_out if isinstance(line.get("window"), int | float)]
 
 
+def told_in_short(run: RunFolder) -> str:
+    """The state of a run and how far its held-out window went, as sentences."""
+    lines = _with_window(run) if run.held_out else []
+    if len(lines) < 2:
+        return f"{run.name}: {run.state}."
+    said = [
+        f"{'at least ' if one.get('censored') else ''}{one['window']:.1f} images after step {one['step']:,}"
+        for one in (lines[0], lines[-1])
+    ]
+    return f"{run.name}: {run.state}. Its held-out window: {', '.join(said)}."
+
+
 def _windows(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style]) -> str:
     def paint(axes: Axes) -> None:
         for run in runs:

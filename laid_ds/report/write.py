@@ -22,7 +22,7 @@ from laid_ds.report.palette import styles
 from laid_ds.report.recipe import commands_part, recipes_part
 from laid_ds.report.samples import samples_part
 from laid_ds.report.sources import Evaluation, Sources, read_sources
-from laid_ds.report.training import training_part
+from laid_ds.report.training import told_in_short, training_part
 
 PAGE, BESIDE = "report.html", "report"
 
@@ -41,7 +41,8 @@ def write_report(places: str | Path | Sequence[str | Path], baseline: str, out: 
     with writing(out, PAGE):
         (out / BESIDE).mkdir(parents=True, exist_ok=True)
         _clear(out)
-        text = _page(sources, summaries, places, baseline, Shelf(out / BESIDE))
+        report = ["laid", "report", *map(str, places), "--baseline", baseline, *(["--out", str(out)] if out != places[0] else [])]
+        text = _page(sources, summaries, baseline, Shelf(out / BESIDE), report)
         partial = shown.with_name(PAGE + ".partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, shown)
@@ -63,7 +64,7 @@ def _summary(evaluation: Evaluation, baseline: str, path: Path) -> Summary:
     return replace(summary, scores=summarise_scores(evaluation.answers, baseline))
 
 
-def _page(sources: Sources, summaries: Sequence[Summary], places: Sequence[Path], baseline: str, shelf: Shelf) -> str:
+def _page(sources: Sources, summaries: Sequence[Summary], baseline: str, shelf: Shelf, report: Sequence[str]) -> str:
     of = styles(_names(sources, summaries, baseline))
     parts = []
     for number, (evaluation, summary) in enumerate(zip(sources.evaluations, summaries, strict=True), 1):
@@ -78,10 +79,10 @@ def _page(sources: Sources, summaries: Sequence[Summary], places: Sequence[Path]
     parts.insert(1 if parts else 0, ("training", "Training: what it did and what it cost", training))
     parts.append(("trust", "Can it be trusted", _trust(sources, summaries)))
     parts.append(("recipe", "Recipe, versions and machine", recipes_part(sources.runs, of)))
-    parts.append(("again", "The commands that make it again", commands_part(sources.runs, sources.evaluations, places, baseline)))
+    parts.append(("again", "The commands that make it again", commands_part(sources.runs, sources.evaluations, report)))
     parts = [part for part in parts if part[2]]
     lead = [sentence for summary in summaries for sentence in findings(summary)] or ["No evaluation with several sizes is here: no window."]
-    lead += [f"{run.name}: {run.state}." for run in sources.runs]
+    lead += [told_in_short(run) for run in sources.runs]
     sections = [section(*part) for part in parts]
     return page("How far does each model see?", lead, sections, {anchor: title for anchor, title, _ in parts})
 

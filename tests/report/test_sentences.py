@@ -64,6 +64,7 @@ def test_a_run_that_goes_on_has_a_page_again_and_again(tmp_path):
     first = words_of(write_report(tmp_path / "run", "student").path)
     assert "run: not finished, 30 of 100 steps: it goes on, or was killed" in first
     assert "run went on after step 15 on 4 ranks" in first
+    assert "Its held-out window: 2.0 images after step 0, at least 3.0 images after step 30." in first
     write_run(tmp_path / "run", 100)
     assert "run: finished, 100 of 100 steps" in words_of(write_report(tmp_path / "run", "student").path)
     assert len(list((tmp_path / "run" / "report").glob("*.png"))) == len(list((tmp_path / "run" / "report").glob("*.csv"))) >= 10
