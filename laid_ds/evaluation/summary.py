@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.evaluation.harness import read_samples
-from laid_ds.evaluation.scores import as_lines, read_answers
+from laid_ds.evaluation.scores import as_lines, read_answers, windows_as_lines
 from laid_ds.evaluation.window import Ratio, Window, curve, notes_on, ratio, relative_threshold, window
 from laid_ds.files import read_json, read_text
 
@@ -48,6 +48,8 @@ class Summary:
     scores: dict[str, Any] = field(default_factory=dict)
     """What each model is worth on each task, by the official and a strict rule (scores.py)."""
 
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """The same for each benchmark's kinds of question, over all tasks that ask it."""
     others: list[str] = field(default_factory=list)
     """Folders of further evaluations, which asked something else: their numbers are on the page alone."""
 
@@ -55,12 +57,22 @@ class Summary:
         models = {row.name: asdict(row) for row in self.rows}
         numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
         numbers |= {"why_no_window": self.why_no_window()}
-        return numbers | {"left_out": self.left_out, "scores": self.scores, "others": self.others, "report": str(self.path)}
+        return numbers | {
+            "left_out": self.left_out,
+            "scores": self.scores,
+            "benchmarks": self.benchmarks,
+            "others": self.others,
+            "report": str(self.path),
+        }
 
     def as_text(self) -> str:
-        parts = [*([*self._windows(), ""] if self.rows else []), *([*as_lines(self.scores), ""] if self.scores else [])]
+        windows = [*self._windows(), ""] if self.rows else []
         others = [f"on the page alone, since it asked something else: {folder}" for folder in self.others]
-        return "\n".join([*parts, *others, f"report: {self.path}"])
+        return "\n".join([*windows, *(line for part in self.by_rule() for line in (*part, "")), *others, f"report: {self.path}"])
+
+    def by_rule(self) -> list[list[str]]:
+        """Tables of what answers are worth."""
+        return [part for part in (as_lines(self.scores), windows_as_lines(self.benchmarks, self.baseline)) if self.scores and part]
 
     def _windows(self) -> list[str]:
         sizes = self.setting["sizes"]

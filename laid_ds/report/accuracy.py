@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from laid_ds.evaluation.scores import RULES, Scored, scored, tenth
+from laid_ds.evaluation.scores import RULES, Scored, scored, tenth, windows_as_lines
 from laid_ds.evaluation.summary import Summary
 from laid_ds.evaluation.window import bands
 from laid_ds.report.figures import WIDE, Shelf, heat_map, say_numbers, shortened
-from laid_ds.report.html_parts import figures, fold, paragraph, table
+from laid_ds.report.html_parts import code, figures, fold, paragraph, table
 from laid_ds.report.palette import MUTED, Style
 from laid_ds.report.sources import Evaluation
 
@@ -64,6 +64,9 @@ def accuracy_part(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles
         parts += [_windows(summary, styles), paragraph(f"{summary.rule()}.", "note")]
     if summary.scores:
         parts += [_scores(summary, styles)]
+    if summary.benchmarks:
+        lines = windows_as_lines(summary.benchmarks, summary.baseline)
+        parts += ["<h3>Each kind of question of a benchmark, through all its sizes</h3>", code("\n".join(lines))]
     maps = _depth_maps(scored(evaluation.answers), shelf)
     if maps:
         parts.append(fold(f"Accuracy by the needle's depth and the number of images ({len(maps)} maps)", figures(maps)))
@@ -143,7 +146,9 @@ def _by_rule(curve: Mapping[str, Any]) -> tuple[str, str]:
             said.append(f"none: {one['why_not']}")
         else:
             window = one["window"]
-            said.append(f"{'>= ' if window['censored'] else ''}{window['images']:.1f} [{window['low']:.1f}, {window['high']:.1f}]")
+            said.append(
+                f"{'>= ' if window['censored'] else ''}{window['images']:.1f} [{window['low']:.1f}, {window['high']:.1f}] {curve['unit']}"
+            )
     return said[0], said[1]
 
 

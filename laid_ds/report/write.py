@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_ds.disk import writing
-from laid_ds.evaluation.scores import summarise_scores
+from laid_ds.evaluation.scores import summarise_kinds, summarise_scores
 from laid_ds.evaluation.summary import Summary, summarise
 from laid_ds.evaluation.window import notes_on
 from laid_ds.report.accuracy import accuracy_part, findings
@@ -61,7 +61,7 @@ def _clear(out: Path) -> None:
 
 def _summary(evaluation: Evaluation, baseline: str, path: Path) -> Summary:
     summary = summarise(evaluation.results, baseline, path) if evaluation.has_curve else Summary([], baseline, None, None, {}, path)
-    return replace(summary, scores=summarise_scores(evaluation.answers, baseline))
+    return replace(summary, scores=summarise_scores(evaluation.answers, baseline), benchmarks=summarise_kinds(evaluation.answers, baseline))
 
 
 def _page(sources: Sources, summaries: Sequence[Summary], baseline: str, shelf: Shelf, report: Sequence[str]) -> str:

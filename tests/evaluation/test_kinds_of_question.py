@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from laid_ds.evaluation.kinds import haystack_of, kind_of, place_of
-from laid_ds.evaluation.report import write_report
 from laid_ds.evaluation.scores import summarise_kinds
+from laid_ds.report.write import write_report
 
 SIZES = (1, 2, 3, 5, 10, 20)
 QUESTIONS = 23
