@@ -51,6 +51,35 @@ def train(
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port))
 
 
+@app.command(epilog="Example: laid teach my.toml lessons/my --ranks 4;  then: laid train my.toml teacher.lessons=lessons/my")
+def teach(
+    recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to record into; one that holds a part of these lessons is gone on with.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run to record; default: all.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples (or packs) of a step of the run; default: micro_batch x accumulation x ranks here."),
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; default: one per GPU, or 1.")] = None,
+    port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
+) -> None:
+    """Record what the teacher shows of every sample that a run will read, so that it trains without the teacher in memory.
+
+    Then train with teacher.lessons = "OUT", as often as you like. Killed or stopped, the same command goes on (docs/teachers.md).
+    """
+    from laid_ds import config
+
+    config.load(recipe, overrides or [])
+    with working("importing torch, transformers and DeepSpeed"):
+        from laid_ds.runtime.local import launch
+    asked = [word for name, value in (("--steps", steps), ("--batch", batch)) if value is not None for word in (name, str(value))]
+    status = launch(["--teach", str(out), *asked, str(recipe), *(overrides or [])], ranks, port)
+    if status == 0:
+        next_step("laid", "train", recipe, *(overrides or []), f"teacher.lessons={out}")
+    raise typer.Exit(status)
+
+
 @app.command(epilog="Example: laid doctor --run /scratch/runs --ranks 8")
 def doctor(
     run: Annotated[Path, typer.Option(help="Folder that runs are written to; its disk is looked at.")] = Path("runs"),

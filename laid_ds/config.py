@@ -109,6 +109,15 @@ class Teacher(Model):
     """With sees = "needles": this many other images of the same window, drawn at random, beside the needles.
 
     Above 0 when a teacher with the needles alone is too easily right."""
+    lessons: UserPath | None = None
+    """A folder that `laid teach` has filled: what the teacher shows is read from there, and of the teacher only its head is loaded. Lessons
+    of other data, pictures, windows, another seed or teacher are refused (docs/teachers.md).
+
+    When several runs share a teacher and its samples, or when the teacher does not fit beside the student."""
+    lessons_repeat: bool = False
+    """The run may have more steps than `lessons`: after the whole epochs that are recorded, the same windows come again.
+
+    true when drawing new windows in each epoch matters less than recording them costs."""
     check_answers: bool = True
     """Refuse, before step 1, a teacher that knows the answers of the first samples no better than a guess, or no better with their images
     than with those of other samples.
@@ -535,6 +544,19 @@ class Run(Section):
             raise ValueError(
                 f'teacher.distractors = {teacher.distractors} is for teacher.sees = "needles": set it, or leave distractors out'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _lessons_can_be_told(self) -> Run:
+        teacher = self.teacher
+        if teacher is None or (teacher.lessons is None and not teacher.lessons_repeat):
+            return self
+        if teacher.lessons is None:
+            raise ValueError("teacher.lessons_repeat = true is for teacher.lessons: give its folder, or leave lessons_repeat out")
+        if teacher.self and self.student.lora is not None:
+            raise ValueError("teacher.self with [student.lora] holds no second model that lessons could spare: leave out teacher.lessons")
+        if teacher.lessons_repeat and self.data.grow_from is not None:
+            raise ValueError("teacher.lessons_repeat repeats windows, and data.grow_from lets them grow: leave out one")
         return self
 
     @model_validator(mode="after")

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from pathlib import Path
 
 from laid_ds.runtime import environment
 from laid_ds.runtime.launchers import end_with_launchers, leave
@@ -13,6 +15,15 @@ from laid_ds.runtime.stop import StopRequest, ignore_signals
 from laid_ds.terminal import working
 
 LOST = 1  # the status of a rank that goes because another process is gone
+
+
+def read_teaching(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What `laid teach` puts before a recipe, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--teach", dest="out", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    return parser.parse_known_args(words)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,15 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
         from laid_ds.disk import DiskError
         from laid_ds.method.distill import NonFiniteLoss
         from laid_ds.run.loop import StoppedByOthers, train
+        from laid_ds.run.teach import teach
         from laid_ds.runtime import distributed, engine
 
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     try:
         if not words:
             raise ValueError("no recipe given; usage: deepspeed --num_gpus N --module laid_ds.train RECIPE [section.key=value ...]")
+        options, words = read_teaching(words)
         run = config.load(words[0], words[1:])
         engine.start_processes()
         assert distributed.add([1])[0] == distributed.world_size() == int(os.environ["WORLD_SIZE"])
+        if options.out is not None:
+            return int(not teach(run, options.out, options.steps, options.batch, stop))
         train(run, stop)
     except StoppedByOthers:
         return 2

@@ -41,6 +41,40 @@ class Rendered(Protocol):
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What a recorded lesson shows of one of the teacher's layers; zeros at padding, and at rows that were not recorded."""
+
+    query: Tensor
+    """[B, heads, T, D]"""
+    key: Tensor
+    """[B, key heads, T, D]"""
+    lse: Tensor | None
+    """[B, heads, T] float32"""
+    scale: float
+    window: int | None
+    heads: tuple[int, ...] | None
+    """Which of the layer's query heads these are; None: all."""
+    key_of: list[int]
+    """The place of each head's key among the key heads."""
+
+    def to(self, device: torch.device) -> Heads:
+        lse = None if self.lse is None else self.lse.to(device)
+        return replace(self, query=self.query.to(device), key=self.key.to(device), lse=lse)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The recorded lessons of a micro-batch (data/lessons.py)."""
+
+    hidden: Tensor
+    """[R, C]: the teacher's last hidden states of all answer rows."""
+    heads: dict[int, Heads]
+
+    def to(self, device: torch.device) -> Recorded:
+        return Recorded(self.hidden.to(device), {layer: heads.to(device) for layer, heads in self.heads.items()})
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch. `inputs` are the keyword arguments of the model's own forward."""
 
@@ -55,6 +89,8 @@ class Batch:
     """Of one sample, stand-ins not counted."""
     taught: Batch | None = None
     """What the teacher reads, where that is not the same: other images, the same answers in the same order."""
+    lesson: Recorded | None = None
+    """What the teacher showed, where that was recorded."""
 
     @property
     def for_teacher(self) -> Batch:
@@ -77,8 +113,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("labels", "segments")}
-        taught = self.taught and self.taught.to(device)
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, taught=taught, **moved)
+        others = {"taught": self.taught and self.taught.to(device), "lesson": self.lesson and self.lesson.to(device)}
+        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, **others, **moved)
 
 
 def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
@@ -208,14 +244,23 @@ class Prepare:
     """Whether items are packs: one list of pairs, to lie in one row."""
     distractors: int | None = None
     """Images beside the needles in what the teacher reads; None: it reads what the student reads."""
+    lessons: Callable[[list[int], Batch], Recorded] | None = None
+    """What the teacher showed of the samples at these positions."""
 
     def __call__(self, items: list) -> Batch:
-        return self.batch(self.windows(items))
+        batch = self.batch(self.windows(items))
+        return batch if self.lessons is None else replace(batch, lesson=self.lessons(self.positions(items), batch))
+
+    def positions(self, items: list) -> list[int]:
+        """Of each sample of the batch, in the stream."""
+        return [position for position, _ in self._pairs(items)]
 
     def windows(self, items: list) -> list[Sample]:
         """The samples as they are to be seen."""
-        pairs: list[tuple[int, Sample]] = [pair for packed in items for pair in packed] if self.packs else items
-        return [self._window(position, sample) for position, sample in pairs]
+        return [self._window(position, sample) for position, sample in self._pairs(items)]
+
+    def _pairs(self, items: list) -> list[tuple[int, Sample]]:
+        return [pair for packed in items for pair in packed] if self.packs else items
 
     def batch(self, samples: list[Sample]) -> Batch:
         """The tensors of these samples: padded rows, or one row; and those of what the teacher reads, if it reads something else."""

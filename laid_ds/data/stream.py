@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -59,13 +59,15 @@ class Stream:
         weights: Sequence[float] | None = None,
         packing: Packing | None = None,
         on_bad: str = "raise",
+        repeats: int | None = None,
     ):
+        """repeats: after so many epochs they come again, the same samples in the same windows at the same positions."""
         if micro_batch < 1 or not 0 <= rank < world_size:
             raise ValueError(f"micro_batch {micro_batch}, rank {rank} of {world_size}: nothing to stream")
         if on_bad not in ("raise", "replace"):
             raise ValueError(f'on_bad {on_bad!r} is neither "raise" nor "replace"')
         self.dataset, self.seed, self.shuffle, self.weights, self.packing = dataset, seed, shuffle, weights, packing
-        self.prepare = prepare
+        self.prepare, self.repeats = prepare, repeats
         self.micro_batch, self.rank, self.world_size, self.workers = micro_batch, rank, world_size, workers
         self.lengths = budgeted_lengths(dataset, packing) if packing else dataset.lengths
         self._reader = _Reader(dataset, prepare, self.lengths if packing else None, seed, on_bad)
@@ -73,23 +75,39 @@ class Stream:
         self._epoch, self._offset, self._position = 0, 0, 0
 
     def __iter__(self) -> Iterator[Any]:
-        for prepared, replaced, failure in self._loader():
+        for prepared in self.read(self._micro_batches()):
+            self._advance()
+            yield prepared
+
+    def read(self, micro_batches: Iterable[list[Slot]]) -> Iterator[Any]:
+        """What `prepare` makes of these micro-batches. The stream does not move."""
+        for prepared, replaced, failure in self._loader(micro_batches):
             if failure is not None:
                 raise failure
             for reason in replaced:
                 log.warning(reason)
-            self._advance()
             yield prepared
 
-    def _loader(self) -> Iterator[Outcome]:
+    def with_prepare(self, prepare: Callable[[list], Any], repeats: int | None = None) -> "Stream":
+        """The same stream, from where this one stands, with another `prepare` and other `repeats`."""
+        other = copy.copy(self)
+        other.prepare, other.repeats, other._plans, other._reader = prepare, repeats, {}, copy.copy(self._reader)
+        other._reader.prepare = prepare
+        return other
+
+    def slots(self, first: int, number: int) -> list[Slot]:
+        """So many slots of the global order of all epochs, from slot `first` on."""
+        return [self._slot(*self._seek(0, first + k)) for k in range(number)]
+
+    def _loader(self, micro_batches: Iterable[list[Slot]]) -> Iterator[Outcome]:
         if self.workers == 0:
-            yield from map(self._reader.__getitem__, self._micro_batches())
+            yield from map(self._reader.__getitem__, micro_batches)
             return
         slabs = Slabs(self.workers * PREFETCH + 2)  # what the workers prepare, what is trained on, and what was before
         loader = DataLoader(
             Sender(self._reader.__getitem__, slabs.memory),
             batch_size=None,
-            sampler=((slots, slabs.take()) for slots in self._micro_batches()),
+            sampler=((slots, slabs.take()) for slots in micro_batches),
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             collate_fn=_unchanged,
@@ -140,12 +158,14 @@ class Stream:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "weights": None if self.weights is None else [float(weight) for weight in self.weights],
+            "repeats": self.repeats,
             "packing": json.loads(json.dumps(asdict(self.packing))) if self.packing else None,
             "lengths_crc32": zlib.crc32(self.lengths.tobytes()) if self.packing else None,
         }
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, Packs]:
         """The epoch's order and its packs. The last few are kept: workers run ahead of the state over an epoch's end."""
+        epoch = epoch if self.repeats is None else epoch % self.repeats
         plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
         self._plans[epoch] = plan
         if len(self._plans) > 4:
@@ -173,6 +193,7 @@ class Stream:
 
     def _slot(self, epoch: int, k: int) -> Slot:
         order, packs = self._plan(epoch)
+        epoch = epoch if self.repeats is None else epoch % self.repeats
         return [(epoch * len(order) + int(place), int(order[place])) for place in packs[k]]
 
     def _seek(self, epoch: int, offset: int) -> tuple[int, int]:

@@ -29,6 +29,8 @@ class Heads(Protocol):
     lse: Tensor | None
     beside: Tensor | None
     """Of the student: the sum of its matching, where attention computes it (`Align.inside_attention`)."""
+    heads: tuple[int, ...] | None
+    """Of a recorded lesson: which heads of the layer these are, each with its own key; None: all."""
 
 
 def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
@@ -250,6 +252,8 @@ def _couples(student: Heads, teacher: Heads, couples: Sequence[tuple[int, int]])
 
 
 def _chosen(side: Heads, heads: list[int]) -> Heads:
+    if side.heads is not None:
+        heads = [side.heads.index(head) for head in heads]
     group = side.query.shape[1] // side.key.shape[1]
     lse = None if side.lse is None else side.lse[:, heads]
     return replace(side, query=side.query[:, heads], key=side.key[:, [head // group for head in heads]], lse=lse)

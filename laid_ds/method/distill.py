@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from laid_ds.config import Losses, Match
-from laid_ds.data.batch import Batch
+from laid_ds.data.batch import Batch, Heads
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.align import Align
-from laid_ds.method.losses import Shown, head_losses, show
+from laid_ds.method.losses import Shown, head_losses, inside, show
 from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state, untouched
 from laid_ds.models.lora import without_lora
 from laid_ds.runtime import distributed
@@ -52,6 +52,54 @@ class Teacher(nn.Module):
     def forward(self, batch: Batch, every_logit: bool = False) -> Lesson:
         """every_logit: show logits whatever the run asks for, and those beyond the shared vocabulary too."""
         return _lesson(self.model, self.tap, batch, self.vocabulary, self.shows_logits, every_logit)
+
+
+class Recorder(Teacher):
+    """A teacher that hands out the hidden states of the answer rows, and its head whole where asked: what recorded lessons hold."""
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, every_logit: bool = False, with_head: bool = False) -> Lesson:
+        """with_head: a copy of all of the head beside the rows."""
+        if every_logit:
+            return super().forward(batch, every_logit)
+        with self.tap.open() as heads:
+            hidden = last_hidden_state(self.model, **batch.inputs)
+        rows = hidden[batch.supervised]
+        return Lesson(heads, Shown(*inside(self.model.get_output_embeddings(), _copied, rows)) if with_head else Shown(rows))
+
+
+def _copied(head: nn.Linear, rows: Tensor) -> tuple[Tensor, ...]:
+    return rows, *(p.detach().clone() for p in (head.weight, head.bias) if p is not None)
+
+
+class RecordedTeacher:
+    """A teacher of which only the head is in memory: it shows what the data workers read of recorded lessons."""
+
+    def __init__(self, head: Shown, device: torch.device, vocabulary: int, shows_logits: bool):
+        """head: its weight and bias, uncut."""
+        self.parameters = [p.to(device) for p in (head.weight, head.bias) if p is not None]
+        self.vocabulary, self.shows_logits = vocabulary, shows_logits
+        self.module = self
+        """As of an engine."""
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, every_logit: bool = False) -> Lesson:
+        """As `Teacher.forward`, bit for bit."""
+        assert batch.lesson is not None, "the batch came without its lessons"
+        heads = {layer: _captured(held) for layer, held in batch.lesson.heads.items()}
+        if not (self.shows_logits or every_logit):
+            return Lesson(heads, None)
+        rows, columns = batch.lesson.hidden, slice(None if every_logit else self.vocabulary)
+        parameters = [p[columns] for p in self.parameters]
+        if len(rows) > rows.shape[1] and not every_logit:
+            return Lesson(heads, Shown(rows, *parameters))
+        return Lesson(heads, Shown(nn.functional.linear(rows, *parameters)))
+
+
+def _captured(held: Heads) -> Captured:
+    """As the tap would have captured it; of chosen heads, each with its own copy of its keys."""
+    key = held.key if held.heads is None else held.key[:, held.key_of]
+    return Captured(held.query, key, held.scale, held.window, lse=held.lse, heads=held.heads)
 
 
 class OwnTeacher:
@@ -151,7 +199,7 @@ class NonFiniteLoss(RuntimeError):
 
 def train_step(
     student: TrainingEngine,
-    teacher: Teacher | OwnTeacher | None,
+    teacher: Teacher | OwnTeacher | RecordedTeacher | None,
     batches: Sequence[Batch],
     losses: Losses,
     omega: Omega,

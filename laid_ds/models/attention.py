@@ -44,6 +44,8 @@ class Captured:
     """[B, H, T] float32: log-sum-exp of each row's scaled scores over the keys it sees, without a gradient, if the tap asked for it."""
     beside: Tensor | None = None
     """What a companion of the tap computes beside attention: a scalar in the graph."""
+    heads: tuple[int, ...] | None = None
+    """Which of the layer's query heads are here, each with a key head of its own; None: all."""
 
 
 class Companion(Protocol):

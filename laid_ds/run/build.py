@@ -15,7 +15,7 @@ from laid_ds.data.images import Pixels
 from laid_ds.data.stream import Stream
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, compared_heads, layer_pairs
-from laid_ds.method.distill import OwnTeacher, Student, Teacher
+from laid_ds.method.distill import OwnTeacher, RecordedTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import trainable
 from laid_ds.models.image_pixels import limit_pixels
@@ -25,6 +25,7 @@ from laid_ds.models.positions import position_rule
 from laid_ds.models.processor import ProcessorMixin, Renderer, check_same_tokenizer, load_processor
 from laid_ds.models.rope_gain import gain_shapes, responder
 from laid_ds.plan.lengths import build_packing
+from laid_ds.run.lessons import load_head, with_lessons
 from laid_ds.runtime import distributed, engine
 
 Pairs = tuple[tuple[int, int], ...]
@@ -37,7 +38,7 @@ class Training:
     student: Any
     """DeepSpeed engine around distill.Student."""
     teacher: Any | None
-    """DeepSpeed engine around distill.Teacher; None where no term of the loss asks it."""
+    """DeepSpeed engine around distill.Teacher, or what shows recorded lessons; None where no term of the loss asks it."""
     stream: Stream
     counted_by: dict[str, str]
     renderer: Renderer
@@ -54,10 +55,18 @@ def build(run: Run) -> Training:
         check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
     pairs = build_pairs(run)
     student, align = build_student(run, pairs, vocabulary)
-    teacher = build_teacher(run, pairs, vocabulary, student) if run.taught else None
+    recorded = run.taught and run.teacher.lessons is not None
+    if recorded:
+        teacher = RecordedTeacher(load_head(run), student.device, vocabulary, shows_logits=run.losses.kl > 0)
+    else:
+        teacher = build_teacher(run, pairs, vocabulary, student) if run.taught else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by(run.match.rows_from) if align is not None else {})
     renderer = build_renderer(run, processor)
-    return Training(student, teacher, build_stream(run, dataset, renderer), counted_by, renderer, vocabulary)
+    stream = build_stream(run, dataset, renderer)
+    if recorded:
+        per_step = run.data.micro_batch * run.optimizer.accumulation * distributed.world_size()
+        stream = with_lessons(run, pairs, stream, per_step)
+    return Training(student, teacher, stream, counted_by, renderer, vocabulary)
 
 
 def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align | None]:
@@ -73,7 +82,7 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     align = build_align(run, pairs, model) if run.teacher is not None else None
     layout = trainable(model.config).layout
     gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
-    tap = Tap([student for student, _ in pairs], lse=_asks_lse(run, run.student))
+    tap = Tap([student for student, _ in pairs], lse=asks_lse(run, run.student))
     listen(model, tap, gains)
     student = Student(model, align, tap, run.losses, vocabulary, run.match)
     return engine.training_engine(student, run, mechanics), align
@@ -99,16 +108,16 @@ def _shape(config: PretrainedConfig, layers: list[int]) -> tuple[int, int, int]:
     return found.pop()
 
 
-def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None) -> Any:
+def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None, kind: type[Teacher] = Teacher) -> Any:
     """The engine around the frozen teacher; or, of a student with LoRA that teaches itself, the same model without what was learned."""
     if run.teacher.self and run.student.lora is not None:
-        tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.student))
+        tap = Tap([teacher for _, teacher in pairs], lse=asks_lse(run, run.student))
         return OwnTeacher(student, tap, vocabulary, shows_logits=run.losses.kl > 0)
     mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
     model = load_model(run.teacher.path, run.teacher.dtype, mechanics, run.teacher.trust_remote_code)
-    tap = Tap([teacher for _, teacher in pairs], lse=_asks_lse(run, run.teacher))
+    tap = Tap([teacher for _, teacher in pairs], lse=asks_lse(run, run.teacher))
     listen(model, tap)
-    return engine.teacher_engine(Teacher(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
+    return engine.teacher_engine(kind(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
 
 
 def config_of(model: Model) -> PretrainedConfig:
@@ -116,7 +125,7 @@ def config_of(model: Model) -> PretrainedConfig:
     return load_config(model.path, model.trust_remote_code)
 
 
-def _asks_lse(run: Run, model: Model) -> bool:
+def asks_lse(run: Run, model: Model) -> bool:
     """Whether matching takes the log-sum-exp from attention, which has it anyway: it then need not find it again."""
     return run.losses.match > 0 and gives_lse(config_of(model), getattr(torch, model.dtype))
 
@@ -139,14 +148,14 @@ def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
         image_range=partial(schedule.image_range, steps=run.steps, data=run.data),
         questions=run.data.questions,
         packs=run.data.tokens_per_pack is not None,
-        distractors=run.teacher.distractors if run.taught and run.teacher.sees == "needles" else None,
+        distractors=run.teacher.distractors if run.taught and run.teacher.sees == "needles" and run.teacher.lessons is None else None,
     )
 
 
-def build_stream(run: Run, dataset: Dataset, renderer: Renderer) -> Stream:
-    """This rank's endless stream of batches."""
+def build_stream(run: Run, dataset: Dataset, renderer: Renderer, per_step: int | None = None) -> Stream:
+    """This rank's endless stream of batches. per_step: samples of an optimizer step, where these ranks are not the run's."""
     data, world = run.data, distributed.world_size()
-    per_step = data.micro_batch * world * run.optimizer.accumulation
+    per_step = per_step or data.micro_batch * world * run.optimizer.accumulation
     return Stream(
         dataset,
         micro_batch=data.micro_batch,

@@ -11,8 +11,9 @@ from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import describe_windows
+from laid_ds.data.lessons import read_manifest
 from laid_ds.data.record import DataError, Sample
-from laid_ds.data.stream import budgeted_lengths
+from laid_ds.data.stream import Stream, budgeted_lengths
 from laid_ds.disk import no_room
 from laid_ds.evaluation.progress import held_out
 from laid_ds.evaluation.window import notes_on
@@ -33,7 +34,8 @@ from laid_ds.models.processor import (
 )
 from laid_ds.plan.lengths import build_packing
 from laid_ds.plan.pair import BYTES, OPTIMIZER_BYTES, read_pair
-from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, config_of
+from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, build_stream, config_of
+from laid_ds.run.lessons import load_head, with_lessons
 from laid_ds.runtime import checkpoint, engine
 
 SAMPLES = 64  # of each source that are rendered
@@ -52,6 +54,8 @@ def check(run: Run) -> None:
     student = _open(run.student, processor)
     if run.taught:
         _open(run.teacher, processor)
+    if run.taught and run.teacher.lessons is not None:
+        check_lessons(run)
     trained, frozen = _elements(run, student)
     if run.teacher is not None:
         trained += sum(parameter.numel() for parameter in build_align(run, pairs, student).parameters())
@@ -70,6 +74,17 @@ def data_notes(run: Run) -> list[str]:
     of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
     of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
     return of_training + of_evaluation + _template_notes(run, dataset)
+
+
+def check_lessons(run: Run) -> Stream:
+    """Raises ValueError unless the recorded lessons of a run are its own, whole in size, and enough; a stream that reads them.
+
+    The ranks are not there yet: how many samples a step has is taken from the recording, and looked at again by them."""
+    recorded = read_manifest(run.teacher.lessons)["per_step"]
+    dataset, processor = Dataset.open(list(run.data.shards)), load_processor(run.student.path, run.student.trust_remote_code)
+    stream = build_stream(run, dataset, build_renderer(run, processor), recorded)
+    load_head(run)
+    return with_lessons(run, build_pairs(run), stream, recorded)
 
 
 def _template_notes(run: Run, dataset: Dataset) -> list[str]:

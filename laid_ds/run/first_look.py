@@ -46,6 +46,14 @@ def first_look(run: Run, student: Any, teacher: Any | None, batches: list[Batch]
     student.train()
     if teacher is None:
         return Seen(own_nats, None, None)
+    nats, cut = look_at_teacher(run, teacher, batches, vocabulary)
+    return Seen(own_nats, nats, cut)
+
+
+@torch.no_grad()
+def look_at_teacher(run: Run, teacher: Any, batches: list[Batch], vocabulary: int) -> tuple[float, float]:
+    """(nats per answer token, mass beyond the vocabulary) of these batches. Collective. Raises ValueError as `first_look`."""
+    rows = max(sum(int(batch.supervised.sum()) for batch in batches), 1)
     nats, cut = (sum(column) / rows for column in zip(*(teacher_nats(run, teacher, batch, vocabulary) for batch in batches), strict=True))
     limit = SURE_SHARE * math.log(vocabulary)
     if run.teacher.check_answers and not nats <= limit:
@@ -54,7 +62,7 @@ def first_look(run: Run, student: Any, teacher: Any | None, batches: list[Batch]
             f"the teacher {run.teacher.path} does not know the answers of {keys}: {nats:.2f} nats per token, a guess over the vocabulary "
             f"costs {math.log(vocabulary):.2f}; is it the right model and data? teacher.check_answers = false lets it teach all the same"
         )
-    return Seen(own_nats, nats, cut)
+    return nats, cut
 
 
 def student_nats(run: Run, student: Any, batch: Batch) -> float:

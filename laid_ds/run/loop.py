@@ -23,7 +23,7 @@ from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.kernels import switch
 from laid_ds.method import schedule
-from laid_ds.method.distill import NonFiniteLoss, train_step
+from laid_ds.method.distill import NonFiniteLoss, RecordedTeacher, train_step
 from laid_ds.plan.flops import model_flops
 from laid_ds.plan.pair import read_pair
 from laid_ds.run.build import Training, build
@@ -186,7 +186,8 @@ def sight(run: Run, training: Training) -> list[str]:
     """What the first batches say of whether the models see their images."""
     device = training.student.device
     pairs = ((own.to(device), others.to(device)) for own, others in doubles(training.stream))
-    return look_at_images(run, training.student, training.teacher, pairs, training.vocabulary)
+    live = training.teacher if run.taught and run.teacher.lessons is None else None  # a recorded one was looked at when it was recorded
+    return look_at_images(run, training.student, live, pairs, training.vocabulary)
 
 
 def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLo
 
 def _attention(training: Training, batch: Batch) -> dict[str, Any]:
     """Statistics of the compared layers of both models on rank 0's last micro-batch."""
-    engines = {"student": training.student, "teacher": training.teacher}
+    engines = {"student": training.student, "teacher": None if isinstance(training.teacher, RecordedTeacher) else training.teacher}
     return {
         "attention": {
             name: profile_heads(engine.module.tap.captured, batch.segments) for name, engine in engines.items() if engine is not None

@@ -77,17 +77,20 @@ def _with_images(sample: Sample, other: Sample) -> Sample:
 
 
 @torch.no_grad()
-def look_at_images(run: Run, student: Any, teacher: Any | None, pairs: Iterator[tuple[Batch, Batch]], vocabulary: int) -> list[str]:
+def look_at_images(run: Run, student: Any | None, teacher: Any | None, pairs: Iterator[tuple[Batch, Batch]], vocabulary: int) -> list[str]:
     """What to say of whether the models see. Collective; every rank makes the same forward passes, and no random number is drawn.
 
     Raises ValueError for a teacher that does not see (`teacher.check_answers`); a student that does not is only told of.
     """
-    ask: dict[str, Callable[[Batch], float]] = {"student": lambda batch: student_nats(run, student, batch)}
+    ask: dict[str, Callable[[Batch], float]] = {}
+    if student is not None:
+        ask = {"student": lambda batch: student_nats(run, student, batch)}
     if teacher is not None and run.teacher.check_answers:
         ask = {"teacher": lambda batch: teacher_nats(run, teacher, batch, vocabulary)[0]} | ask
     costs = {who: Costs() for who in ask}
     judged, keys = costs[next(iter(ask))], set()
-    student.eval()
+    if student is not None:
+        student.eval()
     for own, others in pairs:
         keys |= set(own.keys)
         for who, cost in ask.items():
@@ -95,7 +98,8 @@ def look_at_images(run: Run, student: Any, teacher: Any | None, pairs: Iterator[
             costs[who].others.append(_agreed(cost(others)))
         if judged.sees() or ("teacher" not in ask and len(judged.own) == LEAST):
             break
-    student.train()
+    if student is not None:
+        student.train()
     return _verdict(run, costs, len(keys))
 
 
@@ -105,7 +109,7 @@ def _agreed(value: float) -> float:
 
 
 def _verdict(run: Run, costs: dict[str, Costs], num_samples: int) -> list[str]:
-    number = len(costs["student"].own)
+    number = len(next(iter(costs.values())).own)
     if num_samples < LEAST:
         return [f"whether the models see cannot be told: {num_samples} of the first samples have images that those before them lack"]
     if "teacher" in costs and not costs["teacher"].sees():
@@ -116,6 +120,6 @@ def _verdict(run: Run, costs: dict[str, Costs], num_samples: int) -> list[str]:
         )
     said = ", ".join(f"{who} {cost}" for who, cost in costs.items())
     lines = [f"nats of a batch's answers beside their own images and beside those of other samples, {number} batches: {said}"]
-    if not evidence(costs["student"].own, costs["student"].others) >= LIKELY:
+    if "student" in costs and not evidence(costs["student"].own, costs["student"].others) >= LIKELY:
         lines.append(f"warning: nothing shows that the student {run.student.path} sees the images")
     return lines

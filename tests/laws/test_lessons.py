@@ -1,0 +1,241 @@
+"""Recorded lessons: a run that reads them is the run with the teacher in memory, and no other run reads them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from laid_ds.data.lessons import Lessons, file_name, read_manifest
+from laid_ds.models.folder import read_header
+from laid_ds.run.check import check_lessons
+from laid_ds.run.teach import teach
+from laid_ds.runtime import engine
+from laid_ds.runtime.stop import StopRequest
+from tests.support.processes import run_ranks, start_ranks, wait_until
+from tests.support.training import rank_steps
+
+STEPS = int(os.environ.get("LAID_LESSON_STEPS", "6"))
+KILLS = int(os.environ.get("LAID_TEACH_KILLS", "2"))
+BATCH = 4
+SHAPES = {"padded": {"micro_batch": 2}, "packed": {"micro_batch": 1, "tokens_per_pack": 150}, "alone": {"micro_batch": 1}}
+
+
+def record(run, out, steps=STEPS, batch=BATCH):
+    engine.start_processes()
+    assert teach(run, out, steps, batch, StopRequest())
+
+
+def make(world, output, shape="padded", ranks=1, lessons=None, repeat=False, **changes):
+    data = SHAPES[shape] | changes.pop("data", {})
+    teacher = {"lessons": lessons, "lessons_repeat": repeat} if lessons else {}
+    accumulation = BATCH // data["micro_batch"] // ranks
+    steps = {"steps": STEPS} | changes
+    return world.run(output, data=data, teacher=teacher | steps.pop("teacher", {}), optimizer={"accumulation": accumulation}, **steps)
+
+
+def assert_same(found, expected):
+    assert found["records"] == expected["records"]
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        assert torch.equal(found["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("shape, recorded_on, ranks", [("padded", 2, 1), ("padded", 1, 2), ("packed", 2, 1), ("alone", 2, 4)])
+def test_lessons_equal_the_live_teacher_bit_for_bit(world, tmp_path, shape, recorded_on, ranks):
+    run_ranks(recorded_on, record, make(world, tmp_path / "a", shape), tmp_path / "lessons")
+    live = run_ranks(ranks, rank_steps, make(world, tmp_path / "a", shape, ranks), STEPS)
+    read = run_ranks(ranks, rank_steps, make(world, tmp_path / "b", shape, ranks, tmp_path / "lessons"), STEPS)
+    for found, expected in zip(read, live, strict=True):
+        assert_same(found, expected)
+        assert found["bytes"].keys() == {"student"}, "no teacher is in memory"
+        assert all(step["kl"] > 0 and step["align"] > 0 and step["match"] > 0 for step in found["records"])
+
+
+HEADS = (((0, 1), (1, 3)),)
+LESS = {
+    "chosen heads": {"align": {"heads": HEADS}},
+    "answers of chosen heads": {"align": {"heads": HEADS}, "match": {"rows_from": "answers"}, "losses": {"align": 0.0}},
+    "answers": {"match": {"rows_from": "answers"}, "losses": {"align": 0.0}},
+    "sampled rows": {"match": {"rows": 3}},
+    "kl alone": {"losses": {"align": 0.0, "match": 0.0}},
+    "needles": {"losses": {"align": 0.0, "match": 0.0}, "teacher": {"sees": "needles", "distractors": 1}},
+}
+
+
+@pytest.mark.parametrize("what", LESS)
+def test_lessons_hold_no_more_than_the_loss_asks(world, tmp_path, what):
+    """And what they hold is the live teacher's; prepared by a data worker, too."""
+    changes, whole, out = LESS[what], tmp_path / "whole", tmp_path / "lessons"
+    run_ranks(1, record, make(world, tmp_path / "a", **changes), out, 2)
+    teacher = changes.get("teacher", {})
+    rest = {name: value for name, value in changes.items() if name != "teacher"}
+    (live,) = run_ranks(1, rank_steps, make(world, tmp_path / "a", steps=2, **changes), 2)
+    told = {"lessons": out} | teacher
+    (read,) = run_ranks(1, rank_steps, make(world, tmp_path / "b", steps=2, teacher=told, data={"workers": 1, "micro_batch": 2}, **rest), 2)
+    assert_same(read, live)
+    if what in ("chosen heads", "sampled rows"):
+        return
+    run_ranks(1, record, make(world, tmp_path / "a"), whole, 2)
+    less, every = (Lessons(folder, read_manifest(folder)) for folder in (out, whole))
+    assert less.num_bytes < every.num_bytes
+    if what != "needles":
+        (read,) = run_ranks(1, rank_steps, make(world, tmp_path / "c", steps=2, lessons=whole, **rest), 2)
+        assert_same(read, live)
+        with pytest.raises(AssertionError, match="which the loss asks: record anew"):
+            run_ranks(1, rank_steps, make(world, tmp_path / "d", steps=2, lessons=out), 1)
+
+
+def test_bfloat16_lessons_are_the_live_ones(world, tmp_path):
+    """In the same micro-batches bit for bit, in others within one rounding of bfloat16 (2^-8 of a loss)."""
+    both = {"student": {"dtype": "bfloat16"}, "teacher": {"dtype": "bfloat16"}, "gain": {"enabled": False}}
+    alone = {"data": {"micro_batch": 4}}
+    run_ranks(2, record, make(world, tmp_path / "a", **both), tmp_path / "lessons", 2)
+    told = both | {"teacher": both["teacher"] | {"lessons": tmp_path / "lessons"}, "steps": 2}
+    (live,) = run_ranks(1, rank_steps, make(world, tmp_path / "a", steps=2, **both), 2)
+    (read,) = run_ranks(1, rank_steps, make(world, tmp_path / "b", **told), 2)
+    assert_same(read, live)
+    (live,) = run_ranks(1, rank_steps, make(world, tmp_path / "a", steps=2, **both, **alone), 1)
+    (read,) = run_ranks(1, rank_steps, make(world, tmp_path / "b", **told, **alone), 1)
+    for term in ("kl", "align", "match", "sft"):
+        assert read["records"][0][term] == pytest.approx(live["records"][0][term], rel=2**-8)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
+
+
+def has_files(out, number, processes):
+    return len(list(out.glob("*.lessons"))) >= number or not all(process.is_alive() for process in processes)
+
+
+def test_killed_and_resumed_on_other_ranks_is_uninterrupted(world, tmp_path):
+    """Byte for byte."""
+    run, whole = make(world, tmp_path / "a"), tmp_path / "whole"
+    run_ranks(1, record, run, whole)
+    expected = files_of(whole)
+    draw = random.Random(os.environ.get("LAID_TEACH_SEED", "0"))
+    for kill in range(KILLS):
+        out, seen = tmp_path / f"killed-{kill}", draw.randrange(1, 11)
+        processes, _ = start_ranks(2, record, run, out)
+        wait_until(partial(has_files, out, seen, processes), f"{seen} files")
+        for process in processes:
+            process.kill()
+            process.join()
+        (out / f"{file_name(11)}.partial").write_bytes(b"half")  # what a rank that is killed while it writes leaves
+        assert not (out / "lessons.json").exists() or seen == 11
+        run_ranks(2 - kill % 2, record, run, out)
+        assert files_of(out) == expected
+
+
+@pytest.fixture(scope="module")
+def lessons(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recorded") / "lessons"
+    run_ranks(1, record, make(world, out.parent / "a"), out)
+    return out
+
+
+OTHERS = {
+    "seed": ({"seed": 7}, "another seed: 0, and this run has 7"),
+    "window": ({"data": {"images": [1, 3], "micro_batch": 2}}, r"another window \(data.images\): \[1, 4\], and this run has \[1, 3\]"),
+    "questions": ({"data": {"questions": 1, "micro_batch": 2}}, "another number of questions: 2, and this run has 1"),
+    "pictures": ({"data": {"number_images": True, "micro_batch": 2}}, "another way to show pictures"),
+    "dtype": ({"teacher": {"dtype": "bfloat16"}}, 'another dtype: "float32", and this run has "bfloat16"'),
+    "view": ({"teacher": {"sees": "needles"}, "losses": {"align": 0.0, "match": 0.0}}, r"another view of the teacher"),
+    "layer": ({"align": {"pairs": [[0, 0]]}}, "lack queries and keys of the teacher's layer 0"),
+    "order": ({"data": {"shuffle": "none", "micro_batch": 2}}, "another order of samples"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_lessons_of_another_run_are_refused(world, tmp_path, lessons, what):
+    changes, sentence = OTHERS[what]
+    changes = changes | {"teacher": changes.get("teacher", {}) | {"lessons": lessons}}
+    with pytest.raises(ValueError, match=sentence) as refused:
+        check_lessons(make(world, tmp_path / "run", **changes))
+    assert "\n" not in str(refused.value)
+
+
+def other_folder(world, tmp_path, who):
+    shutil.copytree(world.folder / who, tmp_path / who)
+    return tmp_path / who
+
+
+def test_another_teacher_and_another_processor_are_refused(world, tmp_path, lessons):
+    teacher = other_folder(world, tmp_path, "teacher")
+    weights = teacher / "model.safetensors"
+    data, last = bytearray(weights.read_bytes()), max((e["data_offsets"] for e in read_header(weights).values()), key=lambda ends: ends[1])
+    data[len(data) - (last[1] - last[0])] ^= 1  # of the last tensor
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="another teacher"):
+        check_lessons(make(world, tmp_path / "run", teacher={"path": teacher, "lessons": lessons}))
+    student = other_folder(world, tmp_path, "student")
+    settings = next(student.glob("*processor_config.json"))
+    settings.write_text(settings.read_text().replace("}", " }", 1))
+    with pytest.raises(ValueError, match="another processor"):
+        check_lessons(make(world, tmp_path / "run", lessons=lessons, student={"path": student}))
+
+
+def damaged(lessons, tmp_path):
+    shutil.copytree(lessons, tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def read_all(run):
+    stream = check_lessons(run)
+    for k in range(STEPS * BATCH):
+        stream.peek(k)
+
+
+def test_every_flipped_byte_and_cut_file_is_refused(world, tmp_path, lessons):
+    out, draw = damaged(lessons, tmp_path), random.Random(1)
+    run = make(world, tmp_path / "run", lessons=out)
+    read_all(run)
+    path = out / file_name(5)
+    whole = path.read_bytes()
+    payload = len(whole) - read_manifest(out)["lessons"]  # somewhere in the payload
+    for place in (len(whole) - 1, draw.randrange(200, payload)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="does not match its crc32: remove the file, and `laid teach` records it again"):
+            read_all(run)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="bytes instead of"):
+        read_all(run)
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        read_all(run)
+    run_ranks(1, record, make(world, tmp_path / "a"), out)
+    assert path.read_bytes() == whole, "mended by the same command"
+    for name, sentence in (("index.table", "is damaged or missing"), ("lessons.json", "its recording has not come to its end")):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(kept[:-1]) if name == "index.table" else (out / name).unlink()
+        with pytest.raises(ValueError, match=sentence):
+            read_all(run)
+        (out / name).write_bytes(kept)
+    with pytest.raises(AssertionError, match="another seed"):
+        run_ranks(1, record, make(world, tmp_path / "a", seed=3), out)
+
+
+def test_fewer_steps_than_the_run_has(world, tmp_path, lessons):
+    """Six steps of four are two epochs of twelve samples: with lessons_repeat step 7 is step 1 again."""
+    more = make(world, tmp_path / "run", lessons=lessons, steps=8)
+    with pytest.raises(ValueError, match="holds the lessons of 6 steps, and the run has 8: record more with `laid teach --steps 8`"):
+        check_lessons(more)
+    stream = check_lessons(make(world, tmp_path / "run", lessons=lessons, steps=8, repeat=True))
+    assert stream.repeats == 2
+    assert stream.slots(24, 8) == stream.slots(0, 8)
+    first, again, other = (stream.peek(k) for k in (0, 24, 12))
+    assert torch.equal(first.inputs["input_ids"], again.inputs["input_ids"])
+    assert torch.equal(first.lesson.hidden, again.lesson.hidden)
+    assert other.keys != first.keys or not torch.equal(first.inputs["input_ids"], other.inputs["input_ids"])
+    run_ranks(1, record, make(world, tmp_path / "a"), tmp_path / "short", 2)
+    with pytest.raises(ValueError, match="only whole epochs repeat"):
+        check_lessons(make(world, tmp_path / "run", lessons=tmp_path / "short", repeat=True))
+    run_ranks(2, record, make(world, tmp_path / "a"), tmp_path / "short", STEPS)
+    assert files_of(tmp_path / "short") == files_of(lessons), "a recording may be prolonged"
