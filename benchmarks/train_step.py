@@ -45,12 +45,12 @@ OF_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 Finish = Callable[[], None]
 
 
-def model(who: str):
+def model(who: str, hidden: int | None = None):
     """A random Qwen2 language model."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(len(who))
-    hidden = HIDDEN[who]
+    hidden = hidden or HIDDEN[who]
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
     config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=LAYERS, use_cache=False, tie_word_embeddings=False, **sizes)
     config._attn_implementation = "sdpa"

@@ -70,11 +70,19 @@ def teach(
     """
     from laid_ds import config
 
-    config.load(recipe, overrides or [])
-    with working("importing torch, transformers and DeepSpeed"):
+    run = config.load(recipe, overrides or [])
+    with working("looking at models, data and disk"):
+        import torch
+
+        from laid_ds.run.teach import check_teaching
         from laid_ds.runtime.local import launch
-    asked = [word for name, value in (("--steps", steps), ("--batch", batch)) if value is not None for word in (name, str(value))]
-    status = launch(["--teach", str(out), *asked, str(recipe), *(overrides or [])], ranks, port)
+
+        ranks = ranks or torch.cuda.device_count() or 1
+        batch = batch or run.data.micro_batch * run.optimizer.accumulation * ranks
+        sentence = check_teaching(run, out, steps, batch)
+    print(sentence, flush=True)
+    asked = ["--teach", str(out), "--steps", str(steps or run.steps), "--batch", str(batch)]
+    status = launch([*asked, str(recipe), *(overrides or [])], ranks, port)
     if status == 0:
         next_step("laid", "train", recipe, *(overrides or []), f"teacher.lessons={out}")
     raise typer.Exit(status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laid_ds.models.sizes import Sizes
-from laid_ds.plan.pair import Pair, compared, moves
+from laid_ds.plan.pair import Pair, compared, moves, reads_lessons
 
 
 def step_flops(pair: Pair, tokens: int) -> float:
@@ -29,7 +29,8 @@ def _row_flops(pair: Pair, tokens: float, passes: int) -> float:
     """Of one row: products forward, twice that backward (3 passes), once more for a recomputation (4)."""
     seen = passes if moves(pair.run, vision=True) else 1
     student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens)
-    teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens) if pair.teacher else 0
+    live = pair.teacher is not None and not reads_lessons(pair.run)
+    teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens) if live else 0
     return student + teacher + _matching_flops(pair, tokens)
 
 

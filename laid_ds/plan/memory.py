@@ -24,6 +24,7 @@ from laid_ds.plan.pair import (
     compared,
     has_gains,
     moves,
+    reads_lessons,
     teaches_itself,
     trained_parameters,
 )
@@ -86,6 +87,8 @@ def _share(sizes: list[int], ranks: int) -> int:
 def _teacher_bytes(pair: Pair, ranks: int) -> int:
     if pair.teacher is None or teaches_itself(pair.run):
         return 0
+    if reads_lessons(pair.run):  # its head, whole on each GPU
+        return BYTES[pair.run.teacher.dtype] * pair.teacher.vocabulary * pair.teacher.hidden
     return BYTES[pair.run.teacher.dtype] * _held(list(pair.teacher.parameters.values()), ranks, pair.teacher_zero)
 
 
@@ -95,7 +98,8 @@ def _live_bytes(pair: Pair) -> int:
     prefetched = int(pair.student_zero.get("stage3_prefetch_bucket_size", PREFETCHED))
     kept = int(pair.student_zero.get("stage3_max_live_parameters", MOST_LIVE))
     student = min(pair.student.total(), max(pair.student.largest_module, kept) + prefetched)
-    teacher = min(pair.teacher.total(), pair.teacher.largest_module + prefetched) if pair.teacher else 0
+    live = pair.teacher is not None and not reads_lessons(pair.run)
+    teacher = min(pair.teacher.total(), pair.teacher.largest_module + prefetched) if live else 0
     return max(BYTES[pair.run.student.dtype] * student, BYTES[pair.run.teacher.dtype] * teacher if pair.teacher else 0)
 
 
@@ -165,7 +169,8 @@ def _logits(pair: Pair, tokens: int) -> int:
     own = rows * vocabulary * (4 * FP32 + (width if width != FP32 else 0)) + width * student.hidden * vocabulary
     if pair.teacher is None or pair.run.losses.kl == 0:
         return own
-    shown = min(tokens * vocabulary, (tokens + vocabulary) * pair.teacher.hidden)
+    copied = 0 if reads_lessons(pair.run) else vocabulary  # its head stands by itself then
+    shown = min(tokens * vocabulary, (tokens + copied) * pair.teacher.hidden)
     return own + BYTES[pair.run.teacher.dtype] * shown
 
 

@@ -119,6 +119,11 @@ def teaches_itself(run: Run) -> bool:
     return run.teacher is not None and run.teacher.self and run.student.lora is not None
 
 
+def reads_lessons(run: Run) -> bool:
+    """Whether what the teacher shows was recorded: of it only the head is in memory then."""
+    return run.taught and run.teacher.lessons is not None
+
+
 def has_gains(run: Run) -> bool:
     """Whether the student's queries go through gains: they come with a [teacher]."""
     return run.teacher is not None and run.gain.enabled

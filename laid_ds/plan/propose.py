@@ -9,7 +9,7 @@ from pathlib import Path
 
 from laid_ds.config import Run
 from laid_ds.plan.advice import CHECKPOINTING, STUDENT, STUDENT_OFFLOAD, TEACHER, TEACHER_OFFLOAD, Settings, with_settings
-from laid_ds.plan.pair import Machine, Pair, read_pair
+from laid_ds.plan.pair import Machine, Pair, read_pair, reads_lessons
 from laid_ds.plan.report import Plan, plan
 
 
@@ -58,7 +58,7 @@ def fastest(pair: Pair, machine: Machine, tokens: int | None = None) -> Proposal
 def ladder(pair: Pair) -> list[Settings]:
     """Settings from fast to frugal, each with those of the one before."""
     run = pair.run
-    teacher = {} if pair.teacher is None else {TEACHER: str(run.teacher.deepspeed.with_name(TEACHER_OFFLOAD))}
+    teacher = {} if pair.teacher is None or reads_lessons(run) else {TEACHER: str(run.teacher.deepspeed.with_name(TEACHER_OFFLOAD))}
     optimizer = {STUDENT: str(run.student.deepspeed.with_name(STUDENT_OFFLOAD))}
     changes = [{CHECKPOINTING: False}, {CHECKPOINTING: True}, teacher, {CHECKPOINTING: "offload"}, optimizer]
     return [settings for settings, change in zip(accumulate(changes, or_), changes, strict=True) if change]

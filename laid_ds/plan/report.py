@@ -11,6 +11,7 @@ from laid_ds.data.record import DataError
 from laid_ds.plan.advice import suggestion
 from laid_ds.plan.flops import batch_flops
 from laid_ds.plan.lengths import Lengths, read_lengths
+from laid_ds.plan.lessons import LessonPlan, plan_lessons
 from laid_ds.plan.memory import memory, peak_bytes, tokens_that_fit
 from laid_ds.plan.pair import Machine, Pair
 
@@ -66,6 +67,8 @@ class Plan:
     total_tokens: float
     """Of the whole run on all GPUs, padding included."""
     suggestion: str | None
+    lessons: LessonPlan | None
+    """What recorded lessons would save, or save; None where there is no second model."""
     notes: tuple[str, ...]
     """What a reader should know of the figures, one sentence each."""
 
@@ -91,6 +94,7 @@ class Plan:
         epochs = f" ({self.epochs:.3g} epochs)" if self.epochs is not None else ""
         size = f"{self.total_tokens / 1e6:,.1f} M tokens"
         lines.append(f"the run of {self.steps:,} steps takes about {self.hours:.1f} h: {size}{seen}{epochs}")
+        lines += [self.lessons.as_text()] if self.lessons else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *([f"suggestion: {self.suggestion}"] if self.suggestion else [])])
 
@@ -115,6 +119,11 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
     in_all = run.steps * run.optimizer.accumulation * machine.gpus  # micro-batches
     packs = run.data.tokens_per_pack is not None
     samples = in_all * found.samples if found else None if packs else float(in_all * run.data.micro_batch)
+    epochs = samples / found.data_samples if found else None
+    rows = max(1, round(found.samples)) if found else run.data.micro_batch
+    typical = (mean_tokens / rows,) * rows  # rows of a micro-batch, or samples of a pack
+    if run.taught and run.teacher.sees == "needles":
+        notes.append('the teacher is reckoned as if it read all; with teacher.sees = "needles" it reads less')
     return Plan(
         tokens=longest,
         mean_tokens=mean_tokens,
@@ -132,9 +141,10 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
         steps=run.steps,
         hours=run.steps * seconds / 3600,
         samples=samples,
-        epochs=samples / found.data_samples if found else None,
+        epochs=epochs,
         total_tokens=in_all * mean_tokens,
         suggestion=None if fits else suggestion(pair, machine, longest),
+        lessons=plan_lessons(pair, machine, longest, in_all, typical, epochs),
         notes=tuple(notes),
     )
 

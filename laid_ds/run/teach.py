@@ -29,7 +29,7 @@ from laid_ds.run.first_look import BATCHES, look_at_teacher
 from laid_ds.run.lessons import facts_of, layout_of
 from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import distributed, lock
-from laid_ds.runtime.stop import StopRequest
+from laid_ds.runtime.stop import STOP, StopRequest
 from laid_ds.terminal import say, working
 
 CLAIM = "recording.json"
@@ -93,13 +93,10 @@ def teach(run: Run, out: Path, steps: int | None, per_step: int | None, stop: St
     with working("looking at what is to be recorded", active=active):
         recording = foresee(run, steps, per_step)
     handle = distributed.on_rank_0(lambda: lock.take(out))  # open as long as the process lives
-    per_file = _claim(recording, out)
+    per_file = _begin(recording, out)
     missing, files = _missing(recording, out, per_file)
     if active:
-        say(
-            f"{out}: lessons of {recording.slots:,} places of the stream ({recording.slots // recording.per_step:,} steps), about"
-            f" {recording.num_bytes / 1e9:,.3f} GB in {files:,} files of {per_file} micro-batches; {files - len(missing):,} are there"
-        )
+        say(f"{out}: {files - len(missing):,} of {files:,} files of {per_file} micro-batches are there")
     _check_room(recording, out, len(missing), files)
     with working("loading the teacher", active=active):
         teacher = build_teacher(recording.run, recording.pairs, recording.vocabulary, kind=Recorder)
@@ -120,30 +117,58 @@ def teach(run: Run, out: Path, steps: int | None, per_step: int | None, stop: St
     return True
 
 
-def _claim(recording: Recording, out: Path) -> int:
-    """Make the folder this recording's, or find that it is; returns the micro-batches of a file."""
+def check_teaching(run: Run, out: Path, steps: int | None, per_step: int) -> str:
+    """What is to be recorded, as a sentence. Raises ValueError, before a process is started, for what `teach` would refuse."""
+    recording = foresee(run, steps, per_step)
+    _check_folder(out, _claim(recording))
+    if lacking := no_room(out, "the lessons", recording.num_bytes):
+        raise ValueError(lacking)
+    each = recording.num_bytes / max(recording.slots // per_step, 1)
+    return (
+        f"{out}: lessons of {recording.slots // per_step:,} steps, {recording.slots:,} samples or packs, about"
+        f" {recording.num_bytes / 1e9:,.3f} GB ({each / 1e6:,.1f} MB a step)"
+    )
+
+
+def _claim(recording: Recording) -> dict[str, Any]:
+    """What recording.json says from the first moment on."""
     run, micro_batches = recording.run, -(-recording.slots // recording.run.data.micro_batch)
-    facts = json.loads(json.dumps(facts_of(run, recording.stream, recording.per_step)))
     each = max(1, recording.num_bytes // micro_batches)
     claim = {
-        "facts": facts,
-        "layout": json.loads(json.dumps(asdict(recording.layout))),
+        "facts": facts_of(run, recording.stream, recording.per_step),
+        "layout": asdict(recording.layout),
         "micro_batch": run.data.micro_batch,
         "per_file": int(max(1, min(FILE_BYTES // each, micro_batches // LEAST_FILES))),
     }
+    return json.loads(json.dumps(claim))
+
+
+def _check_folder(out: Path, claim: dict[str, Any]) -> dict[str, Any]:
+    """The claim of a folder that holds a part of these lessons, or {} of an empty one. Raises ValueError for any other."""
+    if (out / CLAIM).is_file():
+        there = read_json(out / CLAIM)
+        check_facts(out, there.get("facts", {}), claim["facts"])
+        for name in ("layout", "micro_batch"):
+            if there.get(name) != claim[name]:
+                raise ValueError(f"{out} was begun with another {name}: {there.get(name)}, this is {claim[name]}; give another folder")
+        return there
+    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if others := [name for name in found if name not in (lock.FILE, STOP, f"{CLAIM}.partial") and not name.startswith(".")]:
+        raise ValueError(f"{out} is not empty and holds no lessons ({others[0]}); give another folder")
+    return {}
+
+
+def _begin(recording: Recording, out: Path) -> int:
+    """Make the folder this recording's, or find that it is; returns the micro-batches of a file."""
+    claim = _claim(recording)
 
     def act() -> int:
-        if (out / CLAIM).is_file():
-            there = read_json(out / CLAIM)
-            check_facts(out, there.get("facts", {}), facts)
-            for name in ("layout", "micro_batch"):
-                if there.get(name) != claim[name]:
-                    raise ValueError(f"{out} was begun with another {name}: {there.get(name)}, this is {claim[name]}; give another folder")
-            return there["per_file"]
-        if others := sorted(path.name for path in out.iterdir() if path.name not in (lock.FILE, "stop") and not path.name.startswith(".")):
-            raise ValueError(f"{out} is not empty and holds no lessons ({others[0]}); give another folder")
-        replace_file(out / CLAIM, [json.dumps(claim, indent=1).encode()])
-        return claim["per_file"]
+        there = _check_folder(out, claim)
+        for half in out.glob("*.partial"):  # of a recording that was killed
+            half.unlink()
+        if not there:
+            replace_file(out / CLAIM, [json.dumps(claim, indent=1).encode()])
+        return (there or claim)["per_file"]
 
     found = distributed.on_rank_0(act)
     return int(distributed.largest([found or 0])[0])
