@@ -1,6 +1,7 @@
 """A training step with recorded lessons beside the same step with the teacher in memory.
 
 python -m benchmarks.lessons --tokens 1024 --json
+LAID_BENCH_ANSWERS=1 python -m benchmarks.lessons --json     every token is an answer's: most of a step is the head's, which both have
 
 The models are those of benchmarks/train_step.py on the CPU, twice as wide: 256, and 512 the teacher. Of 16 tokens of the sample one is an
 answer's, and every layer is compared; `kl` is the same without alignment and matching. Each run is a process of its own with one thread,
@@ -26,7 +27,7 @@ from benchmarks import measure, train_step
 
 LOSSES = {"all": {}, "kl": {"align": 0.0, "match": 0.0}}
 HIDDEN = {"student": 256, "teacher": 512}
-ANSWERS = 16  # one of so many tokens
+ANSWERS = int(os.environ.get("LAID_BENCH_ANSWERS", "16"))  # one of so many tokens
 ARMS = ("record", "live", "lessons")
 
 

@@ -125,7 +125,7 @@ class Stream:
             "position": self._position,
             "offset": self._offset,
             "fingerprint": self.dataset.fingerprint,
-            "order": self._order_facts(),
+            "order": self.order_facts(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class Stream:
             raise ValueError(
                 f"the data set changed: the state was saved on {state['fingerprint'][:12]}, this one is {self.dataset.fingerprint[:12]}"
             )
-        for name, value in self._order_facts().items():
+        for name, value in self.order_facts().items():
             if state["order"].get(name) != value:
                 raise ValueError(f"the order changed: the state was saved with {name} {state['order'].get(name)!r}, this run has {value!r}")
         self._epoch, self._offset, self._position = state["epoch"], state["offset"], state["position"]
@@ -153,7 +153,8 @@ class Stream:
         """All slots of an epoch, in global order: what every rank together will read."""
         return [self._slot(epoch, k) for k in range(len(self._plan(epoch)[1]))]
 
-    def _order_facts(self) -> dict[str, Any]:
+    def order_facts(self) -> dict[str, Any]:
+        """What the order of the samples follows from, beside the data set."""
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,

@@ -33,7 +33,8 @@ class LessonPlan:
 
     def as_text(self) -> str:
         epoch = f", {self.bytes_per_epoch / 1e9:,.1f} GB an epoch" if self.bytes_per_epoch is not None else ""
-        sizes = f"{self.bytes_per_step / 1e9:,.3f} GB a step{epoch}, and {self.bytes_per_answer_token / 1e3:,.1f} kB for each answer token"
+        rows = f"{self.bytes_per_step / 1e9:,.3f} GB a step{epoch}, and " if self.bytes_per_token else ""
+        sizes = f"{rows}{self.bytes_per_answer_token / 1e3:,.1f} kB for each answer token"
         saved = f"{self.saved_bytes / 2**30:.2f} GiB of each GPU and {self.saved_share:.0%} of a step's computing"
         costs = f"recording takes about {self.recording_hours:.2g} h"
         if self.used:

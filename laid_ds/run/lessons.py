@@ -40,7 +40,7 @@ def layout_of(run: Run, pairs: Sequence[tuple[int, int]], lse: bool) -> Layout:
 
 def facts_of(run: Run, stream: Stream, per_step: int) -> dict[str, Any]:
     """What must be the same for a lesson to be that of a run's sample; per_step: samples of an optimizer step over all ranks."""
-    data, teacher, order = run.data, run.teacher, stream._order_facts()
+    data, teacher, order = run.data, run.teacher, stream.order_facts()
     growing = {"from": data.grow_from, "until": data.grow_until, "steps": run.steps, "samples per step": per_step}
     return {
         "data (fingerprint)": stream.dataset.fingerprint,

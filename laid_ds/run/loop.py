@@ -126,7 +126,7 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
     """What the schedules say of this step, the step itself, and its record."""
     engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
     omega = schedule.omega(schedule.progress(step, run.steps), run.match)
-    micro_batches = [batch.to(training.student.device) for batch in _next_batches(batches, run.optimizer.accumulation)]
+    micro_batches = [batch.to(training.student.device) for batch in next_batches(batches, run.optimizer.accumulation)]
     try:
         values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
         record = values | _details(training, micro_batches)
@@ -138,7 +138,7 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
     return record | (_attention(training, micro_batches[-1]) if due else {})
 
 
-def _next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
+def next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
     """The micro-batches of one step. A sample that cannot be read stops all ranks together, so that none waits for another for ever."""
     found, failure = [], None
     try:

@@ -27,9 +27,10 @@ from laid_ds.models.processor import check_same_tokenizer, load_processor
 from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher
 from laid_ds.run.first_look import BATCHES, look_at_teacher
 from laid_ds.run.lessons import facts_of, layout_of
+from laid_ds.run.loop import next_batches
 from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import distributed, lock
-from laid_ds.runtime.stop import STOP, StopRequest
+from laid_ds.runtime.stop import STOP, StopRequest, clear
 from laid_ds.terminal import say, working
 
 CLAIM = "recording.json"
@@ -93,7 +94,7 @@ def teach(run: Run, out: Path, steps: int | None, per_step: int | None, stop: St
     with working("looking at what is to be recorded", active=active):
         recording = foresee(run, steps, per_step)
     handle = distributed.on_rank_0(lambda: lock.take(out))  # open as long as the process lives
-    per_file = _begin(recording, out)
+    per_file = _begin(recording, out, stop.started)
     missing, files = _missing(recording, out, per_file)
     if active:
         say(f"{out}: {files - len(missing):,} of {files:,} files of {per_file} micro-batches are there")
@@ -103,11 +104,11 @@ def teach(run: Run, out: Path, steps: int | None, per_step: int | None, stop: St
     scales = _look(recording, teacher, out)
     stop.listen_to_ctrl_c()
     with working("recording files", len(missing), active) as advance:
-        for number, lessons in _record(recording, teacher, missing, per_file):
+        for turn, number, lessons in _record(recording, teacher, missing, per_file):
             if lessons is not None:
                 write_file(out / file_name(number), lessons)
             distributed.barrier()
-            advance(distributed.world_size())
+            advance(turn)
             if reason := stop.agreed(out, recording.run.stop.after_minutes):
                 if active:
                     say(f"stopped ({reason}); the same command goes on from there")
@@ -158,12 +159,13 @@ def _check_folder(out: Path, claim: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _begin(recording: Recording, out: Path) -> int:
+def _begin(recording: Recording, out: Path, started: float) -> int:
     """Make the folder this recording's, or find that it is; returns the micro-batches of a file."""
     claim = _claim(recording)
 
     def act() -> int:
         there = _check_folder(out, claim)
+        clear(out, started)
         for half in out.glob("*.partial"):  # of a recording that was killed
             half.unlink()
         if not there:
@@ -206,13 +208,13 @@ def _look(recording: Recording, teacher: Any, out: Path) -> dict[int, tuple[floa
     if distributed.rank() == 0:
         named = {"weight": lesson.logits.weight, "bias": lesson.logits.bias}
         head = save_tensors({name: tensor.cpu().contiguous() for name, tensor in named.items() if tensor is not None})
-        if not (out / HEAD).is_file():
-            replace_file(out / HEAD, [head])
+        replace_file(out / HEAD, [head])
     return {layer: (captured.scale, captured.window) for layer, captured in lesson.heads.items()}
 
 
-def _record(recording: Recording, teacher: Any, missing: list[int], per_file: int) -> Iterator[tuple[int, list | None]]:
-    """This rank's files and their lessons, None where the other ranks have one more: a sharded teacher needs every rank for each batch."""
+def _record(recording: Recording, teacher: Any, missing: list[int], per_file: int) -> Iterator[tuple[int, int, list | None]]:
+    """Files of all ranks in each turn, this rank's own and its lessons, None where others have one more: a sharded teacher needs
+    every rank for each batch."""
     size, world, rank = recording.run.data.micro_batch, distributed.world_size(), distributed.rank()
     turns = [missing[first : first + world] for first in range(0, len(missing), world)]
     mine = [turn[min(rank, len(turn) - 1)] for turn in turns]
@@ -226,11 +228,11 @@ def _record(recording: Recording, teacher: Any, missing: list[int], per_file: in
     for turn, number in zip(turns, mine, strict=True):
         lessons = []
         for _ in range(per_file):
-            positions, batch = next(prepared)
+            ((positions, batch),) = next_batches(prepared, 1)
             shown = teacher(batch.to(teacher.device).for_teacher)
             told = cut(recording.layout, batch, shown.logits.rows, shown.heads)
             lessons += [(position, *lesson) for position, lesson in zip(positions, told, strict=True)]
-        yield number, lessons if rank < len(turn) else None
+        yield len(turn), number, lessons if rank < len(turn) else None
 
 
 def _finish(recording: Recording, out: Path, files: int, scales: dict[int, tuple[float, int | None]]) -> None:

@@ -12,7 +12,11 @@ import torch
 
 from laid_ds.data.lessons import Lessons, file_name, read_manifest
 from laid_ds.models.folder import read_header
+from laid_ds.plan.pair import Machine, read_pair
+from laid_ds.plan.report import plan
+from laid_ds.run.build import build_pairs
 from laid_ds.run.check import check_lessons
+from laid_ds.run.lessons import layout_of
 from laid_ds.run.teach import teach
 from laid_ds.runtime import engine
 from laid_ds.runtime.stop import StopRequest
@@ -239,3 +243,21 @@ def test_fewer_steps_than_the_run_has(world, tmp_path, lessons):
         check_lessons(make(world, tmp_path / "run", lessons=tmp_path / "short", repeat=True))
     run_ranks(2, record, make(world, tmp_path / "a"), tmp_path / "short", STEPS)
     assert files_of(tmp_path / "short") == files_of(lessons), "a recording may be prolonged"
+
+
+@pytest.mark.parametrize("what", [name for name in LESS if name != "needles"])
+def test_the_plan_foresees_the_bytes_of_a_lesson_and_the_head_alone(world, tmp_path, what):
+    run = make(world, tmp_path / "run", **LESS[what])
+    pair, machine = read_pair(run), Machine(gpus=2, gpu_bytes=2**34, peak_flops=1e12, mfu=0.5)
+    found = plan(pair, machine)
+    layout = layout_of(run, build_pairs(run), lse=True)
+    assert found.lessons.bytes_per_token == layout.num_bytes(1, 0)
+    assert found.lessons.bytes_per_token + found.lessons.bytes_per_answer_token == layout.num_bytes(1, 1)
+    reads = make(world, tmp_path / "run", **LESS[what] | {"teacher": {"lessons": tmp_path}})
+    other = plan(read_pair(reads), machine)
+    head = world.load("teacher").get_output_embeddings().weight
+    assert other.terms["teacher_parameters"] == 4 * head.numel()
+    assert found.total_bytes - other.total_bytes == found.lessons.saved_bytes == other.lessons.saved_bytes
+    assert other.step_flops < found.step_flops
+    assert other.lessons.used
+    assert not found.lessons.used
