@@ -7,23 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from laid_ds.report.palette import Style, variables
+from laid_ds.terminal import cell
 
 LONG = 28  # characters; columns with more are text, which breaks into lines
 
 
 def text(value: Any) -> str:
     """A value as people read it, safe in HTML; what is not there is a dash."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(text, value)) or "none"
-    return html.escape(str(value))
+    return "–" if value is None or value == "" else html.escape(cell(value) or "none")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], styles: dict[str, Style] | None = None) -> str:
