@@ -227,7 +227,7 @@ def evaluate(
     what: Annotated[
         list[str], typer.Argument(metavar="TASKS... NAME=FOLDER...", help="Folders of shards, and stock model folders by name.")
     ],
-    out: Annotated[Path, typer.Option(help="Results file; the answers stand beside it (.jsonl). What is in them is not asked again.")],
+    out: Annotated[Path, typer.Option(help="Results file; answers stand beside it (.answers.jsonl) and are not asked again.")],
     sizes: Annotated[
         str | None,
         typer.Option(help="Numbers of images of the windows; default: 1,2,5,10,20,50,100,150 for haystacks, benchmarks as they are."),

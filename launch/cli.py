@@ -163,7 +163,6 @@ def evaluate(
     Tasks, models and all options of `laid eval` are given as there; their number of ranks is the job's.
     """
     given = dict(locals())
-    from laid_ds.evaluation.answers import answers_file
     from launch import slurm as commands
     from launch.job import Job, read_job
     from launch.record import write_evaluation
@@ -176,7 +175,7 @@ def evaluate(
             f"{refused or '`sweep` of the site file'} is not for an evaluation: its ranks are those of the job, one for each task"
         )
     words = (*context.args, "--out", str(out))
-    folder = answers_file(out).with_suffix(".job")
+    folder = out.with_name(out.name.removesuffix(".json") + ".job")
     target = Target(f"eval {out.stem}", folder, Path.cwd(), words, _python(job), EVALUATION)
     script = render(job, target)
     if dry_run:

@@ -32,7 +32,7 @@ class Program:
 
 TRAINING = Program("laid_ds.train", 'cat "$run/checkpoints/latest" 2> /dev/null', "newer checkpoint", "forward")
 EVALUATION = Program(
-    "laid_ds.cli", 'echo "lines of answers: $(cat "${run%.job}.jsonl"* 2> /dev/null | wc -l)"', "further answer", "end_launcher"
+    "laid_ds.cli", 'echo "lines of answers: $(cat "${run%.job}.answers.jsonl"* 2> /dev/null | wc -l)"', "further answer", "end_launcher"
 )
 
 

@@ -53,7 +53,7 @@ def find(run: Path) -> list[dict[str, Any]]:
 def progress(run: Path) -> dict[str, Any]:
     """How far a run came, from its own files."""
     if (run / "launch" / EVALUATED).is_file():
-        files = run.parent.glob(f"{glob.escape(run.stem)}.jsonl*")
+        files = run.parent.glob(f"{glob.escape(run.stem)}.answers.jsonl*")
         answers = sum('"question_index"' in line for path in files for line in path.read_text(encoding="utf-8").splitlines())
         return {"run": str(run), "answers": answers, "done": (run / DONE).is_file()}
     lines = run / "metrics.jsonl"

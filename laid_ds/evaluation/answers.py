@@ -27,7 +27,7 @@ VERSION = 1
 
 def answers_file(out: Path) -> Path:
     """Where the answers stand of the results file `out`."""
-    return out.with_suffix(".jsonl") if out.suffix == ".json" else out.with_name(out.name + ".jsonl")
+    return out.with_name(out.name.removesuffix(".json") + ".answers.jsonl")
 
 
 def read_answers(path: Path) -> tuple[Header, list[Answer]]:

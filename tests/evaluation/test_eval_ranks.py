@@ -55,7 +55,7 @@ def test_every_launcher_gives_the_same_answers(world, task, alone, tmp_path, lau
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("next: laid report") == 1
     assert "m, rank 0 of 2: 5 of 5 samples of visual_haystack_4" in found.stderr
-    assert read_answers(tmp_path / "e.jsonl")[1] == alone
+    assert read_answers(tmp_path / "e.answers.jsonl")[1] == alone
 
 
 def test_ranks_that_srun_started_are_ranks(world, task, alone, tmp_path):
@@ -76,7 +76,7 @@ def test_ranks_that_srun_started_are_ranks(world, task, alone, tmp_path):
     ]
     said = [output_of(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert read_answers(tmp_path / "e.jsonl")[1] == alone
+    assert read_answers(tmp_path / "e.answers.jsonl")[1] == alone
 
 
 def test_ctrl_c_keeps_what_was_said_and_the_same_command_goes_on(world, task, alone, tmp_path):
@@ -85,10 +85,10 @@ def test_ctrl_c_keeps_what_was_said_and_the_same_command_goes_on(world, task, al
     command = [*PYTHON, *EVAL, *words(task, world.student, out), "--ranks", "2", "--tokens-per-batch", "1"]
     command[command.index("--max-new-tokens") + 1] = "3000"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    said = interrupted(process, lambda: sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("e.jsonl*")) > 1)
+    said = interrupted(process, lambda: sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("e.answers.jsonl*")) > 1)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    header, kept = read_answers(tmp_path / "e.jsonl")
+    header, kept = read_answers(tmp_path / "e.answers.jsonl")
     assert 0 < len(kept) < len(alone)
     assert json.loads(out.read_text())["models"] == {}
     assert header["setting"]["max_new_tokens"] == 3000

@@ -211,7 +211,7 @@ def test_ranks_under_zero3_killed_twice_say_the_same(alone, shards, models, tmp_
 
 
 def lines_of(out: Path) -> int:
-    return sum(len(path.read_bytes().splitlines()) for path in out.parent.glob("e.jsonl*"))
+    return sum(len(path.read_bytes().splitlines()) for path in out.parent.glob("e.answers.jsonl*"))
 
 
 def test_whole_replicas_and_workers_say_the_same(alone, shards, models, tmp_path):
@@ -336,13 +336,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(shards, models, tmp_path, 
 def test_other_settings_under_the_same_out_are_refused_by_field(shards, models, tmp_path, capsys):
     words = ["eval", shards["infoseek"], f"a={models['internvl']}", "--out", tmp_path / "e.json", "--workers", "0"]
     assert run(*words, "--max-new-tokens", 2) == 0
-    before = (tmp_path / "e.jsonl").read_bytes()
+    before = (tmp_path / "e.answers.jsonl").read_bytes()
     assert run(*words, "--max-new-tokens", 3) == 2
     assert "was made with other max_new_tokens;" in capsys.readouterr().err
     words[1] = shards["slidevqa"]
     assert run(*words, "--max-new-tokens", 2) == 2
     assert "was made with other task, fingerprint" in capsys.readouterr().err
-    assert (tmp_path / "e.jsonl").read_bytes() == before
+    assert (tmp_path / "e.answers.jsonl").read_bytes() == before
 
 
 HOLDING = """
@@ -364,7 +364,7 @@ def test_two_commands_do_not_write_one_file(shards, models, tmp_path, capsys):
         other.kill()
     assert "is being written by another `laid eval`" in capsys.readouterr().err
     assert run(*words) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.answers.jsonl"}
 
 
 def test_a_damaged_picture_stops_asking_by_key(shards, models, tmp_path, capsys):

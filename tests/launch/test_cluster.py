@@ -194,7 +194,7 @@ def test_an_evaluation_goes_on_after_a_kill_and_a_warning(cluster, tmp_path, lau
     assert 4 <= before < run.answered() == 36
     alone = tmp_path / "e.json"
     cluster.slurm(sys.executable, "-m", "laid_ds.cli", "eval", *words, "--out", str(alone))
-    said, expected = (path.with_suffix(".jsonl").read_text().splitlines()[1:] for path in (run.out, alone))
+    said, expected = (path.with_suffix(".answers.jsonl").read_text().splitlines()[1:] for path in (run.out, alone))
     assert said == expected
     assert len(said) == 36
     again = cluster.laid_launch("requeue", run.output)

@@ -64,8 +64,8 @@ def test_an_evaluation_is_submitted_followed_and_submitted_again(played, world, 
     script = (tmp_path / "e x.job" / "launch" / "job.sh").read_text()
     assert "-u -m laid_ds.cli" in script
     assert json.loads((tmp_path / "e x.job" / "launch" / "evaluation.json").read_text())["command"][:2] == ["laid", "eval"]
-    (tmp_path / "e x.jsonl").write_text('{"laid_eval": 1}\n{"question_index": 1}\n')
-    (tmp_path / "e x.jsonl.rank-0001").write_text('{"question_index": 1}\n')
+    (tmp_path / "e x.answers.jsonl").write_text('{"laid_eval": 1}\n{"question_index": 1}\n')
+    (tmp_path / "e x.answers.jsonl.rank-0001").write_text('{"question_index": 1}\n')
     assert "2 answers\n" in ask(capfd, "status", tmp_path / "e x.job")[1]
     (tmp_path / "e x.job" / "done.json").write_text("{}")
     assert "2 answers  done\n" in ask(capfd, "status", tmp_path / "e x.job")[1]

@@ -48,7 +48,7 @@ again() { # WORDS: start this job again, unless that was done often enough or so
   finish stopped 0 "$*; SLURM does not: $answer"
 }
 
-newest() { echo "lines of answers: $(cat "${run%.job}.jsonl"* 2> /dev/null | wc -l)"; }
+newest() { echo "lines of answers: $(cat "${run%.job}.answers.jsonl"* 2> /dev/null | wc -l)"; }
 
 crashed() { # EXIT: without a marker
   local crashes=0
