@@ -56,7 +56,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
 
 
 def inputs(tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = lambda heads: torch.randn(1, heads, tokens, DIM, device=device, dtype=dtype)  # noqa: E731
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, tokens, DIM, device=device, dtype=dtype)
+
     x = {"student_query": draw(HEADS[0]), "student_key": draw(HEADS[1]), "teacher_query": draw(TAUGHT[0]), "teacher_key": draw(TAUGHT[1])}
     x["mixing_logits"] = torch.zeros(HEADS[0], TAUGHT[0], device=device)
     return x | {name: x[name].requires_grad_() for name in LEARNED}
@@ -142,8 +144,8 @@ def attention(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...]
         branches = {"CPU": partial(backends._segments, backends._flash_cpu)}
     peak = peak_flops(device, dtype, repeats)
     for tokens in lengths:
-        draw = lambda heads, tokens=tokens: torch.randn(1, heads, tokens, DIM, device=device, dtype=dtype, requires_grad=True)  # noqa: E731
-        query, key, value = draw(HEADS[0]), draw(HEADS[1]), draw(HEADS[1])
+        shapes = [(1, heads, tokens, DIM) for heads in (HEADS[0], HEADS[1], HEADS[1])]
+        query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
         for samples in (1, 8):
             bounds = torch.arange(samples + 1, dtype=torch.int32) * (tokens // samples)
             figures = {"limit_ms": 1e3 * 7 * HEADS[0] * DIM * samples * (tokens // samples) ** 2 / peak}

@@ -17,11 +17,11 @@ EXAMPLE = """Examples:
 
 laid-data compose questions mine.jsonl --images pictures --rule class --train data/train --test data/test
 
-laid-data compose vqa questions.json annotations.json --instances instances.json --lead "For the image with the {class}: " --images val2014 --train data/train
+laid-data compose vqa questions.json annotations.json --instances instances.json --lead "With the {class}: " --images coco --train data/t
 
 laid-data compose vhs instances_train2017.json --images train2017 --train data/vhs
 
-laid-data compose classes animals --choices 4 --train data/train --test data/test"""  # noqa: E501
+laid-data compose classes animals --choices 4 --train data/train --test data/test"""
 
 
 def compose(

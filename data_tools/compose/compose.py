@@ -236,11 +236,11 @@ def _depth(place: int, images: int) -> np.ndarray:
 
 def _write_all(plan: Compose, pool: Pool, drafts: dict[str, list[Draft]], result: dict[str, Any]) -> None:
     """All folders, or none."""
-    facts: Callable[[Draft], dict[str, Any]] = lambda draft: {  # noqa: E731
-        "source": plan.source_name or plan.files[0].name,
-        "licence": plan.licence,
-        "meta": {"image_paths": [picture.name for picture in draft.pictures]},
-    }
+
+    def facts(draft: Draft) -> dict[str, Any]:
+        paths = [picture.name for picture in draft.pictures]
+        return {"source": plan.source_name or plan.files[0].name, "licence": plan.licence, "meta": {"image_paths": paths}}
+
     with ExitStack() as stack:
         for name, some in drafts.items():
             folder = plan.train if name == TRAIN else plan.test

@@ -148,7 +148,10 @@ def test_ranges_are_those_of_the_project_and_of_an_installed_package_alike(monke
     monkeypatch.setattr(software.metadata, "metadata", lambda name: namedtuple("M", "get_all")(lambda key: [*extras, "dev"]))
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     installed, of_installed = software.declared()
-    names = lambda requirements: [(one.name, str(one.specifier)) for one in requirements]  # noqa: E731
+
+    def names(requirements):
+        return [(one.name, str(one.specifier)) for one in requirements]
+
     assert names(installed) == names(in_clone)
     assert {name: names(of) for name, of in of_installed.items()} == {name: names(of) for name, of in extras.items()}
 

@@ -264,7 +264,10 @@ def test_offsets_beyond_two_to_the_31(situation):
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
     g = torch.Generator(DEVICE).manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=g, device=DEVICE, dtype=torch.bfloat16)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g, device=DEVICE, dtype=torch.bfloat16)
+
     query, key = draw(1, heads, 16, dim).requires_grad_(), draw(1, heads, keys, dim).requires_grad_()
     taught_query, taught_key = draw(1, 2, 16, dim), draw(1, 2, keys, dim)
     mixing = torch.zeros(heads, 2, device=DEVICE, requires_grad=True)
