@@ -50,6 +50,8 @@ def start_processes(wait_seconds: float | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
 
+    for handler in deepspeed.utils.logger.handlers:  # stdout is for what a command was asked for
+        handler.setStream(sys.stderr)
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # the op serves inference only; building it takes minutes of g++
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     patience = {} if wait_seconds is None else {"timeout": timedelta(seconds=wait_seconds)}

@@ -26,6 +26,13 @@ from laid_ds.runtime.environment import DEVICES, without_ranks
 from laid_ds.runtime.launchers import MODULE, STARTED_BY
 
 LAUNCHERS = ("deepspeed", "torchrun")
+LAUNCH = """import sys
+from deepspeed.utils import logger
+for handler in logger.handlers:
+    handler.setStream(sys.stderr)
+from deepspeed.launcher.launch import main
+main()"""
+"""DeepSpeed's launcher of one machine; what it says of a rank that failed is no part of a rank's output, which may be JSON."""
 
 
 def launch(words: Sequence[str], ranks: int | None = None, port: int = 0, launcher: str = "deepspeed", module: str = MODULE) -> int:
@@ -76,10 +83,10 @@ def _check_gpus(ranks: int, gpus: int) -> None:
 
 def _launcher(name: str, ranks: int, port: int, module: str = MODULE) -> list[str]:
     """The command line up to the words. Raises ValueError for an unknown launcher."""
-    if name == "deepspeed":  # its launcher of one machine; the one before it looks for other machines
+    if name == "deepspeed":  # the launcher before this one looks for other machines
         slots = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
         place = [f"--world_info={slots}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        start = ["-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", "--no_python", *place]
+        start = ["-c", LAUNCH, "--quiet", "--no_local_rank", "--no_python", *place]
         return [sys.executable, "-u", *start, *_as_chosen(os.environ), sys.executable, "-u", "-m", module]
     if name == "torchrun":
         place = ["--nnodes=1", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]

@@ -151,6 +151,34 @@ def test_a_closed_terminal_asks_the_ranks_to_save_unless_nohup_keeps_it_away(tmp
     assert (tmp_path / "asked").is_file()
 
 
+FAILING = """
+import os, sys
+from pathlib import Path
+from tests.support.processes import wait_until
+spoken = Path(sys.argv[1], "spoken")
+if os.environ["RANK"] == "0":
+    print('{"finished": true}', flush=True)
+    spoken.touch()
+else:
+    wait_until(spoken.is_file, "rank 0 to speak")
+    sys.exit(3)
+"""
+START_FAILING = """
+import sys
+from laid_ds.runtime import local
+sys.exit(local.launch(sys.argv[1:], ranks=2, module="failing"))
+"""
+
+
+def test_what_the_launcher_says_of_a_rank_that_failed_is_no_part_of_stdout(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    found = subprocess.run([sys.executable, "-c", START_FAILING, str(tmp_path)], capture_output=True, text=True, env=environ)
+    assert found.returncode == 3
+    assert found.stdout == '{"finished": true}\n'
+    assert "exits with return code = 3" in found.stderr
+
+
 def test_the_part_of_deepspeed_that_looks_for_other_machines_is_left_out():
     assert "deepspeed.launcher.runner" not in local._launcher("deepspeed", 2, 29500)  # it reads /job/hostfile and .deepspeed_env
 
