@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def write_file(path: Path, lessons: Sequence[tuple[int, int, int, int, bytes]]) 
 
 def replace_file(path: Path, parts: Sequence[bytes]) -> None:
     """Write a file so that it is there whole or not at all, whatever happens. Raises DiskError when the disk takes no more."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # of no other process that writes the same
     try:
         with writing(path.parent, path.name, sum(map(len, parts))), partial.open("wb") as file:
             file.writelines(parts)

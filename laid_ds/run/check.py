@@ -1,5 +1,6 @@
 """What `laid train` refuses before a process is started, so that what it accepts also runs: engine files, model folders down to the
-headers of their weights, real samples rendered as a worker would, and room on the disk. Nothing is loaded and nothing is written.
+headers of their weights, real samples rendered as a worker would, and room on the disk. Nothing is loaded and nothing is written, but
+that the teacher of recorded lessons was read (run/lessons.py).
 """
 
 from __future__ import annotations

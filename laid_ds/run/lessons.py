@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,13 +13,19 @@ from typing import Any
 from safetensors.torch import load as load_tensors
 
 from laid_ds.config import Run
-from laid_ds.data.lessons import HEAD, Layer, Layout, Lessons, check_facts, read_manifest
+from laid_ds.data.lessons import HEAD, Layer, Layout, Lessons, check_facts, read_manifest, replace_file
 from laid_ds.data.stream import Stream
+from laid_ds.disk import DiskError
+from laid_ds.files import read_json
 from laid_ds.method.align import compared_heads
 from laid_ds.method.losses import Shown
 from laid_ds.models.attention import attention_shape
-from laid_ds.models.identity import model_identity, processor_identity
+from laid_ds.models.identity import Marks, difference, model_marks, processor_identity, read_whole
 from laid_ds.models.load import load_config
+from laid_ds.runtime import distributed
+from laid_ds.terminal import say
+
+SEEN = "teacher_seen.json"  # marks of the teacher's files when a run last read them whole
 
 
 def layout_of(run: Run, pairs: Sequence[tuple[int, int]], lse: bool) -> Layout:
@@ -39,7 +47,8 @@ def layout_of(run: Run, pairs: Sequence[tuple[int, int]], lse: bool) -> Layout:
 
 
 def facts_of(run: Run, stream: Stream, per_step: int) -> dict[str, Any]:
-    """What must be the same for a lesson to be that of a run's sample; per_step: samples of an optimizer step over all ranks."""
+    """What must be the same for a lesson to be that of a run's sample, beside the teacher's files; per_step: samples of an optimizer step
+    over all ranks."""
     data, teacher, order = run.data, run.teacher, stream.order_facts()
     growing = {"from": data.grow_from, "until": data.grow_until, "steps": run.steps, "samples per step": per_step}
     return {
@@ -52,10 +61,39 @@ def facts_of(run: Run, stream: Stream, per_step: int) -> dict[str, Any]:
         "number of questions": data.questions,
         "processor": processor_identity(run.student.path),
         "way to show pictures": [data.image_pixels and list(data.image_pixels), data.decoder, data.resizer, data.number_images],
-        "teacher": model_identity(teacher.path),
         "dtype": teacher.dtype,
         "view of the teacher (teacher.sees, distractors)": [teacher.sees, teacher.distractors],
     }
+
+
+def check_teacher(folder: Path, recorded: Any, path: Path) -> None:
+    """Raises ValueError, naming the file, unless a model's files are those of the teacher that a folder of lessons is of.
+
+    Those whose size and time are as when they were read are taken as read. Others, as of a copy, are read whole; that they were is kept
+    in the folder where it can be written, so that the next run need not.
+    """
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"the lessons in {folder} are of an earlier version, which had not read all of its teacher, so that nobody can tell whether it"
+            f" is the one at {path}: record them anew in another folder"
+        )
+    seen = read_json(folder / SEEN) if (folder / SEEN).is_file() else {}
+    marks = model_marks(path, [recorded, seen])
+    why = difference(recorded, marks)
+    if why is None:
+        whole = read_whole(path, marks)
+        why = difference(recorded, whole)
+        if why is None and whole != marks and os.access(folder, os.W_OK):
+            _remember(folder, whole)
+    if why is not None:
+        raise ValueError(f"the lessons in {folder} are of another teacher than {path}: {why}; record its own with `laid teach`")
+
+
+def _remember(folder: Path, marks: Marks) -> None:
+    try:
+        replace_file(folder / SEEN, [json.dumps(marks, indent=1).encode()])
+    except DiskError as error:
+        say(f"{error}; until then the teacher is read again before each run")
 
 
 def open_lessons(run: Run, pairs: Sequence[tuple[int, int]], stream: Stream, per_step: int) -> tuple[Lessons, int | None]:
@@ -63,6 +101,7 @@ def open_lessons(run: Run, pairs: Sequence[tuple[int, int]], stream: Stream, per
     in them than its loss asks, or of fewer steps without `teacher.lessons_repeat`."""
     folder, manifest = run.teacher.lessons, read_manifest(run.teacher.lessons)
     check_facts(folder, manifest["facts"], facts_of(run, stream, per_step))
+    distributed.on_rank_0(lambda: check_teacher(folder, manifest["facts"].get("teacher"), run.teacher.path))
     lessons = Lessons(folder, manifest)
     _check_held(folder, lessons.layout, layout_of(run, pairs, lse=False))
     slots, needed = manifest["slots"], run.steps * per_step

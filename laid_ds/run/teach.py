@@ -23,10 +23,11 @@ from laid_ds.data.stream import Stream
 from laid_ds.disk import no_room
 from laid_ds.files import read_json
 from laid_ds.method.distill import Recorder
+from laid_ds.models.identity import model_marks, read_whole
 from laid_ds.models.processor import check_same_tokenizer, load_processor
 from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher
 from laid_ds.run.first_look import BATCHES, look_at_teacher
-from laid_ds.run.lessons import facts_of, layout_of
+from laid_ds.run.lessons import check_teacher, facts_of, layout_of
 from laid_ds.run.loop import next_batches
 from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import distributed, lock
@@ -121,7 +122,7 @@ def teach(run: Run, out: Path, steps: int | None, per_step: int | None, stop: St
 def check_teaching(run: Run, out: Path, steps: int | None, per_step: int) -> str:
     """What is to be recorded, as a sentence. Raises ValueError, before a process is started, for what `teach` would refuse."""
     recording = foresee(run, steps, per_step)
-    _check_folder(out, _claim(recording))
+    _check_folder(out, _claim(recording), run.teacher.path)
     if lacking := no_room(out, "the lessons", recording.num_bytes):
         raise ValueError(lacking)
     each = recording.num_bytes / max(recording.slots // per_step, 1)
@@ -132,7 +133,7 @@ def check_teaching(run: Run, out: Path, steps: int | None, per_step: int) -> str
 
 
 def _claim(recording: Recording) -> dict[str, Any]:
-    """What recording.json says from the first moment on."""
+    """What recording.json says from the first moment on, beside the marks of the teacher's files."""
     run, micro_batches = recording.run, -(-recording.slots // recording.run.data.micro_batch)
     each = max(1, recording.num_bytes // micro_batches)
     claim = {
@@ -144,7 +145,7 @@ def _claim(recording: Recording) -> dict[str, Any]:
     return json.loads(json.dumps(claim))
 
 
-def _check_folder(out: Path, claim: dict[str, Any]) -> dict[str, Any]:
+def _check_folder(out: Path, claim: dict[str, Any], teacher: Path) -> dict[str, Any]:
     """The claim of a folder that holds a part of these lessons, or {} of an empty one. Raises ValueError for any other."""
     if (out / CLAIM).is_file():
         there = read_json(out / CLAIM)
@@ -152,23 +153,25 @@ def _check_folder(out: Path, claim: dict[str, Any]) -> dict[str, Any]:
         for name in ("layout", "micro_batch"):
             if there.get(name) != claim[name]:
                 raise ValueError(f"{out} was begun with another {name}: {there.get(name)}, this is {claim[name]}; give another folder")
+        check_teacher(out, there["facts"].get("teacher"), teacher)
         return there
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if others := [name for name in found if name not in (lock.FILE, STOP, f"{CLAIM}.partial") and not name.startswith(".")]:
+    if others := [name for name in found if name not in (lock.FILE, STOP) and not name.startswith((".", f"{CLAIM}."))]:
         raise ValueError(f"{out} is not empty and holds no lessons ({others[0]}); give another folder")
     return {}
 
 
 def _begin(recording: Recording, out: Path, started: float) -> int:
     """Make the folder this recording's, or find that it is; returns the micro-batches of a file."""
-    claim = _claim(recording)
+    claim, teacher = _claim(recording), recording.run.teacher.path
 
     def act() -> int:
-        there = _check_folder(out, claim)
+        there = _check_folder(out, claim, teacher)
         clear(out, started)
         for half in out.glob("*.partial"):  # of a recording that was killed
             half.unlink()
         if not there:
+            claim["facts"]["teacher"] = read_whole(teacher, model_marks(teacher))
             replace_file(out / CLAIM, [json.dumps(claim, indent=1).encode()])
         return (there or claim)["per_file"]
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 from laid_ds.data.lessons import Lessons, file_name, read_manifest
+from laid_ds.models import identity
 from laid_ds.models.folder import read_header
 from laid_ds.plan.pair import Machine, read_pair
 from laid_ds.plan.report import plan
 from laid_ds.run.build import build_pairs
 from laid_ds.run.check import check_lessons
 from laid_ds.run.lessons import layout_of
-from laid_ds.run.teach import teach
+from laid_ds.run.teach import check_teaching, teach
 from laid_ds.runtime import engine
 from laid_ds.runtime.stop import StopRequest
 from tests.support.processes import run_ranks, start_ranks, wait_until
@@ -169,14 +173,83 @@ def other_folder(world, tmp_path, who):
     return tmp_path / who
 
 
-def test_another_teacher_and_another_processor_are_refused(world, tmp_path, lessons):
+def reading(run, look=check_lessons):
+    """Files and MB that were read to the end to know the teacher."""
+    told = []
+
+    def tell(label, total, active):
+        told.extend([(label, total)] if active else [])
+        return nullcontext(lambda more: None)
+
+    with mock.patch.object(identity, "working", tell):
+        look(run)
+    return told
+
+
+def reading_of_a_rank(run):
+    return reading(run, lambda run: rank_steps(run, 1))
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_teacher_is_known_by_every_byte_and_read_no_oftener_than_it_must(world, tmp_path, lessons):
+    """As it was recorded nothing is read; a copy with other times is read once, by one rank; a byte deep inside that differs is found."""
+    mine = damaged(lessons, tmp_path)
+    assert reading(make(world, tmp_path / "run", lessons=mine)) == []
     teacher = other_folder(world, tmp_path, "teacher")
+    for file in teacher.iterdir():
+        os.utime(file, (1, 1))
+    copied = make(world, tmp_path / "run", "padded", 2, teacher={"path": teacher, "lessons": mine})
+    first, second = run_ranks(2, reading_of_a_rank, copied)
+    (label, total), *others = first + second
+    assert label.startswith(f"reading all of {teacher}")
+    assert total == sum((teacher / name).stat().st_size for name in ("config.json", "model.safetensors")) // 10**6
+    assert others == []
+    assert reading(copied) == [], "that it was read is remembered"
     weights = teacher / "model.safetensors"
-    data, last = bytearray(weights.read_bytes()), max((e["data_offsets"] for e in read_header(weights).values()), key=lambda ends: ends[1])
-    data[len(data) - (last[1] - last[0])] ^= 1  # of the last tensor
-    weights.write_bytes(data)
-    with pytest.raises(ValueError, match="another teacher"):
-        check_lessons(make(world, tmp_path / "run", teacher={"path": teacher, "lessons": lessons}))
+    length = int.from_bytes(weights.read_bytes()[:8], "little")
+    begin, end = max((entry["data_offsets"] for entry in read_header(weights).values()), key=lambda ends: ends[1] - ends[0])
+    assert end - begin > 20_000
+    for place in (8 + length + (begin + end) // 2, weights.stat().st_size - 1):
+        flip(weights, place)
+        with pytest.raises(ValueError, match=r"are of another teacher than .*: model.safetensors has another content \(sha256 ") as refused:
+            check_lessons(copied)
+        assert "\n" not in str(refused.value)
+        flip(weights, place)
+    assert len(reading(copied)) == 1, "as it was, but for its time"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"model.safetensors has [\d,]+ bytes, and had [\d,]+"):
+        assert reading(copied) == []
+
+
+def test_code_of_the_teacher_counts_and_lessons_of_an_earlier_version_are_refused(world, tmp_path, lessons):
+    teacher, mine = other_folder(world, tmp_path, "teacher"), damaged(lessons, tmp_path)
+    (teacher / "modeling_own.py").write_text("")
+    run = make(world, tmp_path / "run", teacher={"path": teacher, "lessons": mine})
+    with pytest.raises(ValueError, match=r"modeling_own\.py was not there then"):
+        check_lessons(run)
+    manifest = read_manifest(mine)
+    (mine / "lessons.json").write_text(json.dumps(manifest | {"facts": manifest["facts"] | {"teacher": "0" * 64}}))
+    with pytest.raises(ValueError, match="are of an earlier version, which had not read all of its teacher"):
+        check_lessons(run)
+
+
+def test_a_recording_goes_on_with_its_own_teacher_alone(world, tmp_path):
+    teacher, out = other_folder(world, tmp_path, "teacher"), tmp_path / "lessons"
+    run = make(world, tmp_path / "run", teacher={"path": teacher})
+    run_ranks(1, record, run, out, 2)
+    flip(teacher / "model.safetensors", (teacher / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(ValueError, match="another teacher than"):
+        check_teaching(run, out, 4, BATCH)
+    with pytest.raises(AssertionError, match="another teacher than"):
+        run_ranks(1, record, run, out, 4)
+
+
+def test_another_processor_is_refused(world, tmp_path, lessons):
     student = other_folder(world, tmp_path, "student")
     settings = next(student.glob("*processor_config.json"))
     settings.write_text(settings.read_text().replace("}", " }", 1))
