@@ -553,8 +553,6 @@ class Run(Section):
             return self
         if teacher.lessons is None:
             raise ValueError("teacher.lessons_repeat = true is for teacher.lessons: give its folder, or leave lessons_repeat out")
-        if teacher.self and self.student.lora is not None:
-            raise ValueError("teacher.self with [student.lora] holds no second model that lessons could spare: leave out teacher.lessons")
         if teacher.lessons_repeat and self.data.grow_from is not None:
             raise ValueError("teacher.lessons_repeat repeats windows, and data.grow_from lets them grow: leave out one")
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from laid_ds.plan.flops import batch_flops
 from laid_ds.plan.memory import memory, peak_bytes
-from laid_ds.plan.pair import BYTES, FP32, Machine, Pair, compared, reads_lessons, teaches_itself
+from laid_ds.plan.pair import BYTES, FP32, Machine, Pair, compared, reads_lessons
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LessonPlan:
     bytes_per_epoch: float | None
     """The same; None where the shards are not known."""
     saved_bytes: int
-    """Of the peak of each GPU."""
+    """Of the peak of each GPU; negative where a student with LoRA teaches itself and no KL asks for a copy of its head."""
     saved_share: float
     """Of a step's computing."""
     recording_hours: float
@@ -36,6 +36,8 @@ class LessonPlan:
         rows = f"{self.bytes_per_step / 1e9:,.3f} GB a step{epoch}, and " if self.bytes_per_token else ""
         sizes = f"{rows}{self.bytes_per_answer_token / 1e3:,.1f} kB for each answer token"
         saved = f"{self.saved_bytes / 2**30:.2f} GiB of each GPU and {self.saved_share:.0%} of a step's computing"
+        if self.saved_bytes < 0:
+            saved = f"{self.saved_share:.0%} of a step's computing, for {-self.saved_bytes / 2**30:.2f} GiB more of each GPU"
         costs = f"recording takes about {self.recording_hours:.2g} h"
         if self.used:
             return f"lessons: {sizes}; they save {saved}; {costs}"
@@ -49,8 +51,8 @@ def plan_lessons(
     pair: Pair, machine: Machine, tokens: int, micro_batches: float, mean_rows: tuple[float, ...], epoch_share: float | None
 ) -> LessonPlan | None:
     """tokens: of the longest micro-batch, padding included; micro_batches: of the run on all GPUs; mean_rows: tokens of a typical one's
-    rows; epoch_share: epochs / run. None without a teacher, and where the student teaches itself without a second model."""
-    if pair.teacher is None or teaches_itself(pair.run):
+    rows; epoch_share: epochs / run. None without a teacher."""
+    if pair.teacher is None:
         return None
     run, folder = pair.run, Path("lessons")
     live, read = (replace(pair, run=_with(pair, lessons)) for lessons in (None, folder))

@@ -85,10 +85,10 @@ def _share(sizes: list[int], ranks: int) -> int:
 
 
 def _teacher_bytes(pair: Pair, ranks: int) -> int:
+    if pair.teacher is not None and reads_lessons(pair.run):  # its head, whole on each GPU
+        return BYTES[pair.run.teacher.dtype] * pair.teacher.vocabulary * pair.teacher.hidden
     if pair.teacher is None or teaches_itself(pair.run):
         return 0
-    if reads_lessons(pair.run):  # its head, whole on each GPU
-        return BYTES[pair.run.teacher.dtype] * pair.teacher.vocabulary * pair.teacher.hidden
     return BYTES[pair.run.teacher.dtype] * _held(list(pair.teacher.parameters.values()), ranks, pair.teacher_zero)
 
 

@@ -115,7 +115,7 @@ def align_parameters(pair: Pair) -> list[int]:
 
 
 def teaches_itself(run: Run) -> bool:
-    """Whether the student's own weights teach without the factors beside them: no second model is loaded then."""
+    """Whether the student's own weights teach without the factors beside them: no second model is loaded then, in any case."""
     return run.teacher is not None and run.teacher.self and run.student.lora is not None
 
 

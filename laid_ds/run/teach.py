@@ -68,12 +68,14 @@ class Recording:
 
 def foresee(run: Run, steps: int | None = None, per_step: int | None = None) -> Recording:
     """What is to be recorded. steps: of the run (default: all); per_step: samples (with packing packs) of one step of the run, over all its
-    ranks; default: those of these ranks. Raises ValueError for a run that no teacher teaches, or whose teacher lessons cannot spare."""
+    ranks; default: those of these ranks. Raises ValueError for a run that no teacher teaches."""
     if not run.taught:
         raise ValueError("no term of the loss asks a teacher (losses.kl, losses.align, losses.match): there is nothing to record")
-    if run.teacher.self and run.student.lora is not None:
-        raise ValueError("teacher.self with [student.lora] holds no second model that lessons could spare: there is nothing to record")
-    run = run.model_copy(update={"teacher": run.teacher.model_copy(update={"lessons": None, "lessons_repeat": False})})
+    alone = {  # a student with LoRA that teaches itself does so as its folder is: without the factors, which are never there
+        "teacher": run.teacher.model_copy(update={"lessons": None, "lessons_repeat": False}),
+        "student": run.student.model_copy(update={"lora": None}),
+    }
+    run = run.model_copy(update=alone)
     dataset, processor = Dataset.open(list(run.data.shards)), load_processor(run.student.path, run.student.trust_remote_code)
     check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
     pairs = build_pairs(run)

@@ -24,6 +24,7 @@ from laid_ds.run.lessons import layout_of
 from laid_ds.run.teach import check_teaching, teach
 from laid_ds.runtime import engine
 from laid_ds.runtime.stop import StopRequest
+from tests.laws.test_teachers import own
 from tests.support.processes import run_ranks, start_ranks, wait_until
 from tests.support.training import rank_steps
 
@@ -64,6 +65,38 @@ def test_lessons_equal_the_live_teacher_bit_for_bit(world, tmp_path, shape, reco
         assert all(step["kl"] > 0 and step["align"] > 0 and step["match"] > 0 for step in found["records"])
 
 
+def trained_weights(training):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    every = training.student.module.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter) for name, parameter in every if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("ranks, changes", [(1, {}), (2, {"losses": {"align": 0.0, "match": 0.0}, "teacher": {"sees": "needles"}})])
+def test_lessons_of_a_student_with_lora_that_teaches_itself(world, tmp_path, ranks, changes):
+    """The factors move, what was recorded of the folder stays what the live one shows."""
+    data = {"micro_batch": 2, "tokens_per_pack": None}
+    run = own(world, tmp_path / "a", data=data, optimizer={"accumulation": BATCH // 2 // ranks}, **changes)
+    run_ranks(1, record, run, tmp_path / "lessons", 4)
+    live = run_ranks(ranks, rank_steps, run, 4, trained_weights)
+    teacher = run.teacher.model_copy(update={"lessons": tmp_path / "lessons"})
+    read = run_ranks(ranks, rank_steps, run.model_copy(update={"teacher": teacher}), 4, trained_weights)
+    for found, expected in zip(read, live, strict=True):
+        assert found["records"] == expected["records"]
+        assert any("lora_A" in name for name in expected["looked"])
+        assert all(torch.equal(found["looked"][name], weight) for name, weight in expected["looked"].items())
+        first, *_, last = found["records"]
+        assert last["kl"] > first["kl"] + 1e-6, "it moves away from itself"
+    planned = [plan(read_pair(each), MACHINE) for each in (run, run.model_copy(update={"teacher": teacher}))]
+    head = world.load("student").get_output_embeddings().weight
+    assert [each.terms["teacher_parameters"] for each in planned] == [0, 4 * head.numel()]
+    assert planned[1].total_bytes == planned[0].total_bytes, "a live one has a copy of its head, too, as long as KL is computed"
+    assert planned[1].step_flops < planned[0].step_flops
+    without_kl = run.model_copy(update={"losses": run.losses.model_copy(update={"kl": 0.0, "align": 1.0})})
+    assert plan(read_pair(without_kl), MACHINE).lessons.saved_bytes == -4 * head.numel()
+
+
+MACHINE = Machine(gpus=2, gpu_bytes=2**34, peak_flops=1e12, mfu=0.5)
 HEADS = (((0, 1), (1, 3)),)
 LESS = {
     "chosen heads": {"align": {"heads": HEADS}},
@@ -321,13 +354,12 @@ def test_fewer_steps_than_the_run_has(world, tmp_path, lessons):
 @pytest.mark.parametrize("what", [name for name in LESS if name != "needles"])
 def test_the_plan_foresees_the_bytes_of_a_lesson_and_the_head_alone(world, tmp_path, what):
     run = make(world, tmp_path / "run", **LESS[what])
-    pair, machine = read_pair(run), Machine(gpus=2, gpu_bytes=2**34, peak_flops=1e12, mfu=0.5)
-    found = plan(pair, machine)
+    found = plan(read_pair(run), MACHINE)
     layout = layout_of(run, build_pairs(run), lse=True)
     assert found.lessons.bytes_per_token == layout.num_bytes(1, 0)
     assert found.lessons.bytes_per_token + found.lessons.bytes_per_answer_token == layout.num_bytes(1, 1)
     reads = make(world, tmp_path / "run", **LESS[what] | {"teacher": {"lessons": tmp_path}})
-    other = plan(read_pair(reads), machine)
+    other = plan(read_pair(reads), MACHINE)
     head = world.load("teacher").get_output_embeddings().weight
     assert other.terms["teacher_parameters"] == 4 * head.numel()
     assert found.total_bytes - other.total_bytes == found.lessons.saved_bytes == other.lessons.saved_bytes

@@ -154,8 +154,9 @@ def test_without_lora_it_is_loaded_as_any_teacher(world, tmp_path):
 
 
 def own(world, output, **changes):
+    told = changes.pop("teacher", {})
     tree = json.loads(world.run(output, student={"lora": LORA}, align={"start_logit": 40.0}, **changes).model_dump_json())
-    tree["teacher"] = {"self": True, "check_answers": False}
+    tree["teacher"] = {"self": True, "check_answers": False} | told
     run = Run.model_validate(tree)
     assert Run.model_validate(json.loads(run.model_dump_json())) == run, "run.json is read again"
     return run
