@@ -24,13 +24,9 @@ class Row:
     """None where the baseline knows no more than chance, so that no threshold follows from its skill."""
     against_baseline: Ratio | None
 
-    def words(self, baseline: Window | None) -> tuple[str, str]:
+    def words(self) -> tuple[str, str]:
         """(window, ratio) for people: what does not exist is said in words."""
-        if self.window is None:
-            return "no window", "no ratio"
-        if self.window.censored and baseline is not None and baseline.censored:
-            return str(self.window), "no ratio: both reach beyond what was asked"
-        return str(self.window), str(self.against_baseline)
+        return ("no window", "no ratio") if self.window is None else (str(self.window), str(self.against_baseline))
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,7 @@ class Summary:
 
     def words(self) -> list[tuple[str, str]]:
         """(window, ratio) of each row for people."""
-        reference = next((row.window for row in self.rows if row.name == self.baseline), None)
-        return [row.words(reference) for row in self.rows]
+        return [row.words() for row in self.rows]
 
     def why_no_window(self) -> str | None:
         """Why no model has a window, as a sentence; None where they have."""

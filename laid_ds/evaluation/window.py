@@ -27,10 +27,15 @@ class Window:
     """The curve never fell below the threshold: the window is at least `images`."""
     low: float
     high: float
+    high_censored: bool
+    """Nor did that of the draw which ends the interval: its end is at least `high`."""
     threshold: float
 
     def __str__(self) -> str:
-        return f"{'>= ' if self.censored else ''}{self.images:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return f"{'>= ' if self.censored else ''}{self.images:.1f} {self.interval()}"
+
+    def interval(self) -> str:
+        return f"[{self.low:.1f}, {'>= ' if self.high_censored else ''}{self.high:.1f}]"
 
 
 def curve(answers: Answers) -> dict[int, float]:
@@ -65,34 +70,53 @@ def window_of(points: Mapping[int, float], threshold: float) -> tuple[float, boo
 def window(answers: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Window:
     """The window with a 95 % bootstrap interval over haystacks (all questions of a haystack go together)."""
     images, censored = window_of(curve(answers), threshold)
-    resampled = np.array([window_of(points, threshold)[0] for points in _bootstrap_curves(answers, draws, seed)])
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Window(images, censored, float(low), float(high), threshold)
+    resampled = [window_of(points, threshold) for points in _bootstrap_curves(answers, draws, seed)]
+    low, high = np.percentile([found for found, _ in resampled], [2.5, 97.5])
+    beyond = np.percentile([math.inf if endless else found for found, endless in resampled], 97.5, method="closest_observation")
+    return Window(images, censored, float(low), float(high), bool(math.isinf(beyond)), threshold)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times one model's window is another's; a lower bound where the first is censored. None where the other is 0."""
+    """How many times one model's window is another's; where one of the two is censored a bound, where both are nothing is known."""
 
     times: float | None
+    """None where the other is 0, and where both are censored."""
     at_least: bool
+    """The first window is censored: the ratio is at least `times`."""
+    at_most: bool
+    """The other one is: the ratio is at most `times`."""
     low: float | None
+    """None where censored windows in the bootstrap leave no bound; so `high`."""
     high: float | None
 
     def __str__(self) -> str:
+        if self.at_least and self.at_most:
+            return "no ratio: both reach beyond what was asked"
         if self.times is None:
             return "no ratio to a window of 0"
+        return f"{'>= ' if self.at_least else '<= ' if self.at_most else ''}{self.times:.2f} x {self.interval()}"
+
+    def interval(self) -> str:
         low, high = ("no bound" if bound is None else f"{bound:.2f}" for bound in (self.low, self.high))
-        return f"{'>= ' if self.at_least else ''}{self.times:.2f} x [{low}, {high}]"
+        return f"[{low}, {high}]"
 
 
 def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Ratio:
-    """Ratio of two windows on the same haystacks, with a paired bootstrap (the same haystacks are drawn for both)."""
-    (ours, censored), (theirs, _) = (window_of(curve(a), threshold) for a in (answers, baseline))
+    """Ratio of two windows on the same haystacks, with a paired bootstrap (the same haystacks are drawn for both).
+
+    A draw with a censored window bounds its ratio on one side only, and counts as infinite on the other, unless both models answered alike.
+    """
+    (ours, at_least), (theirs, at_most) = (window_of(curve(a), threshold) for a in (answers, baseline))
+    if at_least and at_most:
+        return Ratio(None, True, True, None, None)
     pairs = zip(_bootstrap_curves(answers, draws, seed), _bootstrap_curves(baseline, draws, seed), strict=True)
-    ratios = [_divide(window_of(a, threshold)[0], window_of(b, threshold)[0]) for a, b in pairs]
-    low, high = np.percentile(ratios, [2.5, 97.5], method="closest_observation")  # a ratio may be infinite
-    return Ratio(_finite(_divide(ours, theirs)), censored, _finite(low), _finite(high))
+    found = [(*window_of(a, threshold), *window_of(b, threshold)) for a, b in pairs]
+    alike = answers == baseline
+    least = [-math.inf if endless and not alike else _divide(a, b) for a, _, b, endless in found]
+    most = [math.inf if endless and not alike else _divide(a, b) for a, endless, b, _ in found]
+    low, high = (np.percentile(e, p, method="closest_observation") for e, p in ((least, 2.5), (most, 97.5)))  # which may be infinite
+    return Ratio(_finite(_divide(ours, theirs)), at_least, at_most, _finite(low), _finite(high))
 
 
 def notes_on(left_out: Mapping[Any, str]) -> list[str]:

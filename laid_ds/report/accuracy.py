@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from laid_ds.evaluation.scores import RULES, Scored, scored, tenth, windows_as_lines
 from laid_ds.evaluation.summary import Summary
-from laid_ds.evaluation.window import bands
+from laid_ds.evaluation.window import Ratio, Window, bands
 from laid_ds.report.figures import WIDE, Shelf, heat_map, say_numbers, shortened
 from laid_ds.report.html_parts import code, figures, fold, paragraph, table
 from laid_ds.report.palette import MUTED, Style
@@ -31,29 +31,27 @@ def findings(summary: Summary) -> list[str]:
     said = [f"{summary.baseline}, the baseline, sees {_far(base)}."]
     for row in summary.rows:
         if row.name != summary.baseline:
-            said.append(f"{row.name} sees {_far(row.window)}: {_times(row, base, summary.baseline)}.")
+            said.append(f"{row.name} sees {_far(row.window)}: {_times(row.against_baseline, summary.baseline)}.")
     return said
 
 
-def _far(window) -> str:
+def _far(window: Window) -> str:
     if not window.images:
         return "not even the smallest windows above the threshold"
     if window.censored:
         return f"at least {window.images:.0f} images, as many as were asked"
-    return f"{window.images:.1f} images [{window.low:.1f}, {window.high:.1f}]"
+    return f"{window.images:.1f} images {window.interval()}"
 
 
-def _times(row, base, baseline: str) -> str:
-    if row.window.censored and base.censored:
+def _times(found: Ratio, baseline: str) -> str:
+    if found.at_least and found.at_most:
         return f"whether that is farther than {baseline} more images would tell"
-    found = row.against_baseline
     if found.times is None:
         return f"no ratio to a window of 0, {baseline}'s"
-    low, high = found.low, found.high
-    interval = "no interval" if low is None else f"[{low:.2f}, {high:.2f}]" if high is not None else f"[{low:.2f}, no bound]"
-    sure = "" if low is None or low > 1 or found.times < 1 else ", and the interval holds 1: not sure"
-    bound = "at least " if found.at_least else "at most " if base.censored else ""
-    return f"{bound}{found.times:.2f} times {baseline}'s window {interval}{sure}"
+    holds_one = (found.low is None or found.low <= 1) and (found.high is None or found.high >= 1)
+    sure = ", and the interval holds 1: not sure" if holds_one else ""
+    bound = "at least " if found.at_least else "at most " if found.at_most else ""
+    return f"{bound}{found.times:.2f} times {baseline}'s window {found.interval()}{sure}"
 
 
 def accuracy_part(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles: Mapping[str, Style]) -> str:
@@ -145,10 +143,7 @@ def _by_rule(curve: Mapping[str, Any]) -> tuple[str, str]:
         if "why_not" in one:
             said.append(f"none: {one['why_not']}")
         else:
-            window = one["window"]
-            said.append(
-                f"{'>= ' if window['censored'] else ''}{window['images']:.1f} [{window['low']:.1f}, {window['high']:.1f}] {curve['unit']}"
-            )
+            said.append(f"{Window(**one['window'])} {curve['unit']}")
     return said[0], said[1]
 
 

@@ -39,7 +39,7 @@ for (const head of document.querySelectorAll("th")) {
   const sort = () => {
     const table = head.closest("table"), column = head.cellIndex, down = head.getAttribute("aria-sort") === "ascending";
     const value = row => row.cells[column].textContent.replace(/,(?=\\d{3})/g, "");
-    const number = text => parseFloat(text.replace(/^>= /, ""));
+    const number = text => parseFloat(text.replace(/^[<>]= /, ""));
     const words = text => isNaN(number(text));
     const compare = (a, b) => words(a) || words(b) ? words(a) - words(b) || a.localeCompare(b) : number(a) - number(b);
     for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");

@@ -82,7 +82,13 @@ def test_windows_ratios_and_gains_follow_from_the_answers(tmp_path):
     assert curve["threshold"] == pytest.approx(0.8)
     assert curve["window"]["images"] == pytest.approx(np.exp(np.log(4) + 0.25 * np.log(4)))
     assert curve["against_baseline"]["times"] == pytest.approx(curve["window"]["images"] / 2)
-    assert found["base"]["curve"]["strict"]["against_baseline"] == {"times": 1.0, "at_least": False, "low": 1.0, "high": 1.0}
+    assert found["base"]["curve"]["strict"]["against_baseline"] == {
+        "times": 1.0,
+        "at_least": False,
+        "at_most": False,
+        "low": 1.0,
+        "high": 1.0,
+    }
     assert curve["average_gain"] == {"short": None, "long": None}
 
 

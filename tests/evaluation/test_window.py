@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -51,6 +52,36 @@ def test_ratio_is_paired():
     assert (same.times, same.low, same.high) == (1.0, 1.0, 1.0)
     found = ratio(better, worse, 0.65)
     assert 1 < found.low < found.times < found.high
+
+
+def test_a_ratio_to_a_window_that_goes_on_is_an_upper_bound_and_of_two_such_there_is_none():
+    """Whatever the true windows beyond what was asked are, the ratio of the point estimates and of every draw keeps within what is said."""
+    near, far = answers({1: 1.0, 8: 0.9, 32: 0.5, 128: 0.2}), answers({1: 1.0, 8: 1.0, 32: 0.99, 128: 0.95})
+    less = ratio(near, far, 0.65)
+    assert (less.at_least, less.at_most, less.low) == (False, True, None)
+    assert less.times == pytest.approx(window(near, 0.65).images / 128)
+    assert less.times < less.high < 1
+    assert str(less).startswith(f"<= {less.times:.2f} x [no bound, ")
+    more = ratio(far, near, 0.65)
+    assert (more.at_least, more.at_most, more.high) == (True, False, None)
+    assert 1 < more.low < more.times
+    both = ratio(far, answers({1: 1.0, 8: 1.0, 32: 1.0, 128: 0.9}), 0.65)
+    assert asdict(both) == {"times": None, "at_least": True, "at_most": True, "low": None, "high": None}
+    assert str(both) == "no ratio: both reach beyond what was asked"
+
+
+def test_an_interval_that_reaches_what_was_asked_has_no_upper_end():
+    """Some draws never fall below the threshold though the curve does: how far they would go was not asked."""
+    wide, base = answers({1: 1.0, 8: 0.9, 32: 0.66}, 60), answers({1: 1.0, 8: 0.5, 32: 0.2}, 60)
+    found, narrow = window(wide, 0.65), window(answers({1: 1.0, 8: 0.9, 32: 0.2}, 60), 0.65)
+    assert (found.censored, found.high_censored, found.high) == (False, True, 32.0)
+    assert str(found).endswith(", >= 32.0]")
+    assert not narrow.high_censored
+    against = ratio(wide, base, 0.65)
+    assert (against.at_least, against.high) == (False, None)
+    assert ratio(base, wide, 0.65).low is None
+    same = ratio(wide, dict(wide), 0.65)
+    assert (same.times, same.low, same.high) == (1.0, 1.0, 1.0), "of itself it is known all the same"
 
 
 def test_threshold_is_relative_to_one_image_skill():

@@ -44,7 +44,14 @@ def test_two_windows_beyond_what_was_asked_have_no_ratio(tmp_path):
     write_evaluation(tmp_path, {"student": 1e9, "laid": 1e9, "sft": 2.0})
     summary = write_report(tmp_path, "student")
     assert "no ratio: both reach beyond what was asked" in summary.as_text()
-    assert re.search(r"sft sees \S+ images \[.*?\]: at most 0\.\d+ times student's window", words_of(summary.path).replace("&#x27;", "'"))
+    assert re.search(r"sft .* <= 0\.\d\d x \[no bound, 0\.\d\d\]", summary.as_text())
+    told = words_of(summary.path).replace("&#x27;", "'")
+    assert re.search(r"sft sees \S+ images \[.*?\]: at most 0\.\d+ times student's window \[no bound, 0\.\d+\]\.", told)
+    assert re.search(r"&lt;= 0\.\d\d x \[no bound, 0\.\d\d\]", told), "in the table, too"
+    ratios = {name: model["against_baseline"] for name, model in summary.as_json()["models"].items()}
+    assert [ratios[name]["at_least"] for name in ("student", "laid", "sft")] == [True, True, False]
+    assert all(found["at_most"] for found in ratios.values())
+    assert ratios["laid"]["times"] is None
 
 
 def test_the_first_size_is_called_by_its_name(tmp_path):
