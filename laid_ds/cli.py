@@ -33,11 +33,15 @@ def train(
     if not dry_run:  # whose stdout is the run as JSON
         print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
     with working("looking at models, data and disk"):  # the imports among it: torch, transformers and DeepSpeed take seconds
+        import torch
+
         from laid_ds.run.check import check, data_notes
         from laid_ds.run.folder import check_output
         from laid_ds.runtime import lock
         from laid_ds.runtime.local import launch
 
+        if ranks or not dry_run:  # a dry run may be tried where the ranks will not be
+            run.groups(ranks or torch.cuda.device_count() or 1)
         check_output(run)
         lock.wait_until_free(run.output)
         check(run)

@@ -181,9 +181,11 @@ class Data(Section):
 
     "torch" when workers cannot keep up."""
     micro_batch: Count = 1
-    """Samples per rank and forward pass, padded to the longest; with tokens_per_pack packs, of which there is 1.
+    """Samples per rank (or group of `sequence_parallel` ranks) and forward pass, padded to the longest; with tokens_per_pack packs, of
+    which there is 1.
 
-    Larger while memory allows. micro_batch x accumulation x ranks is the batch, which must stay the same when a run goes on."""
+    Larger while memory allows. micro_batch x accumulation x ranks / sequence_parallel is the batch, which must stay the same when a run
+    goes on."""
     tokens_per_pack: Count | None = None
     """Lay samples end to end in one row of at most about so many of the student's tokens, instead of padding them.
 
@@ -269,7 +271,7 @@ class Optimizer(Section):
     accumulation: Count = 1
     """Micro-batches per rank whose gradients make one step.
 
-    To keep the batch (micro_batch x accumulation x ranks) on fewer GPUs."""
+    To keep the batch (micro_batch x accumulation x ranks / sequence_parallel) on fewer GPUs."""
 
 
 class Losses(Section):
@@ -496,7 +498,13 @@ class Run(Section):
     steps: Count
     """Optimizer steps of the whole run; rates and windows follow the share of it that is done.
 
-    Always given. An epoch has samples / (micro_batch x accumulation x ranks) steps (`laid-data plan`)."""
+    Always given. An epoch has samples / (micro_batch x accumulation x ranks / sequence_parallel) steps (`laid-data plan`)."""
+    sequence_parallel: Count = 1
+    """So many consecutive ranks share each batch: both models keep a slice of its rows on each, and attention gathers keys and values. It
+    divides the number of ranks and changes no number beyond rounding; 1: each rank reads batches of its own.
+
+    When the longest window does not fit one GPU (docs/operations.md, One sequence over several GPUs): the smallest that `laid plan` calls
+    enough, and no more than one node's GPUs."""
     student: Student
     teacher: Teacher | None = None
     """Without a teacher the run is plain supervised training (only losses.sft may be positive)."""
@@ -515,6 +523,15 @@ class Run(Section):
     def taught(self) -> bool:
         """Whether a term of the loss asks a teacher; where none does, a [teacher] is not loaded."""
         return self.losses.listens or self.losses.kl > 0
+
+    def groups(self, ranks: int) -> int:
+        """How many batches so many ranks read at one time. Raises ValueError unless sequence_parallel divides them."""
+        if ranks % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel = {self.sequence_parallel} does not divide the {ranks} rank{'s' * (ranks > 1)} of this run: start a"
+                " multiple of it, or set another sequence_parallel"
+            )
+        return ranks // self.sequence_parallel
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,7 @@ read, and under `engines` what stood in it. What to choose on a real pair is in 
 [method.md](method.md).
 
 A run that has begun goes on with the same recipe. Only `logging`, `checkpoint`, `evaluation`, `stop` and `data.workers` may change, and
-`data.micro_batch` with `optimizer.accumulation` as long as the samples per step stay the same.
+`data.micro_batch`, `optimizer.accumulation` and `sequence_parallel` as long as the samples per step stay the same.
 """
 
 

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = config.load(words[0], words[1:])
         engine.start_processes()
         assert distributed.add([1])[0] == distributed.world_size() == int(os.environ["WORLD_SIZE"])
+        run.groups(distributed.world_size())
         if options.out is not None:
             return int(not teach(run, options.out, options.steps, options.batch, stop))
         train(run, stop)

@@ -66,6 +66,18 @@ def test_a_file_of_the_users_comes_before_the_one_that_is_shipped(recipe, tmp_pa
     assert config.load("recipes/demo.toml").name == "demo laid"
 
 
+def test_the_ranks_of_a_run_are_groups_that_share_a_batch(recipe):
+    assert config.load(recipe).groups(3) == 3
+    run = config.load(recipe, ["sequence_parallel=4"])
+    assert run.groups(8) == 2
+    with pytest.raises(ValueError, match=r"^sequence_parallel = 4 does not divide the 6 ranks of this run: start a multiple of it, or set"):
+        run.groups(6)
+    with pytest.raises(ValueError, match=r"^sequence_parallel = 4 does not divide the 1 rank of"):
+        run.groups(1)
+    with pytest.raises(ValueError, match=r"sequence_parallel: Input should be greater than or equal to 1 \(value: 0\)"):
+        config.load(recipe, ["sequence_parallel=0"])
+
+
 def test_a_section_can_be_removed(recipe):
     run = config.load(recipe, ["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0"])
     assert run.teacher is None

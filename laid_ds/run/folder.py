@@ -6,7 +6,6 @@ run.json (the resolved recipe, versions, each attempt) claims it; done.json or r
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import tempfile
@@ -14,7 +13,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -27,7 +26,7 @@ from laid_ds.runtime.stop import DONE, STOP, clear
 
 MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
 MAY_BE_THERE = ("run.json.partial", "launch", STOP, lock.FILE)  # in a folder that no run has claimed yet: a job script lives in launch/
-SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation")  # may change together with the ranks; their product with them may not
+SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation", "sequence_parallel")  # may change with the ranks: see _check_global_batch
 
 
 def check_output(run: Run) -> None:
@@ -189,13 +188,32 @@ def _check_global_batch(run: Run) -> None:
     if not record.is_file():
         return
     began = recorded(run.output)
-    shares = began["run"]["data"]["micro_batch"], began["run"]["optimizer"]["accumulation"], began["world_size"]
-    now = run.data.micro_batch, run.optimizer.accumulation, distributed.world_size()
-    if math.prod(shares) != math.prod(now):
+    before = _shares(_with_defaults(began["run"]), began["world_size"])
+    now = _shares(as_tree(run), distributed.world_size())
+    if before.samples != now.samples:
+        names = "data.micro_batch {} x optimizer.accumulation {} x {} ranks / sequence_parallel {}".format(*before)
         raise ValueError(
-            f"{run.output} began with {math.prod(shares)} samples per step (data.micro_batch {shares[0]} x optimizer.accumulation "
-            f"{shares[1]} x {shares[2]} ranks), these are {math.prod(now)} ({now[0]} x {now[1]} x {now[2]}); keep the product the same"
+            f"{run.output} began with {before.samples} samples per step ({names}), these are {now.samples}"
+            f" ({now.micro_batch} x {now.accumulation} x {now.ranks} / {now.sequence_parallel}); keep the product the same"
         )
+
+
+class _Shares(NamedTuple):
+    """Of what the samples of a step are the product."""
+
+    micro_batch: int
+    accumulation: int
+    ranks: int
+    sequence_parallel: int
+
+    @property
+    def samples(self) -> int:
+        return self.micro_batch * self.accumulation * self.ranks // self.sequence_parallel
+
+
+def _shares(tree: dict[str, Any], ranks: int) -> _Shares:
+    """tree: a resolved run; of a version that did not know sequence_parallel, too."""
+    return _Shares(tree["data"]["micro_batch"], tree["optimizer"]["accumulation"], ranks, tree.get("sequence_parallel", 1))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

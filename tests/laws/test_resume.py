@@ -96,7 +96,7 @@ def test_a_run_moves_between_numbers_of_ranks(world, tmp_path, straight):
         return world.run(tmp_path / "run", steps=8, data={"micro_batch": micro_batch}, optimizer={"accumulation": accumulation})
 
     killed(on(3, 1), ranks=2, step=3)
-    with pytest.raises(AssertionError, match=r"began with 6 samples per step .* these are 3 \(3 x 1 x 1\)"):
+    with pytest.raises(AssertionError, match=r"began with 6 samples per step .* these are 3 \(3 x 1 x 1 / 1\)"):
         run_ranks(1, whole_run, on(3, 1))
     killed(on(3, 2), ranks=1, step=5)
     killed(on(3, 1), ranks=2, step=7)

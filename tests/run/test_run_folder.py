@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from laid_ds import config
+from laid_ds.run import folder
 from laid_ds.run.folder import check_output, open_output, reopen
 
 NOBODY = 65534
@@ -76,6 +77,25 @@ def test_an_engines_file_may_lie_elsewhere_and_may_not_say_something_else(world,
     check_output(first)
     with pytest.raises(ValueError, match=r"it differs in student.deepspeed"):
         check_output(moved)
+
+
+def test_the_samples_of_a_step_may_be_shared_out_anew_and_not_become_others(world, tmp_path, monkeypatch):
+    """4 ranks in 2 groups read as much as 2 ranks, or 6 in 2 groups of 3; not as 2 ranks in one group."""
+
+    def opened(ranks: int, shared: int) -> int | None:
+        monkeypatch.setattr(folder.distributed, "world_size", lambda: ranks)
+        return open_output(world.run(tmp_path / "run", sequence_parallel=shared), 0.0)
+
+    for ranks, shared in ((4, 2), (2, 1), (6, 3)):
+        assert opened(ranks, shared) is None
+    with pytest.raises(
+        ValueError, match=r"began with 4 samples per step .* 4 ranks / sequence_parallel 2\), these are 2 \(2 x 1 x 2 / 2\)"
+    ):
+        opened(2, 2)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["run"]["sequence_parallel"]  # as versions before wrote it: 4 ranks, 4 groups
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert opened(8, 2) is None
 
 
 def test_what_does_not_decide_the_outcome_may_change(recorded):
