@@ -16,6 +16,7 @@ FLOORS = {
     "laid_ds.disk": 1,
     "laid_ds.files": 1,
     "laid_ds.keys": 1,
+    "laid_ds.sequence": 1,
     "laid_ds.terminal": 1,
     "laid_ds.recipe_page": 2,
     "laid_ds.parent": 1,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from laid_ds.sequence import ALONE, SequenceGroup
 
 T = TypeVar("T")
 
@@ -67,6 +71,39 @@ def on_rank_0(act: Callable[[], T]) -> T | None:
     if failed:
         raise ValueError("refused by rank 0, which says why")
     return result
+
+
+def sequence_group(size: int) -> SequenceGroup:
+    """The `size` consecutive ranks that share this rank's batches. Collective over all ranks; size divides their number."""
+    if size == 1:
+        return ALONE
+    assert world_size() % size == 0, (world_size(), size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
+    own = groups[rank() // size]
+    return SequenceGroup(size, rank() % size, partial(_Gather.apply, own), partial(_sum, own))
+
+
+class _Gather(torch.autograd.Function):
+    """What each rank of a group gives, on all of them; the gradient is the sum of what they ask of this one's."""
+
+    @staticmethod
+    def forward(ctx, group, x: Tensor) -> Tensor:
+        ctx.group = group
+        found = x.new_empty(dist.get_world_size(group), *x.shape)
+        dist.all_gather_into_tensor(found.view(-1), x.contiguous().view(-1), group=group)
+        return found
+
+    @staticmethod
+    def backward(ctx, asked: Tensor) -> tuple[None, Tensor]:
+        own = asked.new_empty(asked.shape[1:])
+        dist.reduce_scatter_tensor(own.view(-1), asked.contiguous().view(-1), group=ctx.group)
+        return None, own
+
+
+def _sum(group, x: Tensor) -> Tensor:
+    added = x.detach().to(_device(), copy=True)
+    dist.all_reduce(added, group=group)
+    return added.to(x.device)
 
 
 class Exchange(NamedTuple):
