@@ -4,7 +4,8 @@ A mask is None (causal), transformers' dense one, or `bounds`: where the samples
 time and memory are linear in the row. FlashAttention 2 or 4 serve where they are installed, torch's own kernels elsewhere.
 The branches for CUDA are checked against CPU stand-ins of the kernels they call; `laid doctor` checks those of a GPU where it stands.
 
-Letters: B batch, T tokens, H query heads, K key heads, D head dim, N packed samples. No log-sum-exp here carries a gradient.
+Letters: B batch, T query rows, S >= T keys, of which the last T are the rows' own, H query heads, K key heads, D head dim, N packed
+samples. No log-sum-exp here carries a gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from laid_ds.kernels.switch import note
 
@@ -34,8 +36,14 @@ def has_lse(device: str, dtype: torch.dtype) -> bool:
 
 
 def is_bounds(mask: Tensor | None) -> bool:
-    """Whether a mask is `bounds`, int32 [N + 1] on the CPU: sample n is tokens bounds[n] to bounds[n + 1] of the rows laid end to end."""
+    """Whether a mask is `bounds`, int32 [N + 1] on the CPU: sample n is keys bounds[n] to bounds[n + 1] of the B S laid end to end."""
     return mask is not None and mask.ndim == 1
+
+
+def bounds_until(bounds: Tensor, tokens: int, stop: int) -> Tensor:
+    """`bounds` of rows of so many tokens, each cut off at `stop`."""
+    row, place = bounds[:-1] // tokens, bounds[:-1] % tokens
+    return torch.cat([(row * stop + place)[place < stop], bounds[-1:] // tokens * stop])
 
 
 def first_seen(mask: Tensor | None, batch: int, tokens: int, window: int | None) -> Tensor:
@@ -51,14 +59,15 @@ def first_seen(mask: Tensor | None, batch: int, tokens: int, window: int | None)
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None = None, causal: bool = True
 ) -> Result:
-    """Attention of query [B, H, T, D] over key, value [B, K, T, D], with the log-sum-exp if there is one.
+    """Attention of query [B, H, T, D] over key, value [B, K, S, D], with the log-sum-exp if there is one.
 
     mask: None (causal, or all keys), `bounds` (causal; with `window`, a row sees itself and the window - 1 tokens of its sample before it),
-    or dense [B, 1, T, T], bool, which says all. On the CPU the output for the first and the last is that of SDPA, bit for bit.
+    or dense [B, 1, T, S], bool, which says all. Query row t is the token of key t + S - T. On the CPU the output for T = S and the first
+    and the last kind of mask is that of SDPA, bit for bit.
     """
     device = query.device.type
     if device == "cuda" and query.dtype in HALVES and causal and (mask is None or is_bounds(mask)):
-        rows = torch.arange(len(query) + 1, dtype=torch.int32) * query.shape[2] if mask is None else mask
+        rows = torch.arange(len(query) + 1, dtype=torch.int32) * key.shape[2] if mask is None else mask
         note("attention", _kernel().__name__.strip("_"))
         return _varlen(query, key, value, rows, scale, window if is_bounds(mask) else None)
     note("attention", "the CPU's flash attention" if device == "cpu" else "SDPA")
@@ -74,37 +83,78 @@ def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None and groups > 1:  # as transformers' SDPA: only without a mask do query heads share keys as they are
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     causal = causal and mask is None and query.shape[2] > 1
+    if causal and key.shape[2] > query.shape[2]:
+        return _Behind.apply(query, key, value, scale)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse.detach().float()
 
 
+class _Behind(torch.autograd.Function):
+    """Causal flash attention of rows behind the first of their keys, on the CPU, whose kernel knows no such thing: over the keys before
+    all rows and over the rows' own, put together by their log-sum-exps. The gradients of each part follow from the whole's output and
+    log-sum-exp, as those of each tile of a flash kernel do."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        flash, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
+        for keys, causal in _Behind.parts(query, key):
+            found.append(flash(query, key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale))
+        lse = torch.logaddexp(*(lse for _, lse in found))
+        out = sum(out * (own - lse).exp()[..., None].to(out.dtype) for out, own in found)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, shown = scale, lse.float()
+        ctx.mark_non_differentiable(shown)
+        return out, shown
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor, _) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        backward, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, []
+        for keys, causal in _Behind.parts(query, key):
+            found.append(backward(d_out, query, key[:, :, keys], value[:, :, keys], out, lse, 0.0, causal, scale=ctx.scale))
+        (d_query, *before), (more, *own) = found
+        return d_query.add_(more), *(torch.cat(parts, 2) for parts in zip(before, own, strict=True)), None
+
+    @staticmethod
+    def parts(query: Tensor, key: Tensor) -> tuple[tuple[slice, bool], tuple[slice, bool]]:
+        """The keys before all rows, and the rows' own, with what is causal."""
+        before = key.shape[2] - query.shape[2]
+        return (slice(before), False), (slice(before, None), True)
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = True) -> Result:
     """For devices and dtypes without a flash kernel."""
+    before, keys = key.shape[2] - query.shape[2], key.shape[2]
+    if causal and mask is None and before:
+        mask = _band(before, keys, 0, keys, query.device)
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=True), None
 
 
 def _segments(kernel, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
     """Sample by sample; under a window that is shorter than the sample, a stretch of rows at a time."""
-    outs, lses = [], []
-    for row, first, start, stop in _pieces(bounds, query.shape[2], window):
-        whole = first == start and (window is None or stop - first <= window)
+    outs, lses, before = [], [], key.shape[2] - query.shape[2]
+    for row, first, start, stop in _pieces(bounds, query.shape[2], key.shape[2], window):
+        whole = (first == start or before > 0) and (window is None or stop - first <= window)
         band = None if whole else _band(start, stop, first, window, query.device)
-        out, lse = kernel(query[row, None, :, start:stop], key[row, None, :, first:stop], value[row, None, :, first:stop], band, scale)
+        own = query[row, None, :, start - before : stop - before]
+        out, lse = kernel(own, key[row, None, :, first:stop], value[row, None, :, first:stop], band, scale)
         outs.append(out)
         lses.append(lse)
     return _rows(outs, len(query)), None if any(lse is None for lse in lses) else _rows(lses, len(query))
 
 
-def _pieces(bounds: Tensor, tokens: int, window: int | None) -> list[tuple[int, int, int, int]]:
-    """(batch row, first key, first query, end) of stretches of queries that see one stretch of keys; places within the row."""
+def _pieces(bounds: Tensor, tokens: int, keys: int, window: int | None) -> list[tuple[int, int, int, int]]:
+    """(batch row, first key, first query, end) of stretches of queries that see one stretch of keys; places among the row's keys."""
     pieces = []
-    for start, stop in pairwise(bounds.tolist()):
-        row, offset = divmod(start, tokens)
-        length = stop - start
-        step = length if window is None or length <= window else max(window, ROWS)
-        for begin in range(0, length, step):
-            first = 0 if window is None else max(0, begin - window + 1)
-            pieces.append((row, offset + first, offset + begin, offset + min(begin + step, length)))
+    for sample in pairwise(bounds.tolist()):
+        row, offset = divmod(sample[0], keys)
+        stop = offset + sample[1] - sample[0]
+        own = max(offset, keys - tokens)  # the sample's first query
+        step = stop - own if window is None or stop - offset <= window else max(window, ROWS)
+        for begin in range(own, stop, step) if own < stop else ():
+            first = offset if window is None else max(offset, begin - window + 1)
+            pieces.append((row, first, begin, min(begin + step, stop)))
     return pieces
 
 
@@ -126,16 +176,38 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: fl
 
 def varlen(kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None) -> Result:
     """Causal attention of packed rows as `attend` means it, by one of `varlen_kernels`."""
-    longest = int(bounds.diff().max())
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B T, heads, D]
-    assert all(x.stride(-1) == 1 for x in flat), [x.stride() for x in flat]  # no kernel reads other strides of a head
-    out, lse = kernel(*flat, bounds.to(query.device), longest, scale, window)
+    kept, bounds, key_bounds = _met(bounds, len(query), query.shape[2], key.shape[2])
+    rows = [query.transpose(1, 2).flatten(0, 1), *(_laid_end_to_end(x, kept) for x in (key, value))]  # [B T or their keys, heads, D]
+    assert all(x.stride(-1) == 1 for x in rows), [x.stride() for x in rows]  # no kernel reads other strides of a head
+    longest = int(bounds.diff().max()), int(key_bounds.diff().max())
+    out, lse = kernel(*rows, (bounds.to(query.device), key_bounds.to(query.device)), longest, scale, window)
     shape = len(query), query.shape[2]
     return out.unflatten(0, shape).transpose(1, 2), lse.detach().unflatten(1, shape).transpose(0, 1)
 
 
+def _met(bounds: Tensor, batch: int, tokens: int, keys: int) -> tuple[list[int], Tensor, Tensor]:
+    """Of the samples that have queries: the first key in each row, and the bounds of queries and keys, each laid end to end."""
+    if tokens == keys:
+        return [0] * batch, bounds, bounds
+    firsts, lengths = [], []
+    for start, stop in pairwise(bounds.tolist()):
+        row, offset = divmod(start, keys)
+        own = min(offset + stop - start - (keys - tokens), stop - start)
+        if own > 0:
+            lengths.append((own, stop - start))
+            firsts += [offset] * (row == len(firsts))
+    ends = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    return firsts, ends[:, 0].contiguous(), ends[:, 1].contiguous()
+
+
+def _laid_end_to_end(x: Tensor, firsts: list[int]) -> Tensor:
+    """[keys, heads, D] of x [B, heads, S, D], each row from its first key on."""
+    x = x.transpose(1, 2)
+    return x.flatten(0, 1) if not any(firsts) else torch.cat([row[first:] for row, first in zip(x, firsts, strict=True)])
+
+
 Varlen = Callable[..., tuple[Tensor, Tensor]]
-"""(query, key, value [T, heads, D], bounds, longest, scale, window) -> (output [T, H, D], log-sum-exp [H, T])."""
+"""(query [T, H, D], key, value [S, K, D], bounds of both, longest of both, scale, window) -> (output [T, H, D], log-sum-exp [H, T])."""
 
 
 @cache
@@ -180,10 +252,10 @@ def _flash_4(query, key, value, bounds, longest, scale, window) -> tuple[Tensor,
         query,
         key,
         value,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
         softmax_scale=scale,
         causal=True,
         window_size=seen,
@@ -196,7 +268,7 @@ def _flash_2(query, key, value, bounds, longest, scale, window) -> tuple[Tensor,
 
     seen = (-1 if window is None else window - 1, 0)
     return flash_attn_varlen_func(
-        query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=seen, return_attn_probs=True
+        query, key, value, *bounds, *longest, softmax_scale=scale, causal=True, window_size=seen, return_attn_probs=True
     )[:2]
 
 
@@ -208,10 +280,8 @@ def _torch_varlen(query, key, value, bounds, longest, scale, window) -> tuple[Te
         query,
         key,
         value,
-        bounds,
-        bounds,
-        longest,
-        longest,
+        *bounds,
+        *longest,
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=seen,

@@ -30,39 +30,44 @@ def heads(batch: int, seed: int = 0) -> list[Tensor]:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """By the definition, all pairs written out."""
-    batch, tokens = query.shape[0], query.shape[2]
+    """By the definition, all pairs written out; the queries are those of the last keys."""
+    batch, tokens, before = query.shape[0], key.shape[2], key.shape[2] - query.shape[2]
     number = torch.zeros(batch * tokens, dtype=torch.long)
     for n, (start, stop) in enumerate(pairwise(bounds)):
         number[start:stop] = n
     number = number.view(batch, 1, tokens)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     seen = (number[..., :, None] == number[..., None, :]) & (distance >= 0) & (distance < (window or tokens))
-    scores = (query @ key.repeat_interleave(2, 1).mT * scale).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.repeat_interleave(2, 1).mT * scale).masked_fill(~seen[..., before:, :], -torch.inf)
     return scores.softmax(-1) @ value.repeat_interleave(2, 1), scores.logsumexp(-1)
 
 
-def stand_in(query, key, value, bounds, _, longest, __, *, return_aux, scale, window_size, enable_gqa):
-    """torch.nn.attention.varlen.varlen_attn, dense."""
+def stand_in(query, key, value, bounds, key_bounds, longest, longest_keys, *, return_aux, scale, window_size, enable_gqa):
+    """torch.nn.attention.varlen.varlen_attn, dense: each sample's queries are those of its last keys."""
     assert enable_gqa
     assert return_aux.lse
-    assert bounds.dtype == torch.int32
-    assert longest == int(bounds.diff().max())
+    assert bounds.dtype == key_bounds.dtype == torch.int32
+    assert bounds[-1] == len(query)
+    assert key_bounds[-1] == len(key)
+    assert (longest, longest_keys) == (int(bounds.diff().max()), int(key_bounds.diff().max()))
+    assert bounds.diff().min() > 0  # not every kernel takes a sample without queries
     left, right = window_size
     assert right == 0
-    rows = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    out, lse = dense(*rows, bounds.tolist(), scale, None if left < 0 else left + 1)
-    return out[0].transpose(0, 1), lse[0]
+    outs, lses = [], []
+    for (start, stop), (first, last) in zip(pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True):
+        rows = [x.transpose(0, 1)[None] for x in (query[start:stop], key[first:last], value[first:last])]
+        out, lse = dense(*rows, [0, last - first], scale, None if left < 0 else left + 1)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
-def flash_2(query, key, value, bounds, other, longest, _, *, softmax_scale, causal, window_size, return_attn_probs):
+def flash_2(query, key, value, *bounds_and_longest, softmax_scale, causal, window_size, return_attn_probs):
     """flash_attn.flash_attn_varlen_func of release 2."""
     assert causal
     assert return_attn_probs
     aux = varlen.AuxRequest(lse=True)
-    made = stand_in(
-        query, key, value, bounds, other, longest, longest, return_aux=aux, scale=softmax_scale, window_size=window_size, enable_gqa=True
-    )
+    made = stand_in(query, key, value, *bounds_and_longest, return_aux=aux, scale=softmax_scale, window_size=window_size, enable_gqa=True)
     return *made, None
 
 
@@ -101,11 +106,13 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("window", [None, 7, 600])
-def test_packed_samples_are_what_the_definition_says(backend, batch, window):
+@pytest.mark.parametrize("before", [0, 1, 345, 649])
+def test_packed_samples_are_what_the_definition_says(backend, batch, window, before):
+    """before: keys ahead of the first query, which then may lie inside a sample."""
     bounds = torch.tensor(BOUNDS[batch], dtype=torch.int32)
     ours, theirs = heads(batch), heads(batch)
-    out, lse = backend(*ours, bounds, 0.3, window)
-    expected, expected_lse = dense(*theirs, BOUNDS[batch], 0.3, window)
+    out, lse = backend(ours[0][:, :, before:], *ours[1:], bounds, 0.3, window)
+    expected, expected_lse = dense(theirs[0][:, :, before:], *theirs[1:], BOUNDS[batch], 0.3, window)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
     if lse is not None:
         assert not lse.requires_grad
@@ -114,6 +121,33 @@ def test_packed_samples_are_what_the_definition_says(backend, batch, window):
     expected.square().sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("stop", [100, 400, 401, 649, 650])
+def test_bounds_of_rows_that_are_cut_off(stop):
+    """One sample each, a border and a whole row among them."""
+    whole = [0, 400, 650, 1300]
+    cut = backends.bounds_until(torch.tensor(whole, dtype=torch.int32), 650, stop)
+    assert cut.tolist() == [*[start for start in (0, 400) if start < stop], stop, 2 * stop]
+    assert backends.is_bounds(cut)
+    assert cut.dtype == torch.int32
+
+
+def test_whole_causal_rows_that_begin_behind_their_first_key():
+    """Without samples, under the kernels for any dtype too; half precision is rounded once more."""
+    for batch, before, dtype, atol in ((2, 200, torch.float32, 2e-6), (1, 1299, torch.float32, 2e-6), (1, 300, torch.bfloat16, 2e-2)):
+        ours = [x.detach().to(dtype).requires_grad_() for x in heads(batch)]
+        theirs = [x.detach().float().requires_grad_() for x in ours]
+        expected, _ = dense(theirs[0][:, :, before:], *theirs[1:], [n * 1300 // batch for n in range(batch + 1)], 0.3, None)
+        for function in (attend, lambda *heads: backends._sdpa(*heads)):
+            for x in ours:
+                x.grad = None
+            out, _ = function(ours[0][:, :, before:], *ours[1:], None, 0.3)
+            torch.testing.assert_close(out.float(), expected, rtol=0, atol=atol)
+            out.float().square().sum().backward()
+            gradients = torch.autograd.grad(expected.square().sum(), theirs, retain_graph=True)
+            for a, b in zip(ours, gradients, strict=True):
+                torch.testing.assert_close(a.grad.float(), b, rtol=1e-4, atol=10 * atol * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("tokens", [4096, 16384])
