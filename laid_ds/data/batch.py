@@ -6,7 +6,7 @@ told apart by position ids that start again, and nothing is padded. Letters: B r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -117,15 +117,15 @@ class Batch:
         return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, **others, **moved)
 
 
-def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
-    """Stack rendered samples into right-padded rows."""
+def collate(rendered: list[Rendered], keys: list[str], pad_token: int, multiple: int = 1) -> Batch:
+    """Stack rendered samples into right-padded rows of a multiple of so many tokens."""
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
     names = rendered[0].tokens
     tokens = {name: padded([r.tokens[name] for r in rendered], pad_token if name == "input_ids" else 0) for name in names}
-    return Batch(
+    batch = Batch(
         inputs=tokens | _images([image for r in rendered for image in r.images], rendered[0].image_axis),
         labels=padded([_labels(r) for r in rendered], IGNORED),
         segments=padded([_segments(r, 0) for r in rendered], -1),
@@ -133,6 +133,7 @@ def collate(rendered: list[Rendered], keys: list[str], pad_token: int) -> Batch:
         num_images=sum(len(r.images) for r in rendered),
         most_images=_most_images(rendered),
     )
+    return lengthened(batch, set(names), pad_token, multiple)
 
 
 def collate_prompts(rendered: list[Rendered], pad_token: int) -> dict[str, Tensor]:
@@ -148,8 +149,9 @@ def collate_prompts(rendered: list[Rendered], pad_token: int) -> dict[str, Tenso
     return tokens | (_images(images, rendered[0].image_axis) if images else {})
 
 
-def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
-    """Lay rendered samples end to end in one row. A stand-in image stays only where the row would have no image at all, at its end."""
+def pack(rendered: list[Rendered], keys: list[str], pad_token: int = 0, multiple: int = 1) -> Batch:
+    """Lay rendered samples end to end in one row of a multiple of so many tokens. A stand-in image stays only where the row would have no
+    image at all, at its end."""
     if any(not r.trailing for r in rendered):
         rendered = [_without_stand_in(r) for r in rendered]
     else:
@@ -157,7 +159,7 @@ def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
     tokens = {name: torch.cat([r.tokens[name] for r in rendered])[None] for name in rendered[0].tokens}
     positions = torch.cat([r.positions for r in rendered], 1)
     tokens["position_ids"] = positions if len(positions) == 1 else positions[:, None]  # [1, T], or [axes, 1, T]
-    return Batch(
+    batch = Batch(
         inputs=tokens | _images([image for r in rendered for image in r.images], rendered[0].image_axis),
         labels=torch.cat([_labels(r) for r in rendered])[None],
         segments=torch.cat([_segments(r, number) for number, r in enumerate(rendered)])[None],
@@ -165,6 +167,23 @@ def pack(rendered: list[Rendered], keys: list[str]) -> Batch:
         num_images=sum(len(r.images) for r in rendered),
         most_images=_most_images(rendered),
     )
+    return lengthened(batch, set(tokens), pad_token, multiple)
+
+
+def lengthened(batch: Batch, names: Collection[str], pad_token: int, multiple: int) -> Batch:
+    """The batch with padding to a multiple of so many tokens; names: the inputs [.., T] that hold something of every token."""
+    more = -batch.labels.shape[1] % multiple
+    if not more:
+        return batch
+
+    def longer(name: str, x: Tensor) -> Tensor:
+        if name == "position_ids":  # the last sample's go on: padding begins no sample
+            return torch.cat([x, x[..., -1:] + torch.arange(1, more + 1)], -1)
+        return F.pad(x, (0, more), value=pad_token if name == "input_ids" else 0)
+
+    inputs = {name: longer(name, x) if name in names else x for name, x in batch.inputs.items()}
+    labels, segments = F.pad(batch.labels, (0, more), value=IGNORED), F.pad(batch.segments, (0, more), value=-1)
+    return replace(batch, inputs=inputs, labels=labels, segments=segments)
 
 
 def _most_images(rendered: list[Rendered]) -> int:
@@ -246,6 +265,8 @@ class Prepare:
     """Images beside the needles in what the teacher reads; None: it reads what the student reads."""
     lessons: Callable[[list[int], Batch], Recorded] | None = None
     """What the teacher showed of the samples at these positions."""
+    multiple: int = 1
+    """Rows are padded to a multiple of so many tokens."""
 
     def __call__(self, items: list) -> Batch:
         batch = self.batch(self.windows(items))
@@ -269,7 +290,7 @@ class Prepare:
 
     def _laid(self, samples: list[Sample]) -> Batch:
         rendered, keys = [render_named(self.render, sample) for sample in samples], [sample.key for sample in samples]
-        return pack(rendered, keys) if self.packs else collate(rendered, keys, self.pad_token)
+        return (pack if self.packs else collate)(rendered, keys, self.pad_token, self.multiple)
 
     def _evidence(self, samples: list[Sample], batch: Batch) -> Batch:
         """The same turns beside their needles. Raises DataError where the answers would not be the same tokens."""

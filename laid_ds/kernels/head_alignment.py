@@ -11,6 +11,7 @@ the same before and after RoPE; a projection between different head sizes ends t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from laid_ds.kernels import checks
 from laid_ds.kernels.leaf import at_once
 from laid_ds.kernels.switch import exactly_on
+from laid_ds.sequence import ALONE, SequenceGroup
 
 REDUCTIONS = ("relative", "mean", "sum")
 
@@ -33,6 +35,7 @@ def head_alignment(
     reduction: str = "relative",
     segments: Tensor | None = None,
     projection: tuple[Tensor, Tensor] | None = None,
+    group: SequenceGroup = ALONE,
 ) -> tuple[Tensor, int]:
     """(loss sum, count); the caller sums both over a step and divides once. float32 (float64 if an input is).
 
@@ -40,6 +43,8 @@ def head_alignment(
     mixing: weights, of a row softmax or free: w [H^s, H^t] (tied) or (w_q [H^s, H^t], w_k [K^s, K^t]) (separate).
     segments [B, T] int64: packed samples, ids growing along the tokens, -1 padding that is ignored; default: each batch row is one.
     projection: (for queries, for keys), each [D^t, D^s]; needed where the head sizes differ.
+    group: the ranks that share the rows. Tensors are then of this rank's T tokens alone, but segments and count of whole rows; the sum over
+        the ranks is what one rank alone would compute, and "relative" divides by norms over all of them. Collective.
 
     What the sum holds and what is counted (H of the K part = H^s tied, K^s separate):
     "relative": for each segment and head, ||error||^2 / ||mixed teacher||^2 (not differentiated), norms over the segment's tokens; the mean
@@ -50,20 +55,30 @@ def head_alignment(
     Gradients reach the student, the mixing and the projection, never the teacher; they are computed at once, and a second backward is an
     error. Raises ValueError on shapes that do not fit.
     """
-    weights = _check(student_query, student_key, teacher_query, teacher_key, mixing, reduction, segments, projection)
-    member = _membership(segments, student_query)  # [B, T, G]
-    segments_total = int(member.any(1).sum())
+    tokens = student_query.shape[2] * group.size if student_query.ndim == 4 else None
+    weights = _check(student_query, student_key, teacher_query, teacher_key, mixing, reduction, segments, projection, tokens)
+    member = _membership(segments, len(student_query), tokens, student_query.device)  # [B, T, G]
+    segments_total, num_tokens = int(member.any(1).sum()), int(member.sum())
+    member = group.own(member, 1)
     loss = 0.0
     parts = (student_query, teacher_query), (student_key, teacher_key)
     with exactly_on(student_query.device):
         for (student, teacher), weight, project in zip(parts, weights, projection or (None, None), strict=True):
-            part = partial(_part, teacher=teacher, member=member, reduction=reduction, query_heads=student_query.shape[1])
+            part = partial(_part, teacher=teacher, member=member, reduction=reduction, query_heads=student_query.shape[1], add=group.add)
             loss = loss + at_once(part, student, weight, *(() if project is None else (project,)))
-    return loss, {"relative": segments_total * student_query.shape[1], "mean": int(member.sum()), "sum": segments_total}[reduction]
+    return loss, {"relative": segments_total * student_query.shape[1], "mean": num_tokens, "sum": segments_total}[reduction]
 
 
 def _part(
-    student: Tensor, weight: Tensor, project: Tensor | None = None, *, teacher: Tensor, member: Tensor, reduction: str, query_heads: int
+    student: Tensor,
+    weight: Tensor,
+    project: Tensor | None = None,
+    *,
+    teacher: Tensor,
+    member: Tensor,
+    reduction: str,
+    query_heads: int,
+    add: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The Q or the K part of the sum."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -74,20 +89,19 @@ def _part(
     heads, size = mixed.shape[1], mixed.shape[3]
     error = _per_segment((student - mixed).square().sum(-1), member)  # [B, H, G]
     if reduction == "relative":
-        norm = _per_segment(mixed.detach().square().sum(-1), member)
+        norm = add(_per_segment(mixed.detach().square().sum(-1), member))
         error = error / norm.clamp_min(torch.finfo(dtype).tiny) * (query_heads / heads)
     return error.sum() / (heads * size if reduction == "mean" else 1)
 
 
-def _membership(segments: Tensor | None, query: Tensor) -> Tensor:
+def _membership(segments: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
     """[B, T, G] bool: token t belongs to the g-th segment of its batch row; G is the largest number of segments in a row."""
-    batch, _, tokens, _ = query.shape
     if segments is None:
-        return torch.ones(batch, tokens, 1, dtype=torch.bool, device=query.device)
+        return torch.ones(batch, tokens, 1, dtype=torch.bool, device=device)
     starts = segments >= 0
     starts[:, 1:] &= segments[:, 1:] != segments[:, :-1]
     index = starts.cumsum(1) - 1
-    groups = torch.arange(max(int(index.max()) + 1, 1), device=query.device)
+    groups = torch.arange(max(int(index.max()) + 1, 1), device=device)
     return (index[..., None] == groups) & (segments >= 0)[..., None]
 
 
@@ -96,7 +110,9 @@ def _per_segment(x: Tensor, member: Tensor) -> Tensor:
     return x @ member.to(x.dtype)
 
 
-def _check(student_query, student_key, teacher_query, teacher_key, mixing, reduction, segments, projection) -> tuple[Tensor, Tensor]:
+def _check(
+    student_query, student_key, teacher_query, teacher_key, mixing, reduction, segments, projection, whole_tokens
+) -> tuple[Tensor, Tensor]:
     """Refuse what does not fit; returns the weights of the Q part [H^s, H^t] and of the K part [H^s or K^s, K^t]."""
     if student_query.ndim != 4:
         raise ValueError(f"student_query has shape {tuple(student_query.shape)}: expected [B, H, T, D]")
@@ -107,7 +123,7 @@ def _check(student_query, student_key, teacher_query, teacher_key, mixing, reduc
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: expected one of {REDUCTIONS}")
     if segments is not None:
-        checks.check_segments(segments, batch, tokens, device)
+        checks.check_segments(segments, batch, whole_tokens, device)
     if projection is None and size != teacher_size:
         raise ValueError(f"projection is None: expected two of shape {(teacher_size, size)}, since the head sizes differ")
     for name, project in zip(("query", "key"), projection or (), strict=False):

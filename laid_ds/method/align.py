@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from laid_ds.config import Align as Options
 from laid_ds.kernels.attention_matching import Omega, attention_and_matching, attention_matching
 from laid_ds.kernels.head_alignment import head_alignment
+from laid_ds.kernels.visible import row_weights
+from laid_ds.sequence import ALONE, SequenceGroup, Stretch
 
 
 class Heads(Protocol):
@@ -129,19 +131,21 @@ class Align(nn.Module):
         omega: Omega,
         rows: int | None = None,
         row_mask: Tensor | None = None,
+        group: SequenceGroup = ALONE,
     ) -> dict[str, Tensor]:
         """Sums of the asked terms, each a mean over layer pairs and compared student heads; `counted_by` names what they are divided by.
 
-        student, teacher: captured heads by layer; segments [B, T] int64, -1 = padding; row_mask [B, T] bool: the rows that matching counts.
+        student, teacher: captured heads by layer; segments [B, S] int64, -1 = padding; row_mask [B, S] bool: the rows that matching counts.
+        group: the ranks that share these rows; queries are then of this rank's tokens, and the sums of all ranks are to be added.
         "align": head-level alignment (Paper, Eq. 7). "match": distance-weighted attention matching (ours).
         """
         sums: dict[str, list[Tensor]] = {term: [] for term in terms}
         for (s, t), couples in zip(self.pairs, self.heads, strict=True):
             ours, theirs = (student[s], teacher[t]) if couples is None else _couples(student[s], teacher[t], couples)
             if "align" in sums:
-                sums["align"].append(self._alignment(s, ours, theirs, segments))
+                sums["align"].append(self._alignment(s, ours, theirs, segments, group))
             if "match" in sums:
-                sums["match"].append(self._matching(s, ours, theirs, segments, omega, rows, row_mask))
+                sums["match"].append(self._matching(s, ours, theirs, segments, omega, rows, row_mask, group))
         return {term: torch.stack(parts).mean() for term, parts in sums.items()}
 
     def inside_attention(
@@ -172,6 +176,7 @@ class Align(nn.Module):
         value: Tensor,
         scale: float,
         first: Tensor,
+        rows: Stretch,
     ) -> tuple[Tensor, Tensor, Tensor]:
         share = 1 / (query.shape[1] * len(self.pairs))
         return attention_and_matching(
@@ -179,16 +184,16 @@ class Align(nn.Module):
             query,
             key,
             value,
-            teacher.query,
-            teacher.key,
+            teacher.query[:, :, rows.at],
+            teacher.key[:, :, : rows.stop],
             self.mixing[str(layer)].float(),
             scale=scale,
             teacher_scale=teacher.scale,
             first=first,
-            segments=segments,
+            segments=segments[:, : rows.stop],
             omega=omega,
             teacher_window=teacher.window,
-            teacher_lse=teacher.lse,
+            teacher_lse=None if teacher.lse is None else teacher.lse[:, :, rows.at],
             report=lambda total: report(total * share),
         )
 
@@ -199,51 +204,73 @@ class Align(nn.Module):
             "match": "rows" if rows_from == "answers" else "tokens",
         }
 
-    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor) -> Tensor:
+    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, group: SequenceGroup) -> Tensor:
         mixed = str(layer) in self.mixing
         total, _ = head_alignment(
             student.query,
-            student.key,
+            group.own(student.key, 2),
             teacher.query,
-            teacher.key,
+            group.own(teacher.key, 2),
             self.weights(layer) if mixed else torch.eye(student.query.shape[1], device=student.query.device),
             reduction=self.options.reduction,
             segments=segments,
             projection=tuple(self.projections[str(layer)].float()) if str(layer) in self.projections else None,
+            group=group,
         )
         return total / student.query.shape[1] if self.options.reduction == "relative" else total
 
     def _matching(
-        self, layer: int, student: Heads, teacher: Heads, segments: Tensor, omega: Omega, rows: int | None, row_mask: Tensor | None
+        self,
+        layer: int,
+        student: Heads,
+        teacher: Heads,
+        segments: Tensor,
+        omega: Omega,
+        rows: int | None,
+        row_mask: Tensor | None,
+        group: SequenceGroup,
     ) -> Tensor:
         if student.beside is not None:
             return student.beside / student.query.shape[1]
         heads, device = student.query.shape[1], student.query.device
         mixed = str(layer) in self.mixing
-        total, _ = attention_matching(
-            student.query,
-            student.key,
-            teacher.query,
-            teacher.key,
-            self.mixing[str(layer)].float() if mixed else torch.zeros(heads, heads, device=device),
-            teacher_heads=None if mixed else torch.arange(heads, device=device)[:, None],
-            student_scale=student.scale,
-            teacher_scale=teacher.scale,
-            student_window=student.window,
-            teacher_window=teacher.window,
-            student_lse=student.lse,
-            teacher_lse=teacher.lse,
-            omega=omega,
-            segments=segments,
-            rows=rows,
-            row_mask=row_mask,
-        )
+        mixing = self.mixing[str(layer)].float() if mixed else torch.zeros(heads, heads, device=device)
+        drawn = None if rows is None or group.size == 1 else _drawn(segments, row_mask, rows, group)
+        total = 0.0
+        for start, stop, at in group.stretches(segments.shape[1]):
+            found, _ = attention_matching(
+                student.query[:, :, at],
+                student.key[:, :, :stop],
+                teacher.query[:, :, at],
+                teacher.key[:, :, :stop],
+                mixing,
+                teacher_heads=None if mixed else torch.arange(heads, device=device)[:, None],
+                student_scale=student.scale,
+                teacher_scale=teacher.scale,
+                student_window=student.window,
+                teacher_window=teacher.window,
+                student_lse=None if student.lse is None else student.lse[:, :, at],
+                teacher_lse=None if teacher.lse is None else teacher.lse[:, :, at],
+                omega=omega,
+                segments=segments[:, :stop],
+                rows=rows,
+                row_mask=None if row_mask is None else row_mask[:, start:stop],
+                row_weight=None if drawn is None else drawn[:, start:stop],
+                query_offset=start,
+            )
+            total = total + found
         return total / heads
 
     def mixture_entropy(self) -> float:
         """Mean entropy of the mixture's rows in nats: 0 is one teacher head per student head, ln H_t is the plain mean."""
         rows = torch.cat([torch.softmax(p.detach().float(), -1) for p in self.mixing.values()])
         return torch.special.entr(rows).sum(-1).mean().item()
+
+
+def _drawn(segments: Tensor, row_mask: Tensor | None, rows: int, group: SequenceGroup) -> Tensor:
+    """[B, S] float64 on the CPU: the weights of `rows` rows of each whole row, as one rank of the group drew them."""
+    weight, _ = row_weights(*segments.shape, 0, segments, row_mask, rows)
+    return group.add(weight * group.leads)
 
 
 def _couples(student: Heads, teacher: Heads, couples: Sequence[tuple[int, int]]) -> tuple[Heads, Heads]:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from laid_ds.config import Losses, Match
-from laid_ds.data.batch import Batch, Heads
+from laid_ds.data.batch import IGNORED, Batch, Heads
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.align import Align
 from laid_ds.method.losses import Shown, head_losses, inside, show
-from laid_ds.models.attention import Captured, Tap, assert_differentiable, last_hidden_state, untouched
+from laid_ds.models.attention import Captured, Tap, assert_differentiable, group_of, last_hidden_state, untouched
 from laid_ds.models.lora import without_lora
 from laid_ds.runtime import distributed
+from laid_ds.sequence import ALONE, SequenceGroup
 
 EVERY_ROW = Match()
 
@@ -75,10 +76,10 @@ def _copied(head: nn.Linear, rows: Tensor) -> tuple[Tensor, ...]:
 class RecordedTeacher:
     """A teacher of which only the head is in memory: it shows what the data workers read of recorded lessons."""
 
-    def __init__(self, head: Shown, device: torch.device, vocabulary: int, shows_logits: bool):
-        """head: its weight and bias, uncut."""
+    def __init__(self, head: Shown, device: torch.device, vocabulary: int, shows_logits: bool, group: SequenceGroup = ALONE):
+        """head: its weight and bias, uncut; group: the ranks that share each batch."""
         self.parameters = [p.to(device) for p in (head.weight, head.bias) if p is not None]
-        self.vocabulary, self.shows_logits = vocabulary, shows_logits
+        self.vocabulary, self.shows_logits, self.group = vocabulary, shows_logits, group
         self.module = self
         """As of an engine."""
 
@@ -86,20 +87,29 @@ class RecordedTeacher:
     def __call__(self, batch: Batch, every_logit: bool = False) -> Lesson:
         """As `Teacher.forward`, bit for bit."""
         assert batch.lesson is not None, "the batch came without its lessons"
-        heads = {layer: _captured(held) for layer, held in batch.lesson.heads.items()}
+        heads = {layer: _captured(held, self.group) for layer, held in batch.lesson.heads.items()}
         if not (self.shows_logits or every_logit):
             return Lesson(heads, None)
-        rows, columns = batch.lesson.hidden, slice(None if every_logit else self.vocabulary)
+        rows, columns = batch.lesson.hidden[_own_answers(batch, self.group)], slice(None if every_logit else self.vocabulary)
         parameters = [p[columns] for p in self.parameters]
         if len(rows) > rows.shape[1] and not every_logit:
             return Lesson(heads, Shown(rows, *parameters))
         return Lesson(heads, Shown(nn.functional.linear(rows, *parameters)))
 
 
-def _captured(held: Heads) -> Captured:
+def _captured(held: Heads, group: SequenceGroup) -> Captured:
     """As the tap would have captured it; of chosen heads, each with its own copy of its keys."""
     key = held.key if held.heads is None else held.key[:, held.key_of]
-    return Captured(held.query, key, held.scale, held.window, lse=held.lse, heads=held.heads)
+    lse = None if held.lse is None else group.own(held.lse, 2)
+    return Captured(group.own(held.query, 2), key, held.scale, held.window, lse=lse, heads=held.heads)
+
+
+def _own_answers(batch: Batch, group: SequenceGroup) -> slice | Tensor:
+    """Which of all answer rows of a batch are this rank's."""
+    if group.size == 1:
+        return slice(None)
+    numbers = batch.supervised.flatten().cumsum(0).view_as(batch.labels) - 1
+    return group.own(numbers, 1)[group.own(batch.supervised, 1)]
 
 
 class OwnTeacher:
@@ -128,7 +138,7 @@ def _lesson(model: nn.Module, tap: Tap, batch: Batch, vocabulary: int, shows_log
         hidden = last_hidden_state(model, **batch.inputs)
     if not (shows_logits or every_logit):
         return Lesson(heads, None)
-    head, rows = model.get_output_embeddings(), hidden[batch.supervised]
+    head, rows = model.get_output_embeddings(), hidden[group_of(model).own(batch.supervised, 1)]
     return Lesson(heads, Shown(head(rows)) if every_logit else show(head, rows, vocabulary))
 
 
@@ -140,8 +150,14 @@ class Student(nn.Module):
         self.model, self.align, self.tap = model, align, tap
         self.losses, self.vocabulary, self.match = losses, vocabulary, match
 
+    @property
+    def group(self) -> SequenceGroup:
+        """The ranks that share each batch."""
+        return group_of(self.model)
+
     def forward(self, batch: Batch, lesson: Lesson | None, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once.
+        """(loss, sums of the asked terms) of this micro-batch; only the loss has a gradient, and it can be differentiated once. Of a batch
+        that ranks share both are this rank's part.
 
         Where attention itself matches (`_matches_inside`), the sum "match" is whole only after the loss's backward pass, which adds to it.
         """
@@ -150,10 +166,12 @@ class Student(nn.Module):
         with self.tap.open(inside) as heads:
             hidden = last_hidden_state(self.model, **batch.inputs)
         assert_differentiable(heads)
+        labels = self.group.own(batch.labels, 1)
+        supervised = labels != IGNORED
         loss, sums = head_losses(
-            hidden[batch.supervised],
+            hidden[supervised],
             self.model.get_output_embeddings(),
-            batch.labels[batch.supervised],
+            labels[supervised],
             self.vocabulary,
             ask.factors,
             lesson.logits if lesson else None,
@@ -163,7 +181,7 @@ class Student(nn.Module):
         if compared:
             rows = None if self.match.rows is None else self.match.rows * len(batch.keys) // len(batch.segments)
             row_mask = batch.supervised if self.match.rows_from == "answers" else None
-            found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows, row_mask)
+            found = self.align(heads, lesson.heads, batch.segments, compared, ask.omega, rows, row_mask, self.group)
             loss = loss + sum(ask.factors[term] * total for term, total in found.items())
             sums |= {term: total.detach() for term, total in found.items()}
         if inside:
@@ -210,7 +228,7 @@ def train_step(
     Counts run over all micro-batches and all ranks, so accumulation and world size change nothing. Raises NonFiniteLoss on every rank.
     """
     weights = {term: getattr(losses, term) for term in counted_by if getattr(losses, term) > 0}
-    counts = _step_counts(batches)
+    counts = _step_counts(batches, student.module.group)
     divisors = {term: max(counts[counted_by[term]], 1) for term in weights}  # a step without an answer has sums of 0 and no rows
     ask = Ask({term: weight / divisors[term] for term, weight in weights.items()}, omega)
     totals = dict.fromkeys(weights, 0.0)
@@ -235,11 +253,11 @@ def _longest(batches: Sequence[Batch]) -> dict[str, int]:
     return {name: int(number) for name, number in zip(own[0], most, strict=True)}
 
 
-def _step_counts(batches: Sequence[Batch]) -> dict[str, float]:
-    """Supervised rows, tokens, samples, images and places of the step, over all ranks."""
+def _step_counts(batches: Sequence[Batch], group: SequenceGroup) -> dict[str, float]:
+    """Supervised rows, tokens, samples, images and places of the step, over all ranks; those that share a batch count it once."""
     per_batch = [batch.counts() for batch in batches]
     names = list(per_batch[0])
-    totals = distributed.add(sum(counts[name] for counts in per_batch) for name in names)
+    totals = distributed.add(group.leads * sum(counts[name] for counts in per_batch) for name in names)
     return dict(zip(names, totals, strict=True))
 
 

@@ -6,8 +6,8 @@ Rows that hold several samples (their position ids start again) get no mask but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,8 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from laid_ds.models.backends import Result, attend, first_seen, has_lse, is_bounds
+from laid_ds.models.backends import Result, attend, bounds_until, first_seen, has_lse, is_bounds
+from laid_ds.models.cut import cut_inputs
 from laid_ds.models.family import DECODERS, ONE_AXIS_WITHOUT_MASK, check_packable, family
+from laid_ds.sequence import ALONE, SequenceGroup, Stretch
 
 NAME = "laid"  # a name with "flash" or "/" in it would make transformers look for a package or a hub kernel
 
@@ -33,13 +35,13 @@ class Captured:
     query: Tensor
     """[B, H, T, D] after RoPE, and after the gain if there is one."""
     key: Tensor
-    """[B, K, T, D] after RoPE, not repeated."""
+    """[B, K, S, D] after RoPE, not repeated: of whole rows, also where the queries are a rank's own tokens alone."""
     scale: float
     """Factor on the scores, from the model's own call."""
     window: int | None
     """Sliding window of the layer in tokens (a row sees itself and window - 1 tokens before), or None."""
     mask: Tensor | None = None
-    """None (causal), the bounds of packed samples, or a dense mask (see backends)."""
+    """None (causal), the bounds of packed samples in whole rows, or a dense mask (see backends)."""
     lse: Tensor | None = None
     """[B, H, T] float32: log-sum-exp of each row's scaled scores over the keys it sees, without a gradient, if the tap asked for it."""
     beside: Tensor | None = None
@@ -52,9 +54,10 @@ class Companion(Protocol):
     """Attention that computes something beside its output, see `Tap.open`."""
 
     def __call__(
-        self, attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor
+        self, attend: Callable[..., Result], query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor, rows: Stretch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(output, log-sum-exp, scalar), the first two as attend(query, key, value) gives them; row t sees the keys first[b, t] .. t."""
+        """(output, log-sum-exp, scalar), the first two as attend(query, key, value) gives them for a stretch of rows and the keys until its
+        end; row t of it sees the keys first[b, t] .. rows.start + t."""
 
 
 @dataclass
@@ -95,6 +98,8 @@ class Listening:
     gain: Callable[[Tensor], Tensor] | None = None
     attend: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
     """What turns queries, keys and values into the output."""
+    group: SequenceGroup = ALONE
+    """The ranks that share a row: queries are of this one's tokens, and keys and values are gathered."""
 
 
 def laid_attention(
@@ -110,16 +115,15 @@ def laid_attention(
     window, tap = kwargs.get("sliding_window"), listening.tap
     asks_lse = tap is not None and tap.lse and listening.layer in tap.layers  # also while closed: recomputing must call the same kernel
     lse, mask, beside = None, attention_mask, None
-    if asks_lse or is_bounds(mask):
+    if asks_lse or is_bounds(mask) or listening.group.size > 1:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         _check_backend(listening, query, mask, kwargs.get("dropout", 0.0), asks_lse, causal)
         companion = tap.companions.get(listening.layer) if tap is not None and torch.is_grad_enabled() else None
-        if companion is not None and causal and (mask is None or is_bounds(mask)):
-            how = partial(attend, mask=mask, scale=scale, window=window)
-            out, lse, beside = companion(how, query, key, value, scale, first_seen(mask, *query.shape[:3:2], window))
-        else:
-            out, lse = attend(query, key, value, mask, scale, window, causal)
+        key, value = _gathered(listening.group, key, value)
+        if companion is not None and not (causal and (mask is None or is_bounds(mask))):
+            companion = None
+        out, lse, beside = _attend(listening.group, query, key, value, mask, scale, window, causal, companion)
         if mask is None and not causal:  # every row sees all
             mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device).expand(1, 1, query.shape[2], key.shape[2])
         out = out.transpose(1, 2).contiguous()
@@ -130,11 +134,48 @@ def laid_attention(
     return out, None
 
 
+def _gathered(group: SequenceGroup, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole rows, in one message where their heads have one size."""
+    if group.size == 1 or key.shape[3] != value.shape[3]:
+        return group.whole(key, 2), group.whole(value, 2)
+    return group.whole(torch.cat([key, value], 1), 2).split([key.shape[1], value.shape[1]], 1)
+
+
+def _attend(
+    group: SequenceGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    causal: bool,
+    companion: Companion | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(output, log-sum-exp, what the companion computes) of this rank's queries over whole rows, one stretch of them after the other."""
+    found, tokens = [], key.shape[2]
+    for rows in group.stretches(tokens):
+        bounds = bounds_until(mask, tokens, rows.stop) if is_bounds(mask) and rows.stop < tokens else mask
+        how = partial(attend, mask=bounds, scale=scale, window=window)
+        parts = query[:, :, rows.at], key[:, :, : rows.stop], value[:, :, : rows.stop]
+        if companion is None:
+            found.append((*how(*parts, causal=causal), None))
+        else:
+            first = first_seen(bounds, len(query), rows.stop, window)[:, rows.start :]
+            found.append(companion(how, *parts, scale, first, rows))
+    if len(found) == 1:
+        return found[0]
+    outs, lses, besides = zip(*found, strict=True)
+    return torch.cat(outs, 2), None if lses[0] is None else torch.cat(lses, 2), None if companion is None else sum(besides)
+
+
 def _check_backend(listening: Listening, query: Tensor, mask: Tensor | None, dropout: float, asks_lse: bool, causal: bool) -> None:
-    """Raises ValueError for a log-sum-exp or packed samples where this attention has none."""
+    """Raises ValueError for a log-sum-exp, packed samples or shared rows where this attention has none."""
     device, dtype = query.device.type, query.dtype
     dense = not causal or (mask is not None and not is_bounds(mask))
-    what = "the log-sum-exp of attention" if asks_lse else "packed samples"
+    what = "the log-sum-exp of attention" if asks_lse else "packed samples" if is_bounds(mask) else "rows that ranks share"
+    if dense and listening.group.size > 1:
+        raise ValueError(f"layer {listening.layer} attends under a dense mask, which ranks cannot share: set sequence_parallel = 1")
     if listening.attend is not sdpa_attention_forward:
         raise ValueError(f"{type(listening.attend).__name__} gives no {what.removeprefix('the ')}; use the plain attention of the model")
     if dropout:
@@ -159,6 +200,36 @@ def packed_rows() -> Iterator[None]:
         yield
     finally:
         _packed.reset(token)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The whole rows of which a decoder computes this rank's tokens."""
+
+    bounds: Tensor
+    packed: bool
+    """Whether they hold several samples each."""
+
+
+_cut: ContextVar[Cut | None] = ContextVar("cut", default=None)
+
+
+@contextmanager
+def cut_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the decoder of a model that ranks share (listen) computes this rank's tokens of the rows of these inputs."""
+    (batch, tokens), positions = inputs["input_ids"].shape, inputs.get("position_ids")
+    starts = torch.zeros(batch, tokens, dtype=torch.bool)
+    if positions is not None:
+        counted = (positions if positions.ndim == 2 else positions[0]).cpu()
+        starts[:, 1:] = counted.diff(dim=1) != 1
+    starts[:, 0] = True
+    bounds = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([batch * tokens])]).int()
+    token, hook = _cut.set(Cut(bounds, positions is not None)), cut_inputs(decoder(model), group_of(model))
+    try:
+        yield
+    finally:
+        hook.remove()
+        _cut.reset(token)
 
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
@@ -190,8 +261,11 @@ def laid_mask(
     """transformers' mask interface: SDPA's mask or, inside `packed_rows` and for sliding windows on CUDA or inside `whole_rows`, the bounds
     of the samples.
 
-    A token that does not see the one before it begins a sample.
+    A token that does not see the one before it begins a sample. Of rows that ranks share, the decoder sees too little to tell: there the
+    mask is known beforehand (cut_rows).
     """
+    if (cut := _cut.get()) is not None:
+        return cut.bounds if cut.packed or kwargs.get("local_size") is not None else None
     if _whole.get():
         kwargs["attention_mask"] = None
     if not (_packed.get() or ((device.type == "cuda" or _whole.get()) and _is_plain_window(q_length, **kwargs))):
@@ -253,8 +327,10 @@ def listen(
     tap: Tap | None = None,
     gains: dict[int, Callable[[Tensor], Tensor]] | None = None,
     attend: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward,
+    group: SequenceGroup = ALONE,
 ) -> None:
-    """Put the model's decoder on the `laid` attention function, with a tap, gains and what attends. The vision tower is left as it is.
+    """Put the model's decoder on the `laid` attention function, with a tap, gains, what attends, and the ranks that share its rows. The
+    vision tower is left as it is.
 
     Raises ValueError for a tapped layer that has no attention.
     """
@@ -269,7 +345,13 @@ def listen(
     for config, implementation in kept:
         config._attn_implementation = implementation
     for index, attention in attentions.items():
-        object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index), attend))
+        object.__setattr__(attention, "_laid", Listening(index, tap, (gains or {}).get(index), attend, group))
+
+
+def group_of(model: PreTrainedModel) -> SequenceGroup:
+    """The ranks that share the rows of a model (listen)."""
+    found = [getattr(attention, "_laid", None) for attention in attention_layers(model).values()]
+    return found[0].group if found and found[0] is not None else ALONE
 
 
 @contextmanager
@@ -294,6 +376,7 @@ def rotary_planes(model: PreTrainedModel, layer: int) -> int:
 
 def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """[B, T, hidden]: what the decoder hands to the head. The head is left out where the model's classes allow it, else run on one row.
+    Of rows that ranks share (listen), [B, t, hidden]: this rank's own tokens. Inputs are of whole rows all the same.
 
     Position ids among the inputs say that rows hold several samples; the model must be under `laid` (listen). Raises ValueError for images
     without what tells their tokens from text, since positions would silently count along one axis, and for samples packed into rows of
@@ -315,6 +398,11 @@ def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    with cut_rows(model, inputs) if group_of(model).size > 1 else nullcontext():
+        return _run(model, inputs)
+
+
+def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     whole = getattr(model, "model", None)
     if whole is not None and whole is not decoder(model):
         return whole(**inputs, use_cache=False).last_hidden_state

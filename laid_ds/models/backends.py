@@ -100,7 +100,7 @@ class _Behind(torch.autograd.Function):
         for keys, causal in _Behind.parts(query, key):
             found.append(flash(query, key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale))
         lse = torch.logaddexp(*(lse for _, lse in found))
-        out = sum(out * (own - lse).exp()[..., None].to(out.dtype) for out, own in found)
+        out = sum(out * (own - lse).exp()[..., None] for out, own in found).to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale, shown = scale, lse.float()
         ctx.mark_non_differentiable(shown)

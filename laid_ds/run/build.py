@@ -27,6 +27,7 @@ from laid_ds.models.rope_gain import gain_shapes, responder
 from laid_ds.plan.lengths import build_packing
 from laid_ds.run.lessons import load_head, with_lessons
 from laid_ds.runtime import distributed, engine
+from laid_ds.sequence import ALONE, SequenceGroup
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -54,23 +55,23 @@ def build(run: Run) -> Training:
     if run.teacher is not None:
         check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
     pairs = build_pairs(run)
-    student, align = build_student(run, pairs, vocabulary)
+    group = distributed.sequence_group(run.sequence_parallel)
+    student, align = build_student(run, pairs, vocabulary, group)
     recorded = run.taught and run.teacher.lessons is not None
     if recorded:
-        teacher = RecordedTeacher(load_head(run), student.device, vocabulary, shows_logits=run.losses.kl > 0)
+        teacher = RecordedTeacher(load_head(run), student.device, vocabulary, run.losses.kl > 0, group)
     else:
-        teacher = build_teacher(run, pairs, vocabulary, student) if run.taught else None
+        teacher = build_teacher(run, pairs, vocabulary, student, group=group) if run.taught else None
     counted_by = {"kl": "rows", "sft": "rows"} | (align.counted_by(run.match.rows_from) if align is not None else {})
     renderer = build_renderer(run, processor)
     stream = build_stream(run, dataset, renderer)
     if recorded:
-        per_step = run.data.micro_batch * run.optimizer.accumulation * distributed.world_size()
-        stream = with_lessons(run, pairs, stream, per_step)
+        stream = with_lessons(run, pairs, stream, samples_per_step(run))
     return Training(student, teacher, stream, counted_by, renderer, vocabulary)
 
 
-def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align | None]:
-    """The engine around the student and its Align, and the Align (None without a teacher)."""
+def build_student(run: Run, pairs: Pairs, vocabulary: int, group: SequenceGroup = ALONE) -> tuple[Any, Align | None]:
+    """The engine around the student and its Align, and the Align (None without a teacher). group: the ranks that share each batch."""
     mechanics = engine.read_deepspeed(run.student.deepspeed, run.student.dtype, run, trains=True)
     model = load_model(run.student.path, run.student.dtype, mechanics, run.student.trust_remote_code)
     if run.student.gradient_checkpointing:
@@ -83,7 +84,7 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int) -> tuple[Any, Align |
     layout = trainable(model.config).layout
     gains = {int(layer): responder(align.gain, int(layer), layout) for layer in align.gain} if align is not None else {}
     tap = Tap([student for student, _ in pairs], lse=asks_lse(run, run.student))
-    listen(model, tap, gains)
+    listen(model, tap, gains, group=group)
     student = Student(model, align, tap, run.losses, vocabulary, run.match)
     return engine.training_engine(student, run, mechanics), align
 
@@ -108,7 +109,9 @@ def _shape(config: PretrainedConfig, layers: list[int]) -> tuple[int, int, int]:
     return found.pop()
 
 
-def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None, kind: type[Teacher] = Teacher) -> Any:
+def build_teacher(
+    run: Run, pairs: Pairs, vocabulary: int, student: Any = None, kind: type[Teacher] = Teacher, group: SequenceGroup = ALONE
+) -> Any:
     """The engine around the frozen teacher; or, of a student with LoRA that teaches itself, the same model without what was learned."""
     if run.teacher.self and run.student.lora is not None:
         tap = Tap([teacher for _, teacher in pairs], lse=asks_lse(run, run.student))
@@ -116,7 +119,7 @@ def build_teacher(run: Run, pairs: Pairs, vocabulary: int, student: Any = None, 
     mechanics = engine.read_deepspeed(run.teacher.deepspeed, run.teacher.dtype, run, trains=False)
     model = load_model(run.teacher.path, run.teacher.dtype, mechanics, run.teacher.trust_remote_code)
     tap = Tap([teacher for _, teacher in pairs], lse=asks_lse(run, run.teacher))
-    listen(model, tap)
+    listen(model, tap, group=group)
     return engine.teacher_engine(kind(model, tap, vocabulary, shows_logits=run.losses.kl > 0), mechanics)
 
 
@@ -138,6 +141,11 @@ def build_renderer(run: Run, processor: ProcessorMixin) -> Renderer:
     return Renderer(limited, pixels, positions=positions, number_images=run.data.number_images)
 
 
+def samples_per_step(run: Run) -> int:
+    """Samples (with packing packs) of an optimizer step of these ranks. Raises ValueError unless sequence_parallel divides them."""
+    return run.data.micro_batch * run.optimizer.accumulation * run.groups(distributed.world_size())
+
+
 def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
     """What a data worker makes of the samples at their positions; per_step: samples per optimizer step over all ranks."""
     return Prepare(
@@ -148,19 +156,19 @@ def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
         image_range=partial(schedule.image_range, steps=run.steps, data=run.data),
         questions=run.data.questions,
         packs=run.data.tokens_per_pack is not None,
+        multiple=SequenceGroup(run.sequence_parallel).multiple,
         distractors=run.teacher.distractors if run.taught and run.teacher.sees == "needles" and run.teacher.lessons is None else None,
     )
 
 
 def build_stream(run: Run, dataset: Dataset, renderer: Renderer, per_step: int | None = None) -> Stream:
     """This rank's endless stream of batches. per_step: samples of an optimizer step, where these ranks are not the run's."""
-    data, world = run.data, distributed.world_size()
-    per_step = per_step or data.micro_batch * world * run.optimizer.accumulation
+    data, per_step = run.data, per_step or samples_per_step(run)
     return Stream(
         dataset,
         micro_batch=data.micro_batch,
-        rank=distributed.rank(),
-        world_size=world,
+        rank=distributed.rank() // run.sequence_parallel,
+        world_size=run.groups(distributed.world_size()),
         seed=run.seed,
         prepare=build_prepare(run, renderer, per_step),
         shuffle=data.shuffle,

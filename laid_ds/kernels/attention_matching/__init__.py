@@ -32,6 +32,7 @@ def attention_matching(
     omega: Omega = UNIFORM,
     segments: Tensor | None = None,
     row_mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
     positions: Tensor | None = None,
     student_window: int | None = None,
     teacher_window: int | None = None,
@@ -55,8 +56,9 @@ def attention_matching(
     student_scale, teacher_scale: what each model multiplies its scores with.
     omega: the weight of a distance, normalised to mean 1 over the keys that a row sees, row by row.
     segments [B, S] int64: the packed sample of each key; ids grow along the keys; -1 is padding, never seen and never counted.
-    row_mask [B, T] bool: the rows that count (default all). positions [B, S] int64: distances are differences of these, negative ones
-        taken as 0 (default: token indices).
+    row_mask [B, T] bool: the rows that count (default all). row_weight [B, T] float64 on the CPU: what each counts for, in place of
+        `row_mask`, `rows` and `generator`, where those were drawn for more rows than these (visible.row_weights).
+    positions [B, S] int64: distances are differences of these, negative ones taken as 0 (default: token indices).
     student_window, teacher_window: a row sees its own key and the window - 1 before it (None: all). Where the student sees less than the
         teacher, the mixture is conditioned on what it sees: mixed first, then renormalised once, so that a head counts by its mass there.
         Where it sees more, the mixture is 0 on the rest.
@@ -87,7 +89,11 @@ def attention_matching(
 
     student_first = first_visible(batch, tokens, query_offset, segments, student_window)
     teacher_first = first_visible(batch, tokens, query_offset, segments, teacher_window)
-    weight, count = row_weights(batch, tokens, query_offset, segments, row_mask, rows, generator)
+    if row_weight is None:
+        weight, count = row_weights(batch, tokens, query_offset, segments, row_mask, rows, generator)
+    else:
+        checks.check_tensor("row_weight", row_weight, (batch, tokens), (torch.float64,), torch.device("cpu"))
+        weight, count = row_weight, int((row_weight > 0).sum())
     own = Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse)
     teacher, teacher_alone = teacher_sides(own, student_first, weight, teacher_heads)
     problem = Problem(

@@ -43,24 +43,26 @@ def attention_and_matching(
     teacher_lse: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, log-sum-exp, matching), the first two as `attend` gives them for query [B, H, T, D], key and value [B, K, T, D].
+    """(out, log-sum-exp, matching), the first two as `attend` gives them for query [B, H, T, D], key and value [B, K, S, D], S >= T; query
+    row t is the token of key t + S - T.
 
     `matching` is the sum of attention_matching over all counted rows and heads; its value is 0 and its backward calls `report` with the
     true one, a scalar. float32 or float64 on a CPU; gradients, once, to query, key, value and mixing_logits.
 
-    first [B, T] int64 on the CPU: row t of the student sees the keys first .. t, as `attend` does; where segments [B, T] are not -1 these
-        must be the keys of its segment (and window).
+    first [B, T] int64 on the CPU: row t of the student sees the keys first .. t + S - T, as `attend` does; where segments [B, S] are not
+        -1 these must be the keys of its segment (and window).
     All else as in attention_matching.
     """
     note("attention_matching", "chunked inside attention's backward pass")
     batch, _, tokens, _ = query.shape
-    weight, _ = row_weights(batch, tokens, 0, segments, None)
-    teacher_first = first_visible(batch, tokens, 0, segments, teacher_window)
+    query_offset = key.shape[2] - tokens
+    weight, _ = row_weights(batch, tokens, query_offset, segments, None)
+    teacher_first = first_visible(batch, tokens, query_offset, segments, teacher_window)
     own = Side(teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_first, teacher_lse)
     teacher, teacher_alone = teacher_sides(own, first, weight, None)
 
     def problem_of(query: Tensor, key: Tensor, lse: Tensor, upstream: float) -> Problem:
-        return Problem(Side(query, key, scale, first, lse), teacher, teacher_alone, weight * upstream, None, 0, omega, None)
+        return Problem(Side(query, key, scale, first, lse), teacher, teacher_alone, weight * upstream, None, query_offset, omega, None)
 
     mixing = mixture(mixing_logits.to(query.dtype), None, by_row=teacher_alone is not None)
     return _AttentionAndMatching.apply(attend, problem_of, report, chunk_size, query, key, value, mixing)
