@@ -48,6 +48,9 @@ def local(
     run = config.load(recipe, overrides or [])
     print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
     _check(run)
+    import torch
+
+    run.groups(ranks or torch.cuda.device_count() or 1)
     print("nothing speaks against it; the ranks start", flush=True)
     from laid_ds.runtime.local import launch
 
@@ -101,6 +104,7 @@ def slurm(
     recipe = own_or_shipped(recipe)
     job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
     run = config.load(recipe, overrides or [])
+    run.groups(job.nodes * job.ranks)
     target = _target(run, recipe, overrides or [], job)
     script = render(job, target)
     if dry_run:
@@ -112,8 +116,10 @@ def slurm(
     elements = [(*element, f"output={run.output}/{i}") for i, element in enumerate(job.sweep)] or [()]
     runs = [config.load(recipe, [*(overrides or []), *element]) for element in elements]
     commands.check_free(target.run)
-    for one in runs if check else ():
-        _check(one)
+    for one in runs:
+        one.groups(job.nodes * job.ranks)
+        if check:
+            _check(one)
     write_record(target, recipe, config.as_tree(run), script, os.environ)
     for one in runs:
         reopen(one)

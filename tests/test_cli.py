@@ -16,6 +16,10 @@ from laid_ds import cli, config
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import Sample, Turn
 from laid_ds.data.writer import ShardWriter
+from laid_ds.run.build import build
+from launch import cli as launch
+from tests.models.family_models import tiny_model
+from tests.support.processes import free_port
 from tests.support.recipes import write_recipe
 
 
@@ -43,6 +47,46 @@ def test_the_dry_run_prints_the_resolved_run_and_starts_nothing(recipe, tmp_path
     assert exit_status.value.code == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 4
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_cannot_share_batches_are_refused_before_anything_is_loaded(recipe, tmp_path, capsys):
+    """By each way in: the dry run, the start on this machine, and a rank whatever started it."""
+    sentence = "sequence_parallel = 2 does not divide the 3 ranks of this run: start a multiple of it, or set another sequence_parallel"
+    for more in ([], ["--dry-run"]):
+        assert refused(capsys, "train", recipe, "sequence_parallel=2", "--ranks", 3, *more) == f"laid: {sentence}"
+    with pytest.raises(SystemExit) as exit_status:
+        launch.main(["local", str(recipe), "sequence_parallel=2", "--ranks", "3"])
+    assert (exit_status.value.code, capsys.readouterr().err.strip()) == (2, f"laid-launch: {sentence}")
+    for words, status in ((["sequence_parallel=3", "--ranks", "3"], 0), (["sequence_parallel=3"], 0)):
+        with pytest.raises(SystemExit) as exit_status:
+            cli.main(["train", str(recipe), *words, "--dry-run"])
+        assert exit_status.value.code == status
+    capsys.readouterr()
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    words = [sys.executable, "-m", "laid_ds.train", str(recipe), "sequence_parallel=2"]
+    found = subprocess.run(words, env=os.environ | rank | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert [line for line in found.stderr.splitlines() if line.startswith("laid: sequence_parallel = 2 does not divide the 1 rank of")]
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_models_whose_rows_cannot_be_shared_are_refused_before_anything_is_loaded(recipe, tmp_path, capsys, who):
+    tiny_model("gemma3", "gemma3_text").config.save_pretrained(tmp_path / "gemma")
+    words = ["train", recipe, "sequence_parallel=2", f"{who}.path={tmp_path / 'gemma'}", "--dry-run"]
+    sentence = "rows of gemma3 with gemma3_text cannot be shared by several ranks (sliceable is no in `laid models`): its mask is dense"
+    assert sentence in refused(capsys, *words)
+    assert sentence in refused(capsys, "plan", *words[1:-1])
+    with pytest.raises(ValueError, match=r"^rows of gemma3 with gemma3_text cannot be shared"):
+        build(config.load(recipe, words[2:-1]))
 
 
 def test_the_dry_run_says_what_the_data_do_not_allow(recipe, tmp_path, capsys):

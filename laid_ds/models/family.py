@@ -25,17 +25,23 @@ class Decoder:
     """Several samples in one row, told apart by their position ids, give what each gives alone."""
     image_blocks: bool = False
     """Tokens of one image see each other in both directions, so that the mask is dense."""
+    whole: str = ""
+    """Why no rank can run a slice of its rows (sequence_parallel), as the rest of a sentence; empty where ranks can."""
 
+
+STATE = "its linear attention carries a state along the row"
+DENSE = "its mask is dense"
+OF_ALL = "its decoder is handed masks and token types of the whole row"
 
 DECODERS = {
     "qwen2_vl_text": Decoder("half", "mrope", "head"),
     "qwen2_5_vl_text": Decoder("half", "mrope", "head"),
-    "qwen2_5_omni_text": Decoder("half", "mrope", "head"),
+    "qwen2_5_omni_text": Decoder("half", "mrope", "head", whole=OF_ALL),
     "qwen3_vl_text": Decoder("half", "mrope_interleaved", "layer"),
     "qwen3_vl_moe_text": Decoder("half", "mrope_interleaved", "layer"),
-    "qwen3_omni_moe_text": Decoder("half", "mrope_interleaved", "layer"),
-    "qwen3_5_text": Decoder("half", "mrope_interleaved", "layer", packable=False),  # linear attention carries its state over
-    "qwen3_5_moe_text": Decoder("half", "mrope_interleaved", "layer", packable=False),
+    "qwen3_omni_moe_text": Decoder("half", "mrope_interleaved", "layer", whole=OF_ALL),
+    "qwen3_5_text": Decoder("half", "mrope_interleaved", "layer", packable=False, whole=STATE),
+    "qwen3_5_moe_text": Decoder("half", "mrope_interleaved", "layer", packable=False, whole=STATE),
     "qwen2": Decoder("half", "1d", "head"),
     "qwen3": Decoder("half", "1d", "layer"),
     "llama": Decoder("half", "1d", "head"),
@@ -46,15 +52,15 @@ DECODERS = {
     "glm_ocr_text": Decoder("interleaved", "mrope", "head"),
     "ernie4_5_vl_moe_text": Decoder("interleaved", "mrope_interleaved", "head"),
     "paddleocr_vl_text": Decoder("half", "mrope", "head"),
-    "phi4_multimodal": Decoder("half", "1d", "head"),
+    "phi4_multimodal": Decoder("half", "1d", "head", whole="it merges images inside its decoder"),
     "aria_text": Decoder("half", "1d", "head"),
     "cohere2": Decoder("interleaved", "1d", "head"),
-    "lfm2": Decoder("half", "1d", "layer", packable=False),  # convolutions reach over the border
-    "gemma": Decoder("half", "1d", "head", packable=False, image_blocks=True),
-    "molmo2_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True),
-    "gemma3_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True),
-    "gemma4_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True),
-    "llama4_text": Decoder("interleaved", "1d", "none", packable=False),  # chunks are counted from the start of the row
+    "lfm2": Decoder("half", "1d", "layer", packable=False, whole="its convolutions reach over the border of a slice"),
+    "gemma": Decoder("half", "1d", "head", packable=False, image_blocks=True, whole=DENSE),
+    "molmo2_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True, whole=DENSE),
+    "gemma3_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True, whole=DENSE),
+    "gemma4_text": Decoder("half", "1d", "layer", packable=False, image_blocks=True, whole=DENSE),
+    "llama4_text": Decoder("interleaved", "1d", "none", packable=False, whole="its chunks are counted from the start of the row"),
 }
 
 ONE_AXIS_WITHOUT_MASK = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
@@ -117,6 +123,11 @@ class Family(Decoder):
         """A: trains, folds and packs. B: trains and folds. C: trains without a gain."""
         return "C" if self.gain == "none" else "A" if self.packable else "B"
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether ranks can share a row, each running a slice of it through the decoder (sequence_parallel)."""
+        return not self.whole
+
 
 def family(config: PretrainedConfig) -> Family:
     """The expectations for a model's config. Raises ValueError for a family or a decoder that is not in the table."""
@@ -162,6 +173,17 @@ def check_packable(config: PretrainedConfig) -> Family:
     return expected
 
 
+def check_sliceable(config: PretrainedConfig) -> Family:
+    """The expectations again. Raises ValueError too when no rank can run a slice of a row."""
+    expected = family(config)
+    if not expected.sliceable:
+        raise ValueError(
+            f"rows of {expected.model_type} with {expected.decoder} cannot be shared by several ranks (sliceable is no in `laid models`):"
+            f" {expected.whole}; set sequence_parallel = 1"
+        )
+    return expected
+
+
 def families() -> Iterator[Family]:
     """All rows of the table, in its order."""
     return (_row(model_type, decoder) for model_type, decoders in FAMILIES.items() for decoder in decoders)
@@ -169,7 +191,7 @@ def families() -> Iterator[Family]:
 
 def table() -> list[dict[str, str | bool]]:
     """The rows as printed."""
-    names = ("model_type", "decoder", "layout", "positions", "gain", "packable", "image_blocks", "tier")
+    names = ("model_type", "decoder", "layout", "positions", "gain", "packable", "sliceable", "image_blocks", "tier")
     return [{name: getattr(row, name) for name in names} for row in families()]
 
 

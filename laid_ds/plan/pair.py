@@ -8,6 +8,7 @@ from typing import Any
 
 from laid_ds.config import Model, Run
 from laid_ds.method.align import compared_heads, layer_pairs
+from laid_ds.models.family import check_sliceable
 from laid_ds.models.sizes import Sizes, model_sizes, read_config
 from laid_ds.runtime.engine import read_deepspeed
 
@@ -42,13 +43,16 @@ def read_pair(run: Run, student_config: Path | None = None, teacher_config: Path
     """What a plan needs of a recipe: configs of the models' folders, or of the JSON files given instead, and of the engines.
 
     Raises ValueError for a missing or wrong file, for a family that cannot be trained or planned, and for what it cannot do: a gain where
-    none folds, freezing a vision tower that is not found.
+    none folds, freezing a vision tower that is not found, rows that several ranks share.
     """
 
     def sizes(model: Model, path: Path | None) -> Sizes:
         path = path or model.path / "config.json"
         try:
-            return model_sizes(read_config(path), model.dtype)
+            config = read_config(path)
+            if run.sequence_parallel > 1:
+                check_sliceable(config)
+            return model_sizes(config, model.dtype)
         except ValueError as error:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 

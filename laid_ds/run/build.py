@@ -17,7 +17,7 @@ from laid_ds.method import schedule
 from laid_ds.method.align import Align, compared_heads, layer_pairs
 from laid_ds.method.distill import OwnTeacher, RecordedTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
-from laid_ds.models.family import trainable
+from laid_ds.models.family import check_sliceable, trainable
 from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
 from laid_ds.models.lora import add_lora
@@ -49,6 +49,7 @@ class Training:
 
 def build(run: Run) -> Training:
     """Load both models sharded, connect them, start the engines and the stream. Raises ValueError for anything that does not fit."""
+    check_shared_rows(run)
     dataset = Dataset.open(list(run.data.shards))
     processor = load_processor(run.student.path, run.student.trust_remote_code)
     vocabulary = len(processor.tokenizer)
@@ -68,6 +69,13 @@ def build(run: Run) -> Training:
     if recorded:
         stream = with_lessons(run, pairs, stream, samples_per_step(run))
     return Training(student, teacher, stream, counted_by, renderer, vocabulary)
+
+
+def check_shared_rows(run: Run) -> None:
+    """Raises ValueError where ranks are to share rows and one of the models cannot be run on a slice of them."""
+    for model in (run.student, run.teacher) if run.sequence_parallel > 1 else ():
+        if model is not None:
+            check_sliceable(config_of(model))
 
 
 def build_student(run: Run, pairs: Pairs, vocabulary: int, group: SequenceGroup = ALONE) -> tuple[Any, Align | None]:

@@ -35,7 +35,7 @@ from laid_ds.models.processor import (
 )
 from laid_ds.plan.lengths import build_packing
 from laid_ds.plan.pair import BYTES, OPTIMIZER_BYTES, read_pair
-from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, build_stream, config_of
+from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, build_stream, check_shared_rows, config_of
 from laid_ds.run.lessons import load_head, with_lessons
 from laid_ds.runtime import checkpoint, engine
 
@@ -109,6 +109,7 @@ def _template_notes(run: Run, dataset: Dataset) -> list[str]:
 
 def _check_folders(run: Run) -> ProcessorMixin:
     """The small files of both models: engines, configs, processors, tokenizers. Returns the student's processor."""
+    check_shared_rows(run)
     processors = []
     for model, trains in ((run.student, True), (run.teacher, False)):
         if model is not None:

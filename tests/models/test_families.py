@@ -24,10 +24,11 @@ from laid_ds.models.attention import (
     enable_checkpointing,
     last_hidden_state,
     listen,
+    whole_rows,
 )
 from laid_ds.models.backends import is_bounds
 from laid_ds.models.export import fold_gains, write_student
-from laid_ds.models.family import Decoder, Family, families, family, trainable
+from laid_ds.models.family import Decoder, Family, check_sliceable, families, family, trainable
 from laid_ds.models.load import load_model, model_class
 from laid_ds.models.positions import position_rule
 from laid_ds.models.probe import Measured, measure, probe
@@ -279,12 +280,54 @@ def test_an_omni_model_without_a_mask_is_refused():
         last_hidden_state(tiny_model("qwen2_5_omni_thinker", "qwen2_5_omni_text"), **batch)
 
 
+SLICED = {"inputs_embeds", "position_ids", "visual_pos_masks", "deepstack_visual_embeds"}  # along its tokens, or by the images among them
+
+
+@each_family
+def test_ranks_can_share_a_row_where_the_decoder_is_handed_its_tokens_alone_and_only_attention_looks_at_others(row):
+    """By what the decoder is handed, by its layers, and by the masks that reach them: none is a tensor of T x T."""
+    model, received = tiny(row), {}
+    tap = Tap(list(attention_layers(model)))
+    listen(model, tap)
+
+    def keep(module, args, kwargs):
+        assert not args
+        received.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor | list | tuple | dict)})
+
+    decoder(model).register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad(), tap.open() as heads, whole_rows(model):
+        last_hidden_state(model, **inputs(row.model_type, num_tokens=20))
+    only_attention = len(heads) == len(decoder(model).layers)
+    no_mask = all(heard.mask is None or is_bounds(heard.mask) for heard in heads.values())
+    assert (received.keys() <= SLICED and only_attention and no_mask) == row.sliceable
+
+
+def test_33_of_the_44_rows_can_be_shared_and_the_others_say_why_not():
+    assert (sum(row.sliceable for row in ROWS), len(ROWS)) == (33, 44)
+    with pytest.raises(ValueError, match=r"^rows of gemma3 with gemma3_text cannot be shared .*: its mask is dense; set sequence_par"):
+        check_sliceable(tiny_model("gemma3", "gemma3_text").config)
+    with pytest.raises(ValueError, match=r"^rows of qwen3_5 with qwen3_5_text .*: its linear attention carries a state along the row;"):
+        check_sliceable(tiny_model("qwen3_5", "qwen3_5_text").config)
+
+
 def page(measured: dict[Family, Measured]) -> str:
     """docs/families.md."""
-    heads = ["model_type", "decoder", "layout", "positions", "gain", "query norm", "packable", "image blocks", "tier", "run on"]
+    heads = [
+        "model_type",
+        "decoder",
+        "layout",
+        "positions",
+        "gain",
+        "query norm",
+        "packable",
+        "sliceable",
+        "image blocks",
+        "tier",
+        "run on",
+    ]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     for row, found in measured.items():
-        marks = ["yes" if mark else "no" for mark in (row.packable, row.image_blocks)]
+        marks = ["yes" if mark else "no" for mark in (row.packable, row.sliceable, row.image_blocks)]
         run_on = "image and text" if row.model_type in IMAGES else "text"
         cells = [f"`{row.model_type}`", f"`{row.decoder}`", found.layout, found.positions, found.gain, found.query_norm or "none"]
         lines.append(" | ".join([*cells, *marks, row.tier, run_on]))
@@ -302,6 +345,8 @@ Written by `pytest tests/models/test_families.py` from tiny random models of eve
 - query norm: how the norm that the gain folds into uses its weight.
 - packable: two samples in one row give the hidden states of the two alone (2e-6) and all their gradients, with position ids that start
   again, checkpointing on, and no mask at all.
+- sliceable: ranks can share a row (`sequence_parallel`): its decoder is handed embeddings, positions and rows of images alone, only its
+  attention looks at other tokens, and it needs no dense mask.
 - image blocks: tokens of one image see each other in both directions, so the mask is dense.
 - tier: A trains, folds and packs; B trains and folds; C trains without a gain.
 - run on: what the tiny model was given. A row run on text alone says nothing measured about its images.
