@@ -68,6 +68,10 @@ class Sizes:
     vision_layers: int
     vision_hidden: int
     patches_per_token: float
+    values_per_token: float
+    """Numbers in the pictures behind each image token: channels of pixels, as often as the family's tensors hold them."""
+    sliceable: bool
+    """Whether ranks can share its rows (sequence_parallel)."""
 
     def total(self) -> int:
         return sum(self.parameters.values())
@@ -126,6 +130,7 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
         outside_bytes=run.kept[OUTSIDE] // MEASURED_TOKENS,
         widest_bytes=run.widest // MEASURED_TOKENS,
         **_of_vision(config),
+        sliceable=expected.sliceable,
     )
 
 
@@ -177,13 +182,18 @@ def _tower_names(model: PreTrainedModel) -> frozenset[str] | None:
 
 
 def _of_vision(config: PretrainedConfig) -> dict[str, Any]:
-    """Layers and width of the vision tower, and patches behind each image token, as the family's config says it."""
+    """Layers and width of the vision tower, and what stands behind each image token, as the family's config says it."""
     vision = config.vision_config
     fields = config.to_dict() | vision.to_dict() | {"model_type": config.model_type}
+    patches, side = _patches_per_token(fields), fields.get("patch_size") or 14
     return {
         "vision_layers": fields.get("depth") or vision.num_hidden_layers,
         "vision_hidden": fields.get("embed_dim") or vision.hidden_size,
-        "patches_per_token": _patches_per_token(fields),
+        "patches_per_token": patches,
+        "values_per_token": patches
+        * 3
+        * (max(side) if isinstance(side, list | tuple) else side) ** 2
+        * fields.get("temporal_patch_size", 1),
     }
 
 

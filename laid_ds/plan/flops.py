@@ -1,21 +1,26 @@
-"""Floating-point operations of a run and the time they take, at the speed that is assumed of the machine."""
+"""Floating-point operations of a run, and what ranks that share a sequence send each other.
+
+Ranks that share micro-batches share their work evenly: rows of the decoder, images of the tower, and scores of attention.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from laid_ds.models.sizes import Sizes
-from laid_ds.plan.pair import Pair, compared, moves, reads_lessons
+from laid_ds.plan.memory import slice_of
+from laid_ds.plan.pair import BYTES, Pair, compared, moves, reads_lessons
 
 
 def step_flops(pair: Pair, tokens: int) -> float:
     """Of one optimizer step on each GPU, recomputation included; each micro-batch has so many tokens, its rows the same length."""
-    rows = pair.run.data.micro_batch
-    return pair.run.optimizer.accumulation * batch_flops(pair, [tokens / rows] * rows)
+    rows, ranks = pair.run.data.micro_batch, pair.run.sequence_parallel
+    return pair.run.optimizer.accumulation * batch_flops(pair, [tokens / rows] * rows) / ranks
 
 
 def batch_flops(pair: Pair, lengths: Sequence[float]) -> float:
-    """Of one micro-batch: the tokens of each of its rows or, of a pack, of each of its samples, which do not see each other."""
+    """Of one micro-batch, of all ranks that share it: the tokens of each of its rows or, of a pack, of each of its samples, which do not
+    see each other."""
     passes = 4 if pair.run.student.gradient_checkpointing else 3
     return sum(_row_flops(pair, length, passes) for length in lengths)
 
@@ -23,6 +28,20 @@ def batch_flops(pair: Pair, lengths: Sequence[float]) -> float:
 def model_flops(pair: Pair, samples: float, tokens: float) -> float:
     """Of one optimizer step over all ranks as MFU counts them, without recomputation; all samples are taken to have the mean length."""
     return samples * _row_flops(pair, tokens / samples, 3)
+
+
+def sent_bytes(pair: Pair, tokens: int) -> dict[str, int]:
+    """What one rank sends (and receives) in each decoder layer for a micro-batch of so many tokens, by model: the keys and values of its
+    slice go to the n - 1 others, forward, once more where a layer is computed again, and their gradients come back."""
+    run, student, teacher = pair.run, pair.student, pair.teacher
+    times = {"student": 3 if run.student.gradient_checkpointing else 2, "teacher": 1}
+    models = {"student": (student, run.student)} | ({"teacher": (teacher, run.teacher)} if teacher and not reads_lessons(run) else {})
+
+    def once(model: Sizes, dtype: str) -> int:
+        _, keys, size = model.heads
+        return 2 * keys * size * slice_of(run, tokens) * (run.sequence_parallel - 1) * BYTES[dtype]
+
+    return {who: times[who] * once(sizes, model.dtype) for who, (sizes, model) in models.items()}
 
 
 def _row_flops(pair: Pair, tokens: float, passes: int) -> float:

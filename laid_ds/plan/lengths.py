@@ -33,7 +33,7 @@ SHOWN, UNSHOWN = [Turn("user", (0,))], [Turn("user", ())]
 
 @dataclass(frozen=True)
 class Lengths:
-    """The micro-batches of a run in the order of its stream, all ranks side by side."""
+    """The micro-batches of a run in the order of its stream, all ranks (or groups of ranks that share one) side by side."""
 
     micro_batches: tuple[tuple[int, ...], ...]
     """Tokens to be expected of each row, padding included, or of each sample of a pack."""
@@ -53,8 +53,8 @@ class Lengths:
         return sum(map(sum, self.micro_batches)) / len(self.micro_batches)
 
 
-def read_lengths(run: Run, dataset: Dataset, gpus: int) -> Lengths:
-    """The micro-batches that the stream of this run makes of its shards (`dataset`) on so many GPUs.
+def read_lengths(run: Run, dataset: Dataset, groups: int) -> Lengths:
+    """The micro-batches that the stream of this run makes of its shards (`dataset`), so many at a time (`Run.groups`).
 
     Of each source some samples are counted, as windows of several sizes where the run draws them; the others are taken to be to their
     lengths in the index as these are. Raises DataError for a sample that cannot be read or rendered, or that no pack can hold.
@@ -67,7 +67,7 @@ def read_lengths(run: Run, dataset: Dataset, gpus: int) -> Lengths:
     ]
     curves = [_curve(run, dataset, renderer, planned, indices) for indices in looked_at]
     source_of = np.repeat(range(len(curves)), [int(sizes.sum()) for sizes in dataset.source_shard_sizes])
-    per_step = data.micro_batch * gpus * run.optimizer.accumulation
+    per_step = data.micro_batch * groups * run.optimizer.accumulation
 
     def length(position: int, index: int) -> tuple[float, float]:
         """Tokens that are to be expected of a place of the stream, and the most."""

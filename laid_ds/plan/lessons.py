@@ -59,7 +59,7 @@ def plan_lessons(
     peaks = [peak_bytes(memory(each, machine, tokens)) for each in (live, read)]
     flops = [batch_flops(each, mean_rows) for each in (live, read)]
     per_token, per_answer = _sizes(pair)
-    step = run.optimizer.accumulation * machine.gpus
+    step = run.optimizer.accumulation * run.groups(machine.gpus)
     of_run = per_token * sum(mean_rows) * micro_batches
     seconds = (flops[0] - flops[1]) * micro_batches / machine.gpus / (machine.peak_flops * machine.mfu)
     return LessonPlan(

@@ -5,7 +5,10 @@ the meta device; the rest are formulas, each beside its reason. The peak is the 
 done with before the first layer's backward pass begins: of these two the larger counts. Not counted, since they are over before that peak
 or come after it: the teacher's forward pass, which keeps nothing, and the fp32 gradients of one sub-group while the optimizer moves.
 
-Letters: T tokens of one micro-batch on one GPU (padding included), R rows of one chunk of the head, V vocabulary, D head dim.
+Where ranks share a micro-batch (sequence_parallel), each runs its slice of the tokens, while the embeddings before the cut and the keys
+and values that an attention layer gathers are of all of them (docs/method.md, One sequence over several ranks).
+
+Letters: T tokens of one micro-batch (padding included), n ranks that share it, R rows of one chunk of the head, V vocabulary, D head dim.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any
 
+from laid_ds.config import Run
 from laid_ds.models.sizes import Sizes
 from laid_ds.plan.pair import (
     BYTES,
@@ -50,6 +54,7 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
         "gradient_bucket": width * min(int(zero.get("reduce_bucket_size", BUCKET)), sum(trained)),
         "teacher_parameters": _teacher_bytes(pair, ranks),
         "live_layer": _live_bytes(pair) if ranks > 1 or "offload_param" in zero else 0,
+        "pictures": _pictures(pair, tokens),
         "activations": _activations(pair, tokens),
         "masks": _masks(pair, tokens),
         "tapped_qk": _tapped(pair, tokens),
@@ -60,13 +65,18 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
     }
 
 
+def slice_of(run: Run, tokens: int) -> int:
+    """Tokens of a micro-batch that one rank runs: an equal share, rounded up."""
+    return -(-tokens // run.sequence_parallel)
+
+
 def peak_bytes(terms: dict[str, int]) -> int:
     """Most bytes at one time."""
     return sum(terms.values()) - min(terms["layer_backward"], terms["alignment"] + terms["logits_chunk"])
 
 
 def tokens_that_fit(pair: Pair, machine: Machine) -> int:
-    """The largest T that fits, 0 if none does."""
+    """The largest T of one micro-batch that fits, on one GPU or shared by n; 0 if none does."""
     return bisect_right(range(1, MOST_TOKENS), machine.gpu_bytes, key=lambda tokens: peak_bytes(memory(pair, machine, tokens)))
 
 
@@ -103,22 +113,36 @@ def _live_bytes(pair: Pair) -> int:
     return max(BYTES[pair.run.student.dtype] * student, BYTES[pair.run.teacher.dtype] * teacher if pair.teacher else 0)
 
 
+def _pictures(pair: Pair, tokens: int) -> int:
+    """The pixels of a step's micro-batches in fp32, were all of their tokens images; ranks that share a micro-batch each have all of them."""
+    return round(pair.run.optimizer.accumulation * tokens * FP32 * pair.student.values_per_token)
+
+
 def _activations(pair: Pair, tokens: int) -> int:
     """What the student's forward pass keeps: of every layer all, or with checkpointing its input (unless that waits on the CPU); the
     embedded tokens before and after the images are put among them; the last hidden states. A trained vision tower is taken to keep as
-    much per hidden element."""
+    much per hidden element; ranks that share a micro-batch share out its images."""
     student, width, checkpointed = pair.student, BYTES[pair.run.student.dtype], pair.run.student.gradient_checkpointing
-    gains = sum(student.attention.values()) * _gain_kept(pair)
-    kept = student.layers * student.kept_bytes + student.outside_bytes + gains
+    own, attention = slice_of(pair.run, tokens), sum(pair.student.attention.values())
+    kept = student.layers * student.kept_bytes + student.outside_bytes + attention * _gain_kept(pair)
     layers = {False: kept, True: student.layers * width * student.hidden, "offload": 0}[checkpointed]
     vision = _vision_kept(student, width, checkpointed) if moves(pair.run, vision=True) else 0
-    return round(tokens * (layers + 3 * width * student.hidden + vision))
+    gathered = 0 if checkpointed else attention * _gathered(pair, tokens)
+    return round(own * (layers + width * student.hidden + vision) + tokens * 2 * width * student.hidden + gathered)
 
 
 def _layer_backward(pair: Pair, tokens: int) -> int:
-    """Two gradients of the MLP's width; with checkpointing also all that the heaviest layer keeps, while it is computed again."""
-    again = pair.student.heaviest_bytes + _gain_kept(pair) if pair.run.student.gradient_checkpointing else 0
-    return tokens * (again + 2 * pair.student.widest_bytes)
+    """Two gradients of the MLP's width, and those of gathered keys and values; with checkpointing also all that the heaviest layer keeps,
+    while it is computed again."""
+    own, checkpointed = slice_of(pair.run, tokens), pair.run.student.gradient_checkpointing
+    again = pair.student.heaviest_bytes + _gain_kept(pair) if checkpointed else 0
+    return own * (again + 2 * pair.student.widest_bytes) + (1 + bool(checkpointed)) * _gathered(pair, tokens)
+
+
+def _gathered(pair: Pair, tokens: int) -> int:
+    """Bytes of one layer's keys and values of the other ranks' tokens."""
+    _, keys, size = pair.student.heads
+    return 2 * keys * size * (tokens - slice_of(pair.run, tokens)) * BYTES[pair.run.student.dtype]
 
 
 def _gain_kept(pair: Pair) -> int:
@@ -144,9 +168,9 @@ def _vision_kept(student: Sizes, width: int, checkpointed: bool | str) -> float:
 
 def _tapped(pair: Pair, tokens: int) -> int:
     """Queries and keys of the compared layers. The student's are kept by autograd anyway unless it checkpoints."""
-    teacher = _rows(pair.teacher) * BYTES[pair.run.teacher.dtype] if pair.teacher else 0
-    student = _rows(pair.student) * BYTES[pair.run.student.dtype] if pair.run.student.gradient_checkpointing else 0
-    return tokens * (student + teacher) * len(compared(pair))
+    teacher = _queries_and_keys(pair, pair.teacher, tokens) * BYTES[pair.run.teacher.dtype] if pair.teacher else 0
+    student = _queries_and_keys(pair, pair.student, tokens) * BYTES[pair.run.student.dtype]
+    return (teacher + (student if pair.run.student.gradient_checkpointing else 0)) * len(compared(pair))
 
 
 def _compared(pair: Pair, tokens: int) -> int:
@@ -156,15 +180,16 @@ def _compared(pair: Pair, tokens: int) -> int:
     if pair.teacher is None:
         return 0
     heads, (teacher_heads, _, teacher_size) = pair.student.heads[0], pair.teacher.heads
-    kept = width * _rows(pair.student) * ((losses.align > 0) + (losses.match > 0)) * len(compared(pair))
+    kept = width * _queries_and_keys(pair, pair.student, tokens) * ((losses.align > 0) + (losses.match > 0)) * len(compared(pair))
     passing = FP32 * teacher_size * (teacher_heads + 5 * heads) if losses.align > 0 else 0
-    return tokens * (kept + passing)
+    return kept + slice_of(pair.run, tokens) * passing
 
 
 def _logits(pair: Pair, tokens: int) -> int:
     """Of one chunk of R rows (supposing so many are supervised): logits of both models, probabilities and the gradient in fp32, and a copy
     in the student's dtype; the gradients of the head; what the teacher shows of all rows, as logits or as the factors of them."""
     student, width, vocabulary = pair.student, BYTES[pair.run.student.dtype], pair.student.vocabulary
+    tokens = slice_of(pair.run, tokens)
     rows = min(tokens, pair.run.losses.rows_per_chunk)
     own = rows * vocabulary * (4 * FP32 + (width if width != FP32 else 0)) + width * student.hidden * vocabulary
     if pair.teacher is None or pair.run.losses.kl == 0:
@@ -174,7 +199,7 @@ def _logits(pair: Pair, tokens: int) -> int:
     return own + BYTES[pair.run.teacher.dtype] * shown
 
 
-def _rows(model: Sizes) -> int:
-    """Elements of one token's query and key in one layer."""
+def _queries_and_keys(pair: Pair, model: Sizes, tokens: int) -> int:
+    """Elements of one layer: queries of a rank's own tokens, keys of all."""
     heads, keys, size = model.heads
-    return (heads + keys) * size
+    return size * (heads * slice_of(pair.run, tokens) + keys * tokens)

@@ -38,6 +38,11 @@ class Pair:
     """`zero_optimization` of the engine's JSON."""
     teacher_zero: dict[str, Any]
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether ranks can share the rows of both models."""
+        return self.student.sliceable and (self.teacher is None or self.teacher.sliceable)
+
 
 def read_pair(run: Run, student_config: Path | None = None, teacher_config: Path | None = None) -> Pair:
     """What a plan needs of a recipe: configs of the models' folders, or of the JSON files given instead, and of the engines.

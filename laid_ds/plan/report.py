@@ -8,11 +8,11 @@ from typing import Any
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError
-from laid_ds.plan.advice import suggestion
-from laid_ds.plan.flops import batch_flops
+from laid_ds.plan.advice import suggestion, windows
+from laid_ds.plan.flops import batch_flops, sent_bytes
 from laid_ds.plan.lengths import Lengths, read_lengths
 from laid_ds.plan.lessons import LessonPlan, plan_lessons
-from laid_ds.plan.memory import memory, peak_bytes, tokens_that_fit
+from laid_ds.plan.memory import memory, peak_bytes
 from laid_ds.plan.pair import Machine, Pair
 
 ASSUMED_TOKENS = 8192
@@ -23,6 +23,7 @@ MEANINGS = {
     "gradient_bucket": ("gradients on their way to other GPUs", "reduce_bucket_size"),
     "teacher_parameters": ("the teacher's weights; each GPU holds its share", "more GPUs, zero3_teacher_offload.json"),
     "live_layer": ("weights gathered to be computed with", "stage3_max_live_parameters"),
+    "pictures": ("pixels of all micro-batches of a step, in fp32", "fewer tokens, less accumulation"),
     "activations": ("what the forward pass keeps for the backward pass", "student.gradient_checkpointing, fewer tokens"),
     "masks": ("which tokens see each other, tokens x tokens", "fewer tokens, a family without image blocks"),
     "tapped_qk": ("queries and keys of the compared layers, both models", "fewer align.pairs, fewer tokens"),
@@ -37,7 +38,7 @@ MEANINGS = {
 @dataclass(frozen=True)
 class Plan:
     tokens: int
-    """T, of the longest micro-batch of a GPU: what memory is planned for."""
+    """T, of the longest micro-batch of a GPU (or of those that share one): what memory is planned for."""
     mean_tokens: float
     """Of a micro-batch: what the run's tokens are reckoned from."""
     tokens_from: str
@@ -50,7 +51,13 @@ class Plan:
     gpus: int
     fits: bool
     tokens_that_fit: int
-    """In one micro-batch of a GPU."""
+    """In one micro-batch of a GPU, or of those that share one."""
+    sequence_parallel: int
+    """GPUs that share a micro-batch."""
+    windows: dict[int, int]
+    """`tokens_that_fit` by sequence_parallel."""
+    sent_bytes: dict[str, int]
+    """What each of the GPUs that share a micro-batch of `tokens` sends the others in one decoder layer, by model."""
     step_flops: float
     """Of one optimizer step on each GPU, in the mean."""
     step_seconds: float
@@ -87,7 +94,14 @@ class Plan:
             " (layer backward, or alignment and logits chunk: never both)"
         )
         fits = "fit" if self.fits else "do not fit"
-        lines.append(f"\n{self.tokens:,} tokens per GPU {fits}; at most {self.tokens_that_fit:,} do (of one micro-batch, padding included)")
+        shared = self.sequence_parallel
+        place = "per GPU" if shared == 1 else f"on the {shared} GPUs that share a micro-batch"
+        lines.append(f"\n{self.tokens:,} tokens {place} {fits}; at most {self.tokens_that_fit:,} do (of one micro-batch, padding included)")
+        if len(self.windows) > 1:
+            lines.append("longest by sequence_parallel: " + ", ".join(f"{n}: {tokens:,}" for n, tokens in self.windows.items()))
+        if shared > 1:
+            sent = " and ".join(f"{size / 1e6:,.1f} MB in each layer of the {who}" for who, size in self.sent_bytes.items())
+            lines.append(f"each GPU sends the others that share its micro-batch {sent}")
         speed = f"{self.step_flops:.3g} FLOPs per GPU at {self.mfu:.0%} of {self.peak_flops / 1e12:g} TFLOP/s, both assumed"
         lines.append(f"a step takes about {self.step_seconds:.1f} s ({speed})")
         seen = f", {self.samples:,.0f} samples" if self.samples is not None else ""
@@ -100,23 +114,26 @@ class Plan:
 
 
 def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
-    """The plan of micro-batches of so many tokens on each GPU; without, of those that the stream makes of the run's shards.
+    """The plan of micro-batches of so many tokens on each GPU (or on those that share one); without, of those that the stream makes of the
+    run's shards.
 
     Where there are no shards to read, ASSUMED_TOKENS are planned with, and `notes` says so. Raises DataError (a ValueError) for a sample
-    that no pack can hold.
+    that no pack can hold, and ValueError unless sequence_parallel divides the GPUs.
     """
     run, notes, found = pair.run, [], None
+    groups = run.groups(machine.gpus)
     if tokens is None:
-        found, notes = _lengths(pair, machine)
-    micro_batches = found.micro_batches if found else _alike(pair, tokens or ASSUMED_TOKENS, machine.gpus)
+        found, notes = _lengths(pair, groups)
+    micro_batches = found.micro_batches if found else _alike(pair, tokens or ASSUMED_TOKENS, groups)
     longest = found.longest if found else tokens or ASSUMED_TOKENS
     mean_tokens = found.mean if found else float(longest)
     terms = memory(pair, machine, longest)
     total = peak_bytes(terms)
     fits = total <= machine.gpu_bytes
-    mean_flops, most_flops = _flops(pair, micro_batches, machine.gpus)
+    mean_flops, most_flops = _flops(pair, micro_batches, groups)
     seconds = most_flops / (machine.peak_flops * machine.mfu)
-    in_all = run.steps * run.optimizer.accumulation * machine.gpus  # micro-batches
+    in_all = run.steps * run.optimizer.accumulation * groups  # micro-batches
+    longest_by = windows(pair, machine)
     packs = run.data.tokens_per_pack is not None
     samples = in_all * found.samples if found else None if packs else float(in_all * run.data.micro_batch)
     epochs = samples / found.data_samples if found else None
@@ -133,7 +150,10 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
         gpu_bytes=machine.gpu_bytes,
         gpus=machine.gpus,
         fits=fits,
-        tokens_that_fit=tokens_that_fit(pair, machine),
+        tokens_that_fit=longest_by[run.sequence_parallel],
+        sequence_parallel=run.sequence_parallel,
+        windows=longest_by,
+        sent_bytes=sent_bytes(pair, longest),
         step_flops=mean_flops,
         step_seconds=seconds,
         peak_flops=machine.peak_flops,
@@ -149,14 +169,14 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
     )
 
 
-def _lengths(pair: Pair, machine: Machine) -> tuple[Lengths | None, list[str]]:
+def _lengths(pair: Pair, groups: int) -> tuple[Lengths | None, list[str]]:
     """What the shards say, and a note on it."""
     shards = ", ".join(pair.run.data.shards)
     try:
         dataset = Dataset.open(list(pair.run.data.shards))
     except (DataError, OSError) as error:
         return None, [f"no shards to read ({error}): {ASSUMED_TOKENS:,} tokens are assumed; give --tokens, or plan where the shards are"]
-    found = read_lengths(pair.run, dataset, machine.gpus)
+    found = read_lengths(pair.run, dataset, groups)
     note = (
         f"tokens are {found.counted_by}: {found.mean:,.0f} in the mean and {found.longest:,} in the longest of"
         f" {len(found.micro_batches):,} micro-batches of {shards}"
@@ -164,17 +184,17 @@ def _lengths(pair: Pair, machine: Machine) -> tuple[Lengths | None, list[str]]:
     return found, [note if found.every else f"{note} (the run has more: these are its first)"]
 
 
-def _alike(pair: Pair, tokens: int, gpus: int) -> tuple[tuple[float, ...], ...]:
+def _alike(pair: Pair, tokens: int, groups: int) -> tuple[tuple[float, ...], ...]:
     rows = pair.run.data.micro_batch
-    return ((tokens / rows,) * rows,) * gpus
+    return ((tokens / rows,) * rows,) * groups
 
 
-def _flops(pair: Pair, micro_batches: tuple[tuple[float, ...], ...], gpus: int) -> tuple[float, float]:
+def _flops(pair: Pair, micro_batches: tuple[tuple[float, ...], ...], groups: int) -> tuple[float, float]:
     """Of one optimizer step: on a GPU in the mean, and on the GPU with most to do, since the others wait for it in each micro-batch."""
     known: dict[tuple[float, ...], float] = {}
     for rows in micro_batches:
         if rows not in known:
-            known[rows] = batch_flops(pair, rows)
+            known[rows] = batch_flops(pair, rows) / pair.run.sequence_parallel
     each = [known[rows] for rows in micro_batches]
-    most = [max(each[first : first + gpus]) for first in range(0, len(each), gpus)]
+    most = [max(each[first : first + groups]) for first in range(0, len(each), groups)]
     return pair.run.optimizer.accumulation * fmean(each), pair.run.optimizer.accumulation * fmean(most)
