@@ -186,14 +186,12 @@ def _of_vision(config: PretrainedConfig) -> dict[str, Any]:
     vision = config.vision_config
     fields = config.to_dict() | vision.to_dict() | {"model_type": config.model_type}
     patches, side = _patches_per_token(fields), fields.get("patch_size") or 14
+    side = max(side) if isinstance(side, list | tuple) else side
     return {
         "vision_layers": fields.get("depth") or vision.num_hidden_layers,
         "vision_hidden": fields.get("embed_dim") or vision.hidden_size,
         "patches_per_token": patches,
-        "values_per_token": patches
-        * 3
-        * (max(side) if isinstance(side, list | tuple) else side) ** 2
-        * fields.get("temporal_patch_size", 1),
+        "values_per_token": patches * 3 * side**2 * fields.get("temporal_patch_size", 1),
     }
 
 

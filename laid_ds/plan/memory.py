@@ -32,6 +32,7 @@ from laid_ds.plan.pair import (
     teaches_itself,
     trained_parameters,
 )
+from laid_ds.sequence import SequenceGroup
 
 RESERVED = 0.08  # of the GPU: CUDA context, NCCL buffers, fragmentation
 PERSISTENT = 100_000  # DeepSpeed's defaults, in elements
@@ -66,8 +67,9 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
 
 
 def slice_of(run: Run, tokens: int) -> int:
-    """Tokens of a micro-batch that one rank runs: an equal share, rounded up."""
-    return -(-tokens // run.sequence_parallel)
+    """Tokens of a micro-batch that one rank runs, padding to what can be shared included."""
+    multiple = SequenceGroup(run.sequence_parallel).multiple
+    return -(-tokens // multiple) * multiple // run.sequence_parallel
 
 
 def peak_bytes(terms: dict[str, int]) -> int:
@@ -114,7 +116,7 @@ def _live_bytes(pair: Pair) -> int:
 
 
 def _pictures(pair: Pair, tokens: int) -> int:
-    """The pixels of a step's micro-batches in fp32, were all of their tokens images; ranks that share a micro-batch each have all of them."""
+    """The pixels of a step's micro-batches in fp32, were all of their tokens images. Ranks that share a micro-batch each have all."""
     return round(pair.run.optimizer.accumulation * tokens * FP32 * pair.student.values_per_token)
 
 
