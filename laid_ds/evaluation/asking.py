@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laid_ds.data.batch import Batch, Rendered, collate, collate_prompts, render_named
+from laid_ds.data.batch import IGNORED, Batch, Rendered, collate, collate_prompts, render_named
 from laid_ds.data.record import DataError, Sample
 from laid_ds.data.slabs import Sender, Slabs
 from laid_ds.evaluation.haystack import window_of_size
 from laid_ds.evaluation.tasks import FORCED, Answer, Group, Item, Task, questions_of, window_of
-from laid_ds.models.attention import last_hidden_state, whole_rows
+from laid_ds.models.attention import group_of, last_hidden_state, whole_rows
 from laid_ds.models.generate import Reply, generate
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
@@ -189,11 +189,14 @@ def force(model: PreTrainedModel, batch: Batch) -> list[list[tuple[list[int], in
     NaN."""
     with whole_rows(model):  # what is padded stands behind its end
         hidden = last_hidden_state(model, **batch.inputs)
-    likeliest = model.get_output_embeddings()(hidden[batch.supervised]).max(-1)
-    if not likeliest.values.isfinite().all():
+    group = group_of(model)
+    said = group.own(batch.labels, 1).clone()  # of this rank's tokens
+    answers = said != IGNORED
+    likeliest = model.get_output_embeddings()(hidden[answers]).max(-1)
+    if group.add((~likeliest.values.isfinite()).sum()):
         raise ValueError(f"the model gives numbers that are not finite for the answers of {', '.join(batch.keys)}; its weights are broken")
-    said = batch.labels.clone()
-    said[batch.supervised] = likeliest.indices
+    said[answers] = likeliest.indices
+    said = group.whole(said, 1)
     rows = zip(batch.supervised.cpu(), said.cpu(), batch.labels.cpu(), strict=True)
     return [[(one[span].tolist(), int(torch.equal(one[span], true[span]))) for span in _spans(mask)] for mask, one, true in rows]
 
@@ -225,7 +228,9 @@ def ask(
         answers = results[str(size)] = []
         for part in by_tokens(_haystack_rows(renderer, samples, size, questions), tokens_per_batch):
             asked = [(row.answers[0]["key"], row.answers[0]["questions"]) for row in part]
-            batch = collate([row.rendered for row in part], [key for key, _ in asked], renderer.processor.tokenizer.pad_token_id)
+            rows, pad_token = [row.rendered for row in part], renderer.processor.tokenizer.pad_token_id
+            batch = collate(rows, [key for key, _ in asked], pad_token, group_of(model).multiple)
+            del rows
             part.clear()  # the batch holds copies of the pixels
             for (key, number), said in zip(asked, force(model, batch.to(model.device)), strict=True):
                 _check_number(key, number, len(said))

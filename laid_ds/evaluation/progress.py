@@ -24,9 +24,10 @@ def measure(engine: Any, renderer: Renderer, options: Evaluation) -> dict[int, f
     drawn.
 
     Every rank makes the same number of forward passes, one row each, since ZeRO-3 gathers the model on all ranks or none: a rank that has
-    run out of haystacks repeats its last one, uncounted.
+    run out of haystacks repeats its last one, uncounted. Ranks that share rows take theirs together.
     """
-    samples, rank, ranks = read_haystacks(Dataset.open(options.shards), options.haystacks), distributed.rank(), distributed.world_size()
+    samples, together = read_haystacks(Dataset.open(options.shards), options.haystacks), engine.module.group.size
+    rank, ranks = distributed.rank() // together, distributed.world_size() // together
     sizes, turns = held_out(options).sizes, -(-len(samples) // ranks)
     for _ in samples:  # read all of them once on every rank: one that cannot be read stops all ranks alike, and none waits for another
         pass

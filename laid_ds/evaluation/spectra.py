@@ -19,17 +19,23 @@ from laid_ds.kernels.attention_profile import attention_profile, distance_bins
 from laid_ds.models.attention import Captured, Tap, attention_layers, last_hidden_state, listen
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
+from laid_ds.sequence import ALONE, SequenceGroup
 
 
 def profile_heads(
-    captured: Mapping[int, Captured], segments: Tensor, row_mask: Tensor | None = None, marked: Tensor | None = None
+    captured: Mapping[int, Captured],
+    segments: Tensor,
+    row_mask: Tensor | None = None,
+    marked: Tensor | None = None,
+    group: SequenceGroup = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Decoder layer -> means over its rows, one number per head: "entropy" in nats, "far_mass" beyond half of the longest distance, with
     `marked` [B, T] "marked_mass"; "mass" by log-spaced distance bins [H][bins] whose lower edges are "bins".
 
-    segments [B, T] int64, -1 = padding; row_mask [B, T] bool, default all rows. Source: the definitions of kernels/attention_profile.
+    segments [B, T] int64, -1 = padding; row_mask [B, T] bool, default all rows; group: the ranks that share these rows (collective).
+    Source: the definitions of kernels/attention_profile.
     """
-    return {str(layer): _means(*_sums(heads, segments, row_mask, marked)) for layer, heads in captured.items()}
+    return {str(layer): _means(*_sums(heads, segments, row_mask, marked, group=group)) for layer, heads in captured.items()}
 
 
 def _sums(
@@ -39,23 +45,31 @@ def _sums(
     marked: Tensor | None,
     bins: list[int] | None = None,
     far: int | None = None,
+    group: SequenceGroup = ALONE,
 ) -> tuple[list[int], int, dict[str, Tensor]]:
     """Bins, number of rows, and sums over the rows."""
-    found = attention_profile(
-        heads.query.detach(),
-        heads.key.detach(),
-        scale=heads.scale,
-        bins=bins,
-        far=far,
-        window=heads.window,
-        segments=segments,
-        row_mask=row_mask,
-        marked=marked,
-    )
-    sums = {"entropy": found.entropy_sum, "far_mass": found.far_mass, "mass": found.bin_mass}
-    if marked is not None:
-        sums["marked_mass"] = found.marked_mass
-    return found.bins.tolist(), found.row_count, sums
+    tokens, rows = segments.shape[1], 0
+    bins, far = bins or distance_bins(tokens - 1), (tokens - 1) // 2 if far is None else far
+    sums: dict[str, Tensor] = {}
+    for start, stop, at in group.stretches(tokens):
+        found = attention_profile(
+            heads.query[:, :, at].detach(),
+            heads.key[:, :, :stop].detach(),
+            scale=heads.scale,
+            bins=bins,
+            far=far,
+            window=heads.window,
+            segments=segments[:, :stop],
+            row_mask=None if row_mask is None else row_mask[:, start:stop],
+            marked=None if marked is None else marked[:, :stop],
+            query_offset=start,
+        )
+        parts = {"entropy": found.entropy_sum, "far_mass": found.far_mass, "mass": found.bin_mass}
+        parts |= {} if marked is None else {"marked_mass": found.marked_mass}
+        sums = {name: part + sums.get(name, 0) for name, part in parts.items()}
+        rows += found.row_count
+    rows = int(group.add(torch.tensor(rows)))
+    return bins, rows, {name: group.add(total) for name, total in sums.items()}
 
 
 def _means(bins: list[int], rows: int, sums: dict[str, Tensor]) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.tap, self.vocabulary, self.shows_logits = model.requires_grad_(False).eval(), tap, vocabulary, shows_logits
 
+    @property
+    def group(self) -> SequenceGroup:
+        """The ranks that share each batch: each shows its own part."""
+        return group_of(self.model)
+
     @torch.no_grad()
     def forward(self, batch: Batch, every_logit: bool = False) -> Lesson:
         """every_logit: show logits whatever the run asks for, and those beyond the shared vocabulary too."""
@@ -117,7 +122,7 @@ class OwnTeacher:
 
     def __init__(self, student: TrainingEngine, tap: Tap, vocabulary: int, shows_logits: bool):
         self.student, self.tap, self.vocabulary, self.shows_logits = student, tap, vocabulary, shows_logits
-        self.module = self
+        self.module, self.group = self, student.module.group
         """As of an engine."""
 
     @torch.no_grad()
@@ -135,11 +140,23 @@ class OwnTeacher:
 
 def _lesson(model: nn.Module, tap: Tap, batch: Batch, vocabulary: int, shows_logits: bool, every_logit: bool) -> Lesson:
     with tap.open() as heads:
-        hidden = last_hidden_state(model, **batch.inputs)
+        hidden = last_hidden_state(model, **batch.for_teacher.inputs)
     if not (shows_logits or every_logit):
         return Lesson(heads, None)
-    head, rows = model.get_output_embeddings(), hidden[group_of(model).own(batch.supervised, 1)]
+    head, rows = model.get_output_embeddings(), _answer_rows(hidden, batch, group_of(model))
     return Lesson(heads, Shown(head(rows)) if every_logit else show(head, rows, vocabulary))
+
+
+def _answer_rows(hidden: Tensor, batch: Batch, group: SequenceGroup) -> Tensor:
+    """[r, C] of the teacher's hidden states [B, t, C]: at the answer rows that are this rank's in what the student reads. Where the teacher
+    reads something else, another rank of the group may have computed them."""
+    read = batch.for_teacher
+    own = hidden[group.own(read.supervised, 1)]
+    if batch.taught is None or group.size == 1:
+        return own
+    every = own.new_zeros(int(read.supervised.sum()), own.shape[1])
+    every[_own_answers(read, group)] = own
+    return group.add(every)[_own_answers(batch, group)]
 
 
 class Student(nn.Module):
@@ -233,9 +250,7 @@ def train_step(
     ask = Ask({term: weight / divisors[term] for term, weight in weights.items()}, omega)
     totals = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        loss, sums = student(
-            batch, teacher(batch.for_teacher) if teacher is not None else None, ask
-        )  # the shown logits are gone before the backward
+        loss, sums = student(batch, teacher(batch) if teacher is not None else None, ask)  # the shown logits go before the backward
         student.backward(loss * distributed.world_size(), scale_wrt_gas=False)  # the engine averages over ranks; these are sums
         _refuse_non_finite(sums, batch)  # before the optimizer moves
         student.step()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from laid_ds.config import Run
-from laid_ds.data.batch import Batch
+from laid_ds.data.batch import IGNORED, Batch
 from laid_ds.kernels.attention_matching import Omega
 from laid_ds.method.distill import Ask
 
@@ -68,19 +68,22 @@ def look_at_teacher(run: Run, teacher: Any, batches: list[Batch], vocabulary: in
 def student_nats(run: Run, student: Any, batch: Batch) -> float:
     """What the answers of a batch cost the student: the sum of its cross-entropy. Raises ValueError when it cannot take the batch."""
     try:
-        return student(batch, None, Ask({"sft": 1.0}, Omega()))[1]["sft"].item()
+        return student.module.group.add(student(batch, None, Ask({"sft": 1.0}, Omega()))[1]["sft"]).item()
     except ValueError as error:
         raise _misfit("student", run.student.path, batch, error) from None
 
 
 def teacher_nats(run: Run, teacher: Any, batch: Batch, vocabulary: int) -> tuple[float, float]:
     """Sums over rows of the teacher's cross-entropy on the shared vocabulary and of its probability beyond it. Raises ValueError too."""
+    group = teacher.module.group
     try:
         logits = teacher(batch.for_teacher, every_logit=True).logits.rows.float()
     except ValueError as error:
         raise _misfit("teacher", run.teacher.path, batch, error) from None
-    nats = F.cross_entropy(logits[:, :vocabulary], batch.labels[batch.supervised], reduction="sum").item()
-    return nats, logits.softmax(-1)[:, vocabulary:].sum().item()
+    labels = group.own(batch.for_teacher.labels, 1)
+    nats = F.cross_entropy(logits[:, :vocabulary], labels[labels != IGNORED], reduction="sum")
+    both = group.add(torch.stack([nats, logits.softmax(-1)[:, vocabulary:].sum()]))
+    return both[0].item(), both[1].item()
 
 
 def _misfit(who: str, path: Any, batch: Batch, error: ValueError) -> ValueError:

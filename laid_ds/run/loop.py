@@ -134,7 +134,7 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
         _keep_evidence(run, step, micro_batches, error)
         raise
     every = run.logging.attention_every_steps
-    due = every is not None and (step + 1) % every == 0 and distributed.rank() == 0
+    due = every is not None and (step + 1) % every == 0 and distributed.rank() < run.sequence_parallel
     return record | (_attention(training, micro_batches[-1]) if due else {})
 
 
@@ -201,13 +201,13 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
         "lr": training.student.optimizer.param_groups[0]["lr"],
         "gradient_norm": norm,
         **mixture,
-        "keys": _keys(batches),
+        "keys": _keys(batches, training.student.module.group.size),
     }
 
 
-def _keys(batches: list[Batch]) -> list[str]:
+def _keys(batches: list[Batch], shared_by: int) -> list[str]:
     """Keys of a step's samples on all ranks, in the stream's order: the same on any number of ranks. Collective."""
-    of_ranks = distributed.gathered([list(batch.keys) for batch in batches])
+    of_ranks = distributed.gathered([list(batch.keys) for batch in batches])[::shared_by]
     return [key for micro_step in zip(*of_ranks, strict=True) for keys in micro_step for key in keys]
 
 
@@ -220,11 +220,13 @@ def _keep_evidence(run: Run, step: int, batches: list[Batch], error: NonFiniteLo
 
 
 def _attention(training: Training, batch: Batch) -> dict[str, Any]:
-    """Statistics of the compared layers of both models on rank 0's last micro-batch."""
+    """Statistics of the compared layers of both models on rank 0's last micro-batch. Collective over the ranks that share it."""
     engines = {"student": training.student, "teacher": None if isinstance(training.teacher, RecordedTeacher) else training.teacher}
     return {
         "attention": {
-            name: profile_heads(engine.module.tap.captured, batch.segments) for name, engine in engines.items() if engine is not None
+            name: profile_heads(engine.module.tap.captured, batch.segments, group=training.student.module.group)
+            for name, engine in engines.items()
+            if engine is not None
         }
     }
 

@@ -25,7 +25,7 @@ from laid_ds.files import read_json
 from laid_ds.method.distill import Recorder
 from laid_ds.models.identity import model_marks, read_whole
 from laid_ds.models.processor import check_same_tokenizer, load_processor
-from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher
+from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher, samples_per_step
 from laid_ds.run.first_look import BATCHES, look_at_teacher
 from laid_ds.run.lessons import check_teacher, facts_of, layout_of
 from laid_ds.run.loop import next_batches
@@ -71,6 +71,11 @@ def foresee(run: Run, steps: int | None = None, per_step: int | None = None) -> 
     ranks; default: those of these ranks. Raises ValueError for a run that no teacher teaches."""
     if not run.taught:
         raise ValueError("no term of the loss asks a teacher (losses.kl, losses.align, losses.match): there is nothing to record")
+    if run.sequence_parallel > 1:
+        raise ValueError(
+            f"sequence_parallel is {run.sequence_parallel}: lessons are recorded of whole rows, whatever ranks share them"
+            " later; set sequence_parallel=1, and give --batch the samples of a step of the run"
+        )
     alone = {  # a student with LoRA that teaches itself does so as its folder is: without the factors, which are never there
         "teacher": run.teacher.model_copy(update={"lessons": None, "lessons_repeat": False}),
         "student": run.student.model_copy(update={"lora": None}),
@@ -79,7 +84,7 @@ def foresee(run: Run, steps: int | None = None, per_step: int | None = None) -> 
     dataset, processor = Dataset.open(list(run.data.shards)), load_processor(run.student.path, run.student.trust_remote_code)
     check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
     pairs = build_pairs(run)
-    per_step = per_step or run.data.micro_batch * run.optimizer.accumulation * distributed.world_size()
+    per_step = per_step or samples_per_step(run)
     stream = build_stream(run, dataset, build_renderer(run, processor), per_step)
     layout = layout_of(run, pairs, asks_lse(run, run.teacher))
     slots = (steps or run.steps) * per_step
