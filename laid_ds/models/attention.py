@@ -7,7 +7,7 @@ Rows that hold several samples (their position ids start again) get no mask but 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from laid_ds.models.backends import Result, attend, bounds_until, first_seen, has_lse, is_bounds
 from laid_ds.models.cut import cut_inputs
 from laid_ds.models.family import DECODERS, ONE_AXIS_WITHOUT_MASK, check_packable, family
+from laid_ds.models.shared_tower import shared_tower
 from laid_ds.sequence import ALONE, SequenceGroup, Stretch
 
 NAME = "laid"  # a name with "flash" or "/" in it would make transformers look for a package or a hub kernel
@@ -398,7 +399,10 @@ def last_hidden_state(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with cut_rows(model, inputs) if group_of(model).size > 1 else nullcontext():
+    group = group_of(model)
+    if group.size == 1:
+        return _run(model, inputs)
+    with cut_rows(model, inputs), shared_tower(model, group):
         return _run(model, inputs)
 
 

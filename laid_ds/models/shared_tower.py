@@ -1,0 +1,98 @@
+"""The image encoder where ranks share a batch: each encodes some of the images, whole, and the features are gathered.
+
+Every rank encodes once in a forward pass, since under ZeRO-3 the encoder's parameters are whole on all ranks or on none: one without an
+image of its own encodes the smallest of the batch, and nobody looks at the result. Letters: N images, C size of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from laid_ds.sequence import SequenceGroup
+
+
+@contextmanager
+def shared_tower(model: PreTrainedModel, group: SequenceGroup) -> Iterator[None]:
+    """Inside the block the ranks of a group share out the images of what the model reads, where its family hands them over as patches with
+    their grids, or as squares of one size. Other families' images are encoded by every rank, all of them."""
+    inside = getattr(model, "model", model)
+    encode = getattr(inside, "get_image_features", None)
+    if encode is None:
+        yield
+        return
+    inside.get_image_features = partial(_encode, encode, group)
+    try:
+        yield
+    finally:
+        del inside.get_image_features
+
+
+def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, **named: Any) -> Any:
+    """What `encode` makes of all images, this rank having encoded its share."""
+    given = dict(zip(signature(encode).parameters, arguments, strict=False)) | named
+    sizes = image_sizes(given)
+    if sizes is None:
+        return encode(**given)
+    shares = shared_out(sizes, group.size)
+    mine = shares[group.place] or [min(range(len(sizes)), key=sizes.__getitem__)]
+    pixels = given["pixel_values"].split(sizes)
+    given["pixel_values"] = torch.cat([pixels[image] for image in mine])
+    if "image_grid_thw" in given:
+        given["image_grid_thw"] = given["image_grid_thw"][mine]
+    found = encode(**given)
+    deeper = getattr(found, "deepstack_features", None)
+    levels = [list(level) for level in (found.pooler_output, *(deeper or ()))]  # of each: for each image [.., C]
+    every = _gathered([[image.flatten(0, -2) for image in level] for level in levels], shares, group)
+    if isinstance(found.pooler_output, Tensor):
+        found.pooler_output = torch.stack(every[0]).view(-1, *levels[0][0].shape)
+    else:
+        found.pooler_output = tuple(every[0])
+    if deeper:
+        found.deepstack_features = [tuple(level) for level in every[1:]]
+    return found
+
+
+def image_sizes(given: dict[str, Any]) -> list[int] | None:
+    """How many rows of pixel_values each image has; None where the images cannot be told apart by what the encoder is given."""
+    tensors, pixels = {name for name, value in given.items() if isinstance(value, Tensor)}, given.get("pixel_values")
+    if tensors == {"pixel_values", "image_grid_thw"}:
+        return given["image_grid_thw"].prod(-1).tolist()
+    return [1] * len(pixels) if tensors == {"pixel_values"} and pixels.ndim == 4 else None
+
+
+def shared_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The images of each rank, which have alike much to encode: the largest goes first, to whoever has the least."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for image in sorted(range(len(sizes)), key=lambda image: -sizes[image]):
+        rank = loads.index(min(loads))
+        shares[rank].append(image)
+        loads[rank] += sizes[image]
+    return [sorted(share) for share in shares]
+
+
+def _gathered(levels: list[list[Tensor]], shares: list[list[int]], group: SequenceGroup) -> list[list[Tensor]]:
+    """For each level and each of all images the features [rows, C], of those [rows, C] that this rank encoded."""
+    mine = shares[group.place]
+    counts = torch.zeros(sum(map(len, shares)), dtype=torch.long, device=levels[0][0].device)
+    for image, features in zip(mine, levels[0], strict=False):  # a rank without images has encoded one all the same
+        counts[image] = len(features)
+    rows = group.add(counts).tolist()
+    most = max(sum(rows[image] for image in share) for share in shares)
+    own = torch.stack([torch.cat(level) for level in levels])  # [levels, rows, C]
+    every = group.gather(F.pad(own, (0, 0, 0, most - own.shape[1]))).unbind(0)
+    found: dict[int, Tensor] = {}
+    for share, features in zip(shares, every, strict=True):
+        lengths = [rows[image] for image in share]
+        parts = features.split([*lengths, most - sum(lengths)], 1)
+        found |= dict(zip(share, parts, strict=False))
+    return [[found[image][level] for image in range(len(rows))] for level in range(len(levels))]
