@@ -74,15 +74,15 @@ class World:
         return model
 
 
-def make_world(folder: Path, family: str = "qwen2_5_vl") -> World:
-    """12 haystacks of 6 images; a teacher of 4 query and 2 key heads, a student of 2 and 1."""
+def make_world(folder: Path, family: str = "qwen2_5_vl", image_side: int = 32) -> World:
+    """12 haystacks of 6 images; a teacher of 4 query and 2 key heads, a student of 2 and 1. image_side: of families that see squares."""
     with ShardWriter(folder / "shards", samples_per_shard=5) as writer:
         for sample in haystacks("train", 12, 6, 3, ("colour",), seed=0, num_scenes=576):
             writer.write(sample)
     dataset = Dataset.open(folder / "shards")
     corpus = [dataset.read(i) for i in range(len(dataset))]
     for who in ("teacher", "student"):
-        (folder / f"{who}.json").write_text(json.dumps(tiny_config(who, family)))
+        (folder / f"{who}.json").write_text(json.dumps(tiny_config(who, family, image_side)))
         write_new_model(folder / f"{who}.json", folder / who, corpus, vocabulary=300, image_tokens=1, seed=1)
     return World(folder)
 
@@ -97,7 +97,7 @@ OTHER_TOWERS = {
 }
 
 
-def tiny_config(who: str, family: str) -> dict:
+def tiny_config(who: str, family: str, image_side: int = 32) -> dict:
     """The demo's teacher or student, smaller, and as another family where asked."""
     hidden, heads, keys = {"teacher": (64, 4, 2), "student": (32, 2, 1)}[who]
     tree = json.loads((ROOT / "recipes" / f"demo_{who}_model.json").read_text())
@@ -122,4 +122,5 @@ def tiny_config(who: str, family: str) -> dict:
         vision.pop("model_type")
     else:
         text["rope_parameters"].pop("mrope_section")
+        vision = vision | {"image_size": [image_side, image_side] if family == "internvl" else image_side}
     return tree | {"model_type": family, "text_config": text, "vision_config": vision}
