@@ -8,7 +8,7 @@ Both models are random Qwen2.5-VL of 4 layers. After a step on a short row, whic
 states where they stay, steps on the long one are measured: activation_ratio_N is the most that any of N ranks adds to its resident
 memory, divided by what one rank alone adds; cpu_ratio_N the CPU seconds of all ranks together, divided by those of one; imbalance_N the
 CPU seconds of the slowest rank divided by their mean; sent_bytes_N what one rank sends in one decoder layer, counted, which has to be
-what `laid plan` says (laid_ds.plan.flops.sent_bytes).
+what `laid plan` says (laid_ds.plan.flops.sent_bytes); sent_features_N the same of the features of images, in a step.
 """
 
 from __future__ import annotations
@@ -86,20 +86,26 @@ def row(tokens: int):
 
 
 class Counter:
-    """Bytes that a rank sends when it gathers, and when the gradients of what was gathered go back: its part goes to each of the others."""
+    """Bytes that a rank sends when it gathers, and when the gradients of what was gathered go back: its part goes to each of the others.
+    Keys and values [B, heads, t, D] apart from the features of images."""
 
     def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
-        self.gather, self.sent = gather, 0
+        self.gather, self.of_layers, self.of_images = gather, 0, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         found = self.gather(x)
-        self.sent += (len(found) - 1) * x.nbytes
+        self._count(found)
         if found.requires_grad:
-            found.register_hook(self._back)
+            found.register_hook(self._count)
         return found
 
-    def _back(self, gradient: Tensor) -> None:
-        self.sent += (len(gradient) - 1) * gradient[0].nbytes
+    def _count(self, gathered: Tensor) -> None:
+        """gathered [n, ...]"""
+        sent = (len(gathered) - 1) * gathered[0].nbytes
+        if gathered.ndim == 5:
+            self.of_layers += sent
+        else:
+            self.of_images += sent
 
 
 def rank(ranks: int, tokens: int, steps: int) -> dict:
@@ -139,7 +145,8 @@ def rank(ranks: int, tokens: int, steps: int) -> dict:
 
     step(row(WARM_TOKENS))
     batch, seconds = row(tokens), []
-    before = {who: counter.sent for who, counter in counters.items()}
+    for counter in counters.values():
+        counter.of_layers = counter.of_images = 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
     held = measure.status_mb("VmRSS")
     for _ in range(steps):
@@ -149,7 +156,8 @@ def rank(ranks: int, tokens: int, steps: int) -> dict:
     return {
         "cpu_seconds": statistics.median(seconds),
         "added_bytes": round((measure.status_mb("VmHWM") - held) * 2**20),
-        "sent_bytes": {who: (counter.sent - before[who]) / steps / LAYERS for who, counter in counters.items()},
+        "sent_bytes": {who: counter.of_layers / steps / LAYERS for who, counter in counters.items()},
+        "sent_features": {who: counter.of_images / steps for who, counter in counters.items()},
         "loss": values["loss"],
     }
 
@@ -196,18 +204,19 @@ def compare(numbers: list[int], tokens: int, steps: int, repeats: int) -> dict[s
         figures[f"activation_ratio_{ranks}"] = figures[f"added_bytes_{ranks}"] / figures["added_bytes_1"]
         slowest = [max(times) / statistics.mean(times) for times in ([report["cpu_seconds"] for report in group] for group in found)]
         figures[f"imbalance_{ranks}"] = statistics.median(slowest)
-        figures |= _sent(ranks, tokens, [report["sent_bytes"] for group in found for report in group])
+        figures |= _sent(ranks, tokens, [report for group in found for report in group])
     return figures
 
 
-def _sent(ranks: int, tokens: int, counted: list[dict[str, float]]) -> dict[str, float]:
+def _sent(ranks: int, tokens: int, reports: list[dict]) -> dict[str, float]:
     """What a rank sends in each layer. It must be what the documents say: 2 K D elements of each of its T / n tokens go to n - 1 others,
     forward; and their gradients come back to it from as many."""
     figures = {}
     for who, times in (("student", 2), ("teacher", 1)):
         expected = times * 2 * KEY_HEADS * (HIDDEN[who] // HEADS) * (tokens // ranks) * (ranks - 1) * torch.float32.itemsize
-        assert all(report[who] == expected for report in counted), (who, expected, counted)
+        assert all(report["sent_bytes"][who] == expected for report in reports), (who, expected, reports)
         figures[f"sent_bytes_{who}_{ranks}"] = expected
+        figures[f"sent_features_{who}_{ranks}"] = reports[0]["sent_features"][who]
     return figures
 
 

@@ -170,13 +170,14 @@ def build_prepare(run: Run, renderer: Renderer, per_step: int) -> Prepare:
 
 
 def build_stream(run: Run, dataset: Dataset, renderer: Renderer, per_step: int | None = None) -> Stream:
-    """This rank's endless stream of batches. per_step: samples of an optimizer step, where these ranks are not the run's."""
-    data, per_step = run.data, per_step or samples_per_step(run)
+    """This rank's endless stream of batches. per_step: samples of an optimizer step, where these ranks, each alone, are not the run's."""
+    data, shared = run.data, 1 if per_step else run.sequence_parallel
+    per_step = per_step or samples_per_step(run)
     return Stream(
         dataset,
         micro_batch=data.micro_batch,
-        rank=distributed.rank() // run.sequence_parallel,
-        world_size=run.groups(distributed.world_size()),
+        rank=distributed.rank() // shared,
+        world_size=distributed.world_size() // shared,
         seed=run.seed,
         prepare=build_prepare(run, renderer, per_step),
         shuffle=data.shuffle,

@@ -9,12 +9,15 @@ import signal
 
 import pytest
 
+from laid_ds.run.check import check
 from laid_ds.runtime import checkpoint
+from tests.laws.test_lessons import record
 from tests.laws.test_one_trainer import BY_US, Attempt, is_gone, ranks_of
 from tests.laws.test_resume import killed, lines, run_until_death, whole_run
 from tests.runtime.test_stop import ask_by_term, asked_at_step, write_stop_file
 from tests.support.processes import run_ranks, start_ranks, wait_until
 from tests.support.recipes import write_recipe
+from tests.support.training import rank_steps
 
 STEPS = 8
 
@@ -93,3 +96,15 @@ def test_one_rank_of_a_group_is_asked_and_all_save_the_same_step(world, tmp_path
         assert lines(run) == lines(straight)
     else:
         assert lines(run) == lines(straight)[:2]
+
+
+def test_ranks_that_share_a_batch_share_its_recorded_lessons(world, tmp_path):
+    """Their dry run is one process, which has no one to share with; their steps are those of one rank beside a live teacher."""
+    run_ranks(1, record, world.run(tmp_path / "recorded"), tmp_path / "lessons", 3, 2)
+    (live,) = run_ranks(1, rank_steps, world.run(tmp_path / "live", steps=3), 3)
+    shared = world.run(tmp_path / "shared", sequence_parallel=2, teacher={"lessons": tmp_path / "lessons"}, steps=3)
+    check(shared)
+    for found in run_ranks(2, rank_steps, shared, 3):
+        for step, expected in zip(found["records"], live["records"], strict=True):
+            for name in ("loss", "sft", "kl", "align", "match", "rows", "tokens", "samples", "gradient_norm"):
+                assert step[name] == pytest.approx(expected[name], rel=1e-5), name
