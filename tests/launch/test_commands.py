@@ -100,6 +100,17 @@ def test_what_cannot_be_trained_is_refused_before_it_waits_in_a_queue(played, wo
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_cannot_share_batches_are_refused_before_they_wait_in_a_queue(played, world, tmp_path, capsys):
+    """2 nodes x 3 ranks; also where one element of a sweep says so."""
+    recipe, job = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml"), ["--nodes=2", "--ranks-per-node=3", "--no-check"]
+    sentence = "laid-launch: sequence_parallel = 4 does not divide the 6 ranks of this run"
+    assert ask(capsys, "slurm", recipe, "sequence_parallel=4", *job)[2].startswith(sentence)
+    assert ask(capsys, "slurm", recipe, *job, "--sweep=seed=1", "--sweep=sequence_parallel=4")[2].startswith(sentence)
+    assert not (tmp_path / "run").exists()
+    (played / "sbatch.answer").write_text("12\n")
+    assert ask(capsys, "slurm", recipe, "sequence_parallel=3", *job)[0] == 0
+
+
 def test_slurms_own_words_reach_the_user(played, run, capsys):
     (played / "scontrol").unlink()
     status, _, err = ask(capsys, "slurm", "recipes/demo.toml", "--test-only")

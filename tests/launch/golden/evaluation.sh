@@ -82,7 +82,7 @@ LAID_RANK_LOGS=$launch/logs
 export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-ranks=(srun --kill-on-bad-exit=1 --wait=60 /venv/bin/python -u -m laid_ds.cli "${arguments[@]}")
+ranks=(srun --kill-on-bad-exit=1 --wait=60 --distribution=block /venv/bin/python -u -m laid_ds.cli "${arguments[@]}")
 
 say "attempt $attempt on $SLURM_JOB_NODELIST, ${before:-from the beginning}"
 record running

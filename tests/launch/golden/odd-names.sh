@@ -86,7 +86,7 @@ LAID_RANK_LOGS=$launch/logs
 export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-ranks=(srun --kill-on-bad-exit=1 --wait=60 '/ve nv/python' -u -m laid_ds.train "${arguments[@]}")
+ranks=(srun --kill-on-bad-exit=1 --wait=60 --distribution=block '/ve nv/python' -u -m laid_ds.train "${arguments[@]}")
 
 say "attempt $attempt on $SLURM_JOB_NODELIST, ${before:-from the beginning}"
 record running

@@ -81,7 +81,7 @@ LAID_RANK_LOGS=$launch/logs
 export MASTER_ADDR MASTER_PORT LAID_RANK_LOGS
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-ranks=(srun --kill-on-bad-exit=1 --wait=60 --container-image=me/laid:1 '--container-mounts=/project:/project,/data:/data' --container-workdir=/project /venv/bin/python -u -m laid_ds.train "${arguments[@]}")
+ranks=(srun --kill-on-bad-exit=1 --wait=60 --container-image=me/laid:1 '--container-mounts=/project:/project,/data:/data' --container-workdir=/project --distribution=block /venv/bin/python -u -m laid_ds.train "${arguments[@]}")
 
 say "attempt $attempt on $SLURM_JOB_NODELIST, ${before:-from the beginning}"
 record running
