@@ -23,6 +23,7 @@ from laid_ds.evaluation import progress
 from laid_ds.evaluation.spectra import profile_heads
 from laid_ds.kernels import switch
 from laid_ds.method import schedule
+from laid_ds.method.align import Align
 from laid_ds.method.distill import NonFiniteLoss, RecordedTeacher, train_step
 from laid_ds.plan.flops import model_flops
 from laid_ds.plan.pair import read_pair
@@ -30,6 +31,7 @@ from laid_ds.run.build import Training, build
 from laid_ds.run.check import data_notes
 from laid_ds.run.first_look import BATCHES, Seen, first_look
 from laid_ds.run.folder import open_output, versions
+from laid_ds.run.learned import write_learned
 from laid_ds.run.metrics import Reporter
 from laid_ds.run.sight import doubles, look_at_images
 from laid_ds.runtime import checkpoint, distributed, engine
@@ -110,6 +112,8 @@ def loop(run: Run, training: Training, reporter: Reporter, first: int, stop: Sto
             state = {"step": step + 1, "stream": training.stream.state_dict(), "run": as_tree(run), "versions": versions()}
             with reporter.working("saving"):
                 checkpoint.save(training.student, run.output, state, run.checkpoint)
+                if training.student.module.align is not None:
+                    write_learned(training.student.module.align, run.output, step + 1)
         if reason:
             return step + 1, reason
     return run.steps, ""
@@ -195,14 +199,20 @@ def _details(training: Training, batches: list[Batch]) -> dict[str, Any]:
     norm = float(training.student.get_global_grad_norm())
     if not math.isfinite(norm):
         raise NonFiniteLoss("the gradient is not finite although the loss is; the optimizer has not moved")
-    align = training.student.module.align
-    mixture = {"mixture_entropy": align.mixture_entropy()} if align is not None and align.mixing else {}
     return {
         "lr": training.student.optimizer.param_groups[0]["lr"],
         "gradient_norm": norm,
-        **mixture,
+        **_mixture(training.student.module.align),
         "keys": _keys(batches, training.student.module.group.size),
     }
+
+
+def _mixture(align: Align | None) -> dict[str, float]:
+    """Collective where ZeRO-3 has sharded the mixture."""
+    if align is None or not align.mixing:
+        return {}
+    with engine.whole(list(align.mixing.parameters())):
+        return {"mixture_entropy": align.mixture_entropy()}
 
 
 def _keys(batches: list[Batch], shared_by: int) -> list[str]:

@@ -225,6 +225,16 @@ def load_universal(engine, saved: Path) -> None:
         state["step"] = state["step"].clone()
 
 
+@contextmanager
+def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, parameters of which each rank holds a share are whole on every rank. Collective."""
+    import deepspeed
+
+    shared = [parameter for parameter in parameters if parameter.numel() < getattr(parameter, "ds_numel", 0)]
+    with deepspeed.zero.GatheredParameters(shared, enabled=bool(shared)):
+        yield
+
+
 def sharded_bytes(module: nn.Module) -> int:
     """Bytes of the module's parameters that this rank holds between steps."""
     return sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())
