@@ -23,7 +23,8 @@ def main(as_json: bool) -> None:
         write_shards(Path(place) / "shards", HAYSTACKS)
         ends = {("student", "teacher")[i] if i < 2 else f"model{i}": 2.0 + 4 * i for i in range(MODELS)}
         write_evaluation(folder, ends, Path(place) / "shards", HAYSTACKS, attention=(LAYERS, HEADS))
-        write_run(folder / "model2", STEPS, attention=True, keys=KEYS)
+        learned = {"layers": LAYERS, "heads": HEADS, "teacher_heads": 40, "planes": 64}
+        write_run(folder / "model2", STEPS, attention=True, keys=KEYS, learned=learned)
         began = time.perf_counter()
         summary = write_report(folder, "student")
         seconds = time.perf_counter() - began

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from laid_ds.evaluation.heads import retrieving_heads
+from laid_ds.evaluation.heads import FAR, NEAR, head_kinds, retrieving_heads
 from laid_ds.report.figures import PlainLog, Shelf, heat_map, shortened
 from laid_ds.report.html_parts import figures, fold, paragraph, table
 from laid_ds.report.palette import Style
@@ -32,13 +32,13 @@ def attention_part(models: Mapping[str, Any], shelf: Shelf, styles: Mapping[str,
     largest = {name: (max(sizes), sizes[max(sizes)]) for name, sizes in looked.items()}
     lines = [_by_layer(largest, shelf, styles), _by_distance(largest, shelf, styles)]
     maps = [_map(name, size, layers, kind, shelf) for name, (size, layers) in largest.items() for kind in MAPS if _has(layers, kind)]
-    how = "A head retrieves when at least 0.1 of its attention, and half of the best head's, is on the needle (ours; laid probe)."
-    return (
-        _retrieving(looked, styles)
-        + paragraph(how, "note")
-        + figures(lines)
-        + fold(f"Maps of layers and heads ({len(maps)})", figures(maps))
+    maps += [_distances(name, size, layers, shelf) for name, (size, layers) in largest.items()]
+    how = (
+        "A head retrieves when at least 0.1 of its attention, and half of the best head's, is on the needle (ours; laid probe). It is"
+        f" local when at most {NEAR:g} of its attention lies beyond half of the longest distance, and global from {FAR:g} on (ours); even"
+        " attention has about a half there."
     )
+    return _heads(looked, styles) + paragraph(how, "note") + figures(lines) + fold(f"Maps of layers and heads ({len(maps)})", figures(maps))
 
 
 def _sizes(model: Any) -> dict[int, Layers]:
@@ -61,17 +61,25 @@ def _has(layers: Layers, kind: str) -> bool:
     return all(kind in kept for kept in layers.values())
 
 
-def _retrieving(looked: Mapping[str, dict[int, Layers]], styles: Mapping[str, Style]) -> str:
+def _heads(looked: Mapping[str, dict[int, Layers]], styles: Mapping[str, Style]) -> str:
     rows = []
     for name, sizes in looked.items():
         for size, layers in sorted(sizes.items()):
-            if not _has(layers, "marked_mass"):
-                continue
-            heads = retrieving_heads({layer: kept["marked_mass"] for layer, kept in layers.items()})
-            named = ", ".join(f"layer {layer} head {head}: {mass:.2f}" for layer, head, mass in heads[:MOST_NAMED])
-            more = f" and {len(heads) - MOST_NAMED} more" if len(heads) > MOST_NAMED else ""
-            rows.append((name, size, len(heads), sum(len(kept["entropy"]) for kept in layers.values()), named + more or "none"))
-    return table(("model", "images", "heads that retrieve", "of", "which"), rows, styles)
+            kinds = head_kinds({layer: kept["far_mass"] for layer, kept in layers.items()})
+            entropy = np.mean([value for kept in layers.values() for value in kept["entropy"]])
+            rows.append((name, size, sum(kinds.values()), *_retrieving(layers), *kinds.values(), f"{entropy:.2f}"))
+    head = ("model", "images", "heads", "retrieve", "which", "local", "between", "global", "mean entropy, nats")
+    return table(head, rows, styles)
+
+
+def _retrieving(layers: Layers) -> tuple[int | None, str]:
+    """How many heads retrieve, and which."""
+    if not _has(layers, "marked_mass"):
+        return None, "not measured"
+    heads = retrieving_heads({layer: kept["marked_mass"] for layer, kept in layers.items()})
+    named = ", ".join(f"layer {layer} head {head}: {mass:.2f}" for layer, head, mass in heads[:MOST_NAMED])
+    more = f" and {len(heads) - MOST_NAMED} more" if len(heads) > MOST_NAMED else ""
+    return len(heads), named + more or "none"
 
 
 def _by_layer(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:
@@ -144,6 +152,27 @@ def _map(name: str, size: int, layers: Layers, kind: str, shelf: Shelf) -> str:
     rows = [("layer", "head", label)]
     rows += [(layer, head, value) for layer, kept in sorted(layers.items()) for head, value in enumerate(kept[kind])]
     return shelf.figure(f"attention-{file}-{name}", f"{name}, {size} images: {label}", paint, rows, margins=(0.13, 0.17, 0.97, 0.96))
+
+
+def _distances(name: str, size: int, layers: Layers, shelf: Shelf) -> str:
+    """A row for each layer: the mean of its heads."""
+    first = next(iter(layers.values()))["bins"]
+    same = {layer: np.asarray(kept["mass"], float) for layer, kept in sorted(layers.items()) if kept["bins"] == first}
+    means = np.stack([mass.mean(0) for mass in same.values()])
+
+    def paint(axes: Axes) -> None:
+        heat_map(axes, means)
+        every = max(1, len(same) // 8)
+        axes.set_yticks(range(0, len(same), every), [str(layer) for layer in same][::every])
+        axes.set_xticks(range(0, len(first), 2), [f"{edge:,}" for edge in first[::2]])
+        axes.tick_params(axis="x", labelrotation=45)
+        axes.set(xlabel="distance in tokens, from", ylabel="layer")
+        axes.spines[:].set_visible(False)
+
+    rows = [("layer", "head", "from distance", "mass")]
+    rows += [(layer, head, first[at], float(value)) for layer, mass in same.items() for (head, at), value in np.ndenumerate(mass)]
+    caption = f"{name}, {size} images: attention by distance, mean of a layer's heads"
+    return shelf.figure(f"attention-distance-{name}", caption, paint, rows, margins=(0.13, 0.24, 0.97, 0.96))
 
 
 def training_attention(runs: Sequence[RunFolder], shelf: Shelf, styles: Mapping[str, Style]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class RunFolder:
     """The lines of metrics.jsonl."""
     held_out: list[dict[str, Any]]
     """The lines of the run's evaluation.jsonl."""
+    learned: dict[str, Any]
+    """learned.json; {} where there is none."""
     state: str
     """How far it is, as words."""
 
@@ -81,7 +83,8 @@ def read_run(folder: Path) -> RunFolder | None:
     if not steps and not record:
         return None
     held_out = [line for line in read_json_lines(folder / "evaluation.jsonl") if isinstance(line, dict) and "accuracy" in line]
-    return RunFolder(folder.name, folder, record, steps, held_out, _state(folder, record, steps))
+    learned = read_json(folder / "learned.json") if (folder / "learned.json").is_file() else {}
+    return RunFolder(folder.name, folder, record, steps, held_out, learned, _state(folder, record, steps))
 
 
 def _state(folder: Path, record: dict[str, Any], steps: list[dict[str, Any]]) -> str:
@@ -138,8 +141,4 @@ def _unique(folders: list[Path]) -> list[Path]:
 def _with_names(runs: list[RunFolder]) -> list[RunFolder]:
     """Runs of one name get that of the folder above, too."""
     names = [run.name for run in runs]
-    return [run if names.count(run.name) == 1 else RunFolder(f"{run.folder.parent.name}/{run.name}", *_after_name(run)) for run in runs]
-
-
-def _after_name(run: RunFolder) -> tuple[Any, ...]:
-    return run.folder, run.record, run.steps, run.held_out, run.state
+    return [run if names.count(run.name) == 1 else replace(run, name=f"{run.folder.parent.name}/{run.name}") for run in runs]

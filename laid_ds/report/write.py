@@ -17,6 +17,7 @@ from laid_ds.report.accuracy import accuracy_part, findings
 from laid_ds.report.attention import attention_part, training_attention
 from laid_ds.report.figures import Shelf
 from laid_ds.report.html_parts import section, table
+from laid_ds.report.learned import learned_part
 from laid_ds.report.page import page
 from laid_ds.report.palette import styles
 from laid_ds.report.recipe import commands_part, recipes_part
@@ -75,7 +76,7 @@ def _page(sources: Sources, summaries: Sequence[Summary], baseline: str, shelf: 
             (f"attention-{number}", f"Attention{name}", attention_part(models, shelf, of)),
             (f"samples-{number}", f"Answers{name}", samples_part(evaluation.answers, _setting(evaluation), baseline, of)),
         ]
-    training = training_part(sources.runs, shelf, of) + training_attention(sources.runs, shelf, of)
+    training = training_part(sources.runs, shelf, of) + training_attention(sources.runs, shelf, of) + learned_part(sources.runs, shelf, of)
     parts.insert(1 if parts else 0, ("training", "Training: what it did and what it cost", training))
     parts.append(("trust", "Can it be trusted", _trust(sources, summaries)))
     parts.append(("recipe", "Recipe, versions and machine", recipes_part(sources.runs, of)))

@@ -91,6 +91,12 @@ def looked(random, layers: int, heads: int, strong: bool) -> dict:
     return found
 
 
+def what_was_learned(random, layers: int, heads: int, teacher_heads: int, planes: int) -> dict:
+    mixing = {str(layer): random.dirichlet(np.full(teacher_heads, 0.2), heads).round(4).tolist() for layer in range(layers)}
+    gain = {str(layer): np.exp(random.normal(0, 0.2, (heads, planes))).round(4).tolist() for layer in range(layers)}
+    return {"pairs": [[layer, 2 * layer + 1] for layer in range(layers)], "mixing": mixing, "key_mixing": {}, "gain": gain}
+
+
 def model(name: str) -> dict:
     return {"path": f"models/{name}", "deepspeed": "ds_configs/zero3_cpu.json"}
 
@@ -102,8 +108,16 @@ def recipe(folder: Path, steps: int, **changes) -> dict:
 
 
 def write_run(
-    folder: Path, steps: int, planned: int | None = None, half_a_line: bool = False, attention: bool = False, keys: int = 2, **changes
+    folder: Path,
+    steps: int,
+    planned: int | None = None,
+    half_a_line: bool = False,
+    attention: bool = False,
+    keys: int = 2,
+    learned: dict | None = None,
+    **changes,
 ) -> None:
+    """learned: "layers", "heads", "teacher_heads" and "planes" of learned.json; None: there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(steps)
     first = {"after_step": 0, "since": "2026-01-01 00:00:00 +0000", "ranks": 2, "host": "node1", "device": "CPU, 2 cores"}
@@ -123,6 +137,8 @@ def write_run(
             file.write(json.dumps(line) + "\n")
         if half_a_line:
             file.write(json.dumps(line)[:60])
+    if learned:
+        (folder / "learned.json").write_text(json.dumps({"step": steps} | what_was_learned(random, **learned)))
     held_out = [
         {
             "step": step,

@@ -19,7 +19,7 @@ def shown(tmp_path_factory):
     place = tmp_path_factory.mktemp("page")
     write_shards(place / "shards", 24)
     write_evaluation(place / "e", MODELS, place / "shards", attention=(6, 8))
-    write_run(place / "e" / "laid", 400, attention=True)
+    write_run(place / "e" / "laid", 400, attention=True, learned={"layers": 6, "heads": 8, "teacher_heads": 16, "planes": 32})
     write_run(place / "e" / "sft", 200, planned=400, half_a_line=True, losses={"kl": 0.0})
     page = write_report(place / "e", "student").path
     with chromium(place / "profile") as browser:

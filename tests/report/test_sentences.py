@@ -151,7 +151,7 @@ def test_attention_of_another_version_is_left_out(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(results))
     write_report(tmp_path, "student")
     maps = {path.stem for path in (tmp_path / "report").glob("attention-*-*.png")}
-    assert maps == {f"attention-{kind}-student" for kind in ("needle", "far", "entropy")}
+    assert maps == {f"attention-{kind}-student" for kind in ("needle", "far", "entropy", "distance")}
 
 
 def test_compare_shows_where_recipes_differ_and_joins_evaluations_that_asked_the_same(tmp_path, capsys):
