@@ -67,8 +67,9 @@ def _heads(looked: Mapping[str, dict[int, Layers]], styles: Mapping[str, Style])
         for size, layers in sorted(sizes.items()):
             kinds = head_kinds({layer: kept["far_mass"] for layer, kept in layers.items()})
             entropy = np.mean([value for kept in layers.values() for value in kept["entropy"]])
-            rows.append((name, size, sum(kinds.values()), *_retrieving(layers), *kinds.values(), f"{entropy:.2f}"))
-    head = ("model", "images", "heads", "retrieve", "which", "local", "between", "global", "mean entropy, nats")
+            retrieve, which = _retrieving(layers)
+            rows.append((name, size, sum(kinds.values()), retrieve, *kinds.values(), f"{entropy:.2f}", which))
+    head = ("model", "images", "heads", "retrieve", "local", "between", "global", "mean entropy, nats", "which retrieve")
     return table(head, rows, styles)
 
 

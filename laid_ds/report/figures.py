@@ -20,7 +20,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 
 from laid_ds.report.palette import GRID, INK, MUTED, PAPER, variables
 
@@ -137,7 +137,10 @@ def curve_points(steps: Sequence[float], values: Sequence[float]) -> tuple[np.nd
 
 
 def heat_map(axes: Axes, table: np.ndarray, limits: tuple[float | None, float | None] = (0, None)) -> None:
-    """Cells as an image of one pixel each, with a bar of colours; NaN cells stay empty."""
+    """Cells as an image of one pixel each, with a bar of colours, for whose numbers there is room on the right; NaN cells stay empty."""
+    axes.figure.subplots_adjust(right=0.89)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     image = axes.imshow(table, aspect="auto", interpolation="none", cmap="viridis", origin="lower", vmin=limits[0], vmax=limits[1])
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     bar.outline.set_visible(False)

@@ -54,6 +54,11 @@ def test_every_chart_is_seen_and_its_words_can_be_read(shown, width):
     assert all(w >= 250 and h >= 100 and paths > 3 for w, h, paths in boxes), boxes
     heights = browser.ask("[...document.querySelectorAll('figure:not(.wide) svg text')].map(one => one.getBoundingClientRect().height)")
     assert min(heights) > 7
+    cut = (
+        "[...document.querySelectorAll('figure svg text')].filter(one => one.getBoundingClientRect().right >"
+        " one.closest('svg').getBoundingClientRect().right + 1).map(one => one.closest('svg').ariaLabel + ': ' + one.textContent)"
+    )
+    assert browser.ask(cut) == []
     assert browser.ask("[...document.images].every(one => one.complete && one.naturalWidth > 0)") is True
     assert browser.ask("document.images.length") == 4 * len(MODELS)
 
