@@ -296,35 +296,48 @@ def evaluate(
             next_step("laid", "report", out.parent)
 
 
-@app.command(epilog="Example: laid probe models/teacher data/test --student models/student")
+@app.command(epilog="Example: laid probe models/teacher data/test --student models/student --out probe.json")
 def probe(
     model: Annotated[Path, typer.Argument(help="Stock model folder, the teacher's as a rule.")],
     shards: Annotated[Path, typer.Argument(help="Haystacks with recorded needles.")],
     student: Annotated[
-        Path | None, typer.Option(help="Also propose align.pairs and align.heads for this student (its config is read).")
+        Path | None, typer.Option(help="Look at this student, too, and propose align.pairs and align.heads for the two.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images in each haystack.")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="Images in each haystack; a student that is lost there is shown half as many.")] = 16,
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON into this file: a recipe's align.probe.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which layers and heads of a model look at the needle when they answer."""
-    from laid_ds.evaluation.retrieval import depth_and_heads, measure
+    """Say which layers and heads of a model look at the needle when they answer, and from how far."""
+    from laid_ds.disk import writing
+    from laid_ds.evaluation.heads import Probe
+    from laid_ds.evaluation.retrieval import measure, measure_student
+    from laid_ds.models.load import load_config
+    from laid_ds.runtime.checkpoint import write_durably
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
-    layers, heads = depth_and_heads(student) if student else (0, 0)
+    if student is not None:
+        load_config(student)
+    if out is not None:
+        with writing(out.parent, out.name):
+            out.parent.mkdir(parents=True, exist_ok=True)
     with working(f"looking where {model} looks"):
         found = measure(model, shards, images, haystacks, dtype)
-    pairs = found.pairs(layers) if student else []
-    proposed = {"pairs": pairs, "heads": found.couples(pairs, heads)}
+    tree, text = found.as_json(), [found.as_text()]
+    if student is not None:
+        with working(f"looking where {student} looks"):
+            other = measure_student(student, shards, images, haystacks, dtype)
+        choice = Probe(found.looks, other.looks).proposed()
+        tree |= {"student": other.as_json()} | choice.as_json()
+        text += [other.as_text(), choice.as_text(out)]
+    if out is not None:
+        write_durably(out, json.dumps(tree, indent=1))
     if as_json:
-        print_json(found.as_json() | (proposed if student else {}))
+        print_json(tree)
     else:
-        print(found.as_text())
-        if pairs:
-            print("\n[align]    # (student, teacher) layers, and for each pair (student, teacher) heads")
-            print("\n".join(f"{name} = {json.dumps(value)}" for name, value in proposed.items()))
+        print("\n\n".join(text))
 
 
 @app.command(epilog="Example: laid yarn models/student models/student-yarn --factor 4")

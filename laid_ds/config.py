@@ -6,17 +6,20 @@ loss weights) lives here and only here.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from laid_ds.files import home_expanded, own_or_shipped, read_toml
+from laid_ds.evaluation.heads import Probe, read_probe
+from laid_ds.files import home_expanded, own_or_shipped, read_json, read_toml
 from laid_ds.keys import find, meant
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Logit = Annotated[float, Field(gt=0), PlainSerializer(lambda x: "inf" if math.isinf(x) else x, when_used="json")]  # JSON has no inf
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -319,24 +322,33 @@ class Losses(Section):
 class Align(Section):
     """Which layers are compared, and by which mixture of the teacher's heads."""
 
-    pairs: Literal["last", "proportional"] | tuple[tuple[int, int], ...] = "last"
+    pairs: Literal["last", "proportional", "probed"] | tuple[tuple[int, int], ...] = "last"
     """(student layer, teacher layer) pairs, counted from 0, or a rule that makes them. The paper: last to last. "proportional": every
-    student layer, with the teacher's at the same depth.
+    student layer, with the teacher's at the same depth. "probed": the layers that retrieve in `probe`.
 
-    For a real pair, nearly always: to the layers that `laid probe` finds to retrieve."""
-    heads: Literal["all"] | tuple[tuple[tuple[int, int], ...], ...] = "all"
+    For a real pair, nearly always: "probed"."""
+    heads: Literal["all", "probed"] | tuple[tuple[tuple[int, int], ...], ...] = "all"
     """For each of `pairs` the (student head, teacher head) couples that are compared; all other heads are free and nothing is mixed. "all"
-    (the paper): every student head listens to a learned mixture.
+    (the paper): every student head listens to a learned mixture. "probed": the teacher's heads that retrieve in `probe`.
 
-    For a real pair, with `pairs`: to the heads that `laid probe` finds to retrieve (docs/choosing.md)."""
-    start: Literal["one_hot", "uniform"] = "one_hot"
-    """`one_hot` (ours, anchored): each student head starts on one teacher head. `uniform`: the mean of all heads (the paper's recipe).
+    For a real pair: "probed" (docs/choosing.md)."""
+    start: Literal["one_hot", "uniform", "probed"] | tuple[tuple[tuple[int, int], ...], ...] = "one_hot"
+    """Where the mixture of heads = "all" starts. `one_hot` (ours, anchored): each student head on one teacher head. `uniform`: the mean of
+    all heads (the paper's recipe). "probed" and lists of (student head, teacher head) couples for each of `pairs`: those on these, all
+    others as `one_hot`.
 
-    "uniform" to repeat the paper."""
-    start_logit: Positive = 3.0
-    """Logit of the chosen head at a one-hot start; inf-like values (30 and more) freeze the choice in practice.
+    "uniform" to repeat the paper; "probed" to have all heads compared, those that retrieve with those that do."""
+    probe: UserPath | None = None
+    """What `laid probe TEACHER SHARDS --student STUDENT --out FILE` wrote, where `pairs`, `heads` or `start` are "probed". The layers and
+    heads that follow from it stand in run.json in place of that word: a run that has begun needs the file no more, and goes on with none
+    that says otherwise.
 
-    Larger to hold on to the chosen head; smaller to let the mixture be learned."""
+    With "probed", always."""
+    start_logit: Logit = 3.0
+    """Logit of the chosen head at a one-hot start. inf: the other heads get nothing, now and ever, so that no mixture is learned, and
+    matching computes one teacher head for each of the student's.
+
+    Larger to hold on to the chosen head; smaller to let the mixture be learned; inf to keep it."""
     weights: Literal["softmax", "free"] = "softmax"
     """Whether a mixture's weights are a distribution (ours) or any numbers (the paper's text).
 
@@ -533,6 +545,13 @@ class Run(Section):
             )
         return ranks // self.sequence_parallel
 
+    @property
+    def keeps_one_hot(self) -> bool:
+        """Whether each student head listens to one teacher head from the first step to the last: its mixture has nothing to learn."""
+        align = self.align
+        kept = math.isinf(align.start_logit) if align.weights == "softmax" else self.optimizer.mixing_lr == 0
+        return align.heads == "all" and align.start != "uniform" and kept
+
     @model_validator(mode="before")
     @classmethod
     def _own_teacher(cls, tree: Any) -> Any:
@@ -580,7 +599,7 @@ class Run(Section):
             raise ValueError("losses.align, losses.match and losses.kl need a [teacher]; set them to 0 to train without one")
         if not self.taught and self.losses.sft == 0:
             raise ValueError("every loss weight is 0: nothing would be learned")
-        if self.losses.match > 0 and self.align.weights == "free":
+        if self.losses.match > 0 and self.align.weights == "free" and not self.keeps_one_hot:
             raise ValueError("align.weights = 'free' gives no distribution to match; use 'softmax' or set losses.match = 0")
         return self
 
@@ -597,7 +616,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
     for override in overrides:
         _apply(tree, override)
     try:
-        return Run.model_validate(tree)
+        run = Run.model_validate(tree)
+        probed = _probed_align(path, run)
+        return Run.model_validate(as_tree(run) | {"align": as_tree(run)["align"] | probed}) if probed else run
     except ValidationError as error:
         raise ValueError("\n".join(_sentences(path, error.errors()))) from None
 
@@ -605,6 +626,45 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
 def as_tree(run: Run) -> dict[str, Any]:
     """The resolved run as plain values, for run.json and for comparing two runs."""
     return run.model_dump(mode="json")
+
+
+PROBED = ("pairs", "heads", "start")  # of [align], may be "probed"
+
+
+def _probed_align(path: Path, run: Run) -> dict[str, Any]:
+    """What the keys of [align] that are "probed" mean: what follows from `align.probe`, or where that file is gone and the run has begun,
+    what run.json says. Raises ValueError for a file that gives no such thing."""
+    align = run.align
+    asked = [name for name in PROBED if getattr(align, name) == "probed"]
+    if not asked and align.probe is None:
+        return {}
+    if not asked:
+        raise ValueError(f'{path}: align.probe is {align.probe}, and neither pairs, heads nor start is "probed": leave it out, or set them')
+    if align.probe is None:
+        raise ValueError(f'{path}: align.{asked[0]} is "probed": give align.probe, the file that `laid probe ... --out FILE` writes')
+    begun = _begun(run.output)
+    if not align.probe.is_file() and all(isinstance(begun.get(name), list) for name in asked):
+        return {name: begun[name] for name in asked}
+    try:
+        return _meant_by(align, read_probe(align.probe), asked)
+    except ValueError as error:
+        raise ValueError(f"{path}: align.probe: {error}") from None
+
+
+def _begun(output: Path) -> dict[str, Any]:
+    """The section [align] of a run that has begun there."""
+    record = output / "run.json"
+    run = read_json(record).get("run") if record.is_file() else None
+    align = run.get("align") if isinstance(run, dict) else None
+    return align if isinstance(align, dict) else {}
+
+
+def _meant_by(align: Align, probe: Probe, asked: list[str]) -> dict[str, Any]:
+    if isinstance(align.pairs, str) and align.pairs != "probed":
+        raise ValueError(f'align.{asked[0]} is "probed", and align.pairs {align.pairs!r}: give "probed" there, too, or a list')
+    pairs = probe.pairs() if align.pairs == "probed" else align.pairs
+    couples = probe.couples(pairs) if asked != ["pairs"] else []
+    return {name: pairs if name == "pairs" else couples for name in asked}
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -5,7 +5,8 @@ Rows of a haystack are those from which an answer is given: the position before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,8 +79,10 @@ def _means(bins: list[int], rows: int, sums: dict[str, Tensor]) -> dict[str, Any
 
 @torch.inference_mode()
 def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset, size: int, haystacks: int) -> dict[str, dict[str, Any]]:
-    """`profile_heads` of every decoder layer at the answering rows of windows of `size` images with one question each; "marked_mass" is
-    the attention on the needle's tokens. The model is put on the `laid` attention function.
+    """`profile_heads` of every decoder layer at the answering rows of windows of `size` images with one question each. "marked_mass" is
+    the attention on the needle's tokens, "flat_mass" that of a head that looks everywhere alike; "needle_mass" [H][bins] the attention on
+    the needle by its distance (from the answering row to its last token), a mean over the "needle_rows" [bins] haystacks that have it
+    there, 0 where none has. The model is put on the `laid` attention function.
 
     One haystack is in memory at a time, and rendered twice: the bins follow from the longest of all.
     """
@@ -87,7 +90,9 @@ def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset,
     longest = max(len(renderer(window_of_size(sample, size, 1)).supervised) for sample in samples)
     tap = Tap(list(attention_layers(model)))
     listen(model, tap)
+    bins = distance_bins(longest - 1)
     totals: dict[str, tuple[list[int], int, dict[str, Tensor]]] = {}
+    needle_rows, flat = torch.zeros(len(bins)), 0.0
     for sample in samples:
         window = window_of_size(sample, size, 1)
         row = renderer(window)
@@ -97,10 +102,25 @@ def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset,
         answering = batch.supervised & ~batch.supervised.roll(1, dims=1)
         with tap.open() as captured:
             last_hidden_state(model, **batch.inputs)
+        row = int(answering[0].nonzero()[0])
+        places = marked[0, : row + 1].nonzero()
+        there = _bin_of(row - int(places.max()), bins)
+        needle_rows += there
+        flat += len(places) / (row + 1) / len(samples)
         for layer, heads in captured.items():
-            found = _sums(heads, batch.segments, answering, marked, distance_bins(longest - 1), (longest - 1) // 2)
+            found = _sums(heads, batch.segments, answering, marked, bins, (longest - 1) // 2)
+            found[2]["needle_mass"] = found[2]["marked_mass"][:, None].cpu() * there
             totals[str(layer)] = _added(totals[str(layer)], found) if str(layer) in totals else found
-    return {layer: _means(*total) for layer, total in totals.items()}
+    return {layer: _means(*total) | _by_distance(total[2], needle_rows) | {"flat_mass": flat} for layer, total in totals.items()}
+
+
+def _bin_of(distance: int, bins: Sequence[int]) -> Tensor:
+    """[bins]: 1 in the one that holds a distance; `bins` are their lower edges."""
+    return (torch.arange(len(bins)) == bisect_right(bins, distance) - 1).float()
+
+
+def _by_distance(sums: Mapping[str, Tensor], rows: Tensor) -> dict[str, Any]:
+    return {"needle_mass": (sums["needle_mass"] / rows.clamp_min(1)).tolist(), "needle_rows": rows.int().tolist()}
 
 
 def _added(one: tuple, other: tuple) -> tuple:

@@ -20,6 +20,9 @@ from laid_ds.kernels.head_alignment import head_alignment
 from laid_ds.kernels.visible import row_weights
 from laid_ds.sequence import ALONE, SequenceGroup, Stretch
 
+Couples = Sequence[tuple[int, int]]
+"""(student head, teacher head)."""
+
 
 class Heads(Protocol):
     """What one attention layer compared (models.attention.Captured is one)."""
@@ -38,6 +41,7 @@ class Heads(Protocol):
 def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
     """(student layer, teacher layer) pairs. "last": last to last (Paper). "proportional": student layer i listens to teacher layer
     round((i + 1) L_t / L_s) - 1 (ours). Raises ValueError for a layer that does not exist."""
+    assert rule != "probed", "config.load puts what was probed in its place"
     if rule == "last":
         return ((student_layers - 1, teacher_layers - 1),)
     if rule == "proportional":
@@ -51,39 +55,51 @@ def layer_pairs(rule: str | Sequence[tuple[int, int]], student_layers: int, teac
 
 
 def compared_heads(
-    heads: str | Sequence[Sequence[tuple[int, int]]], pairs: Sequence[tuple[int, int]], student_heads: int, teacher_heads: int
+    heads: str | Sequence[Sequence[tuple[int, int]]],
+    pairs: Sequence[tuple[int, int]],
+    student_heads: int,
+    teacher_heads: int,
+    key: str = "heads",
 ) -> tuple[tuple[tuple[int, int], ...] | None, ...]:
-    """For each layer pair the (student head, teacher head) couples to compare, or None for all heads mixed.
+    """For each layer pair the (student head, teacher head) couples to compare, or None for all heads mixed. key: of [align].
 
     Raises ValueError for a list that does not fit the pairs, for a head that does not exist, and for a student head named twice.
     """
-    if heads == "all":
+    if isinstance(heads, str):
+        assert heads != "probed", "config.load puts what was probed in its place"
         return (None,) * len(pairs)
     if len(heads) != len(pairs):
-        raise ValueError(f"align.heads has {len(heads)} lists for the {len(pairs)} layer pairs {list(map(list, pairs))}; give one for each")
+        raise ValueError(f"align.{key} has {len(heads)} lists for the {len(pairs)} layer pairs {list(map(list, pairs))}; give one for each")
     for couples, pair in zip(heads, pairs, strict=True):
         students = [student for student, _ in couples]
         if not couples or len(set(students)) < len(students):
-            raise ValueError(f"align.heads of the layers {list(pair)} is {list(map(list, couples))}: name at least one head, none twice")
+            raise ValueError(f"align.{key} of the layers {list(pair)} is {list(map(list, couples))}: name at least one head, none twice")
         for student, teacher in couples:
             if not (0 <= student < student_heads and 0 <= teacher < teacher_heads):
                 raise ValueError(
-                    f"align.heads: [{student}, {teacher}] does not exist; the models have {student_heads} and {teacher_heads} heads"
+                    f"align.{key}: [{student}, {teacher}] does not exist; the models have {student_heads} and {teacher_heads} heads"
                 )
     return tuple(tuple((student, teacher) for student, teacher in couples) for couples in heads)
 
 
-def start_mixing(student_heads: int, teacher_heads: int, options: Options) -> Tensor:
+def chosen_heads(student_heads: int, teacher_heads: int, couples: Sequence[tuple[int, int]] = ()) -> Tensor:
+    """[H_s] int64: the teacher head on which each student head starts: that of its couple, else at the same share of the heads."""
+    chosen = torch.arange(student_heads) * teacher_heads // student_heads
+    for student, teacher in couples:
+        chosen[student] = teacher
+    return chosen
+
+
+def start_mixing(student_heads: int, teacher_heads: int, options: Options, couples: Sequence[tuple[int, int]] = ()) -> Tensor:
     """Mixing parameters [H_s, H_t] at the start.
 
-    "one_hot" spreads the student's heads evenly over the teacher's; "uniform" is the mean of all teacher heads.
-    As softmax logits or, with weights = "free", as the weights themselves.
+    "uniform" is the mean of all teacher heads, else each student head stands on its `chosen_heads`. As softmax logits or, with weights =
+    "free", as the weights themselves.
     """
-    chosen = torch.arange(student_heads) * teacher_heads // student_heads
-    one_hot = torch.nn.functional.one_hot(chosen, teacher_heads).float()
+    one_hot = torch.nn.functional.one_hot(chosen_heads(student_heads, teacher_heads, couples), teacher_heads).float()
     if options.weights == "free":
-        return one_hot if options.start == "one_hot" else torch.full_like(one_hot, 1 / teacher_heads)
-    return options.start_logit * one_hot if options.start == "one_hot" else torch.zeros_like(one_hot)
+        return torch.full_like(one_hot, 1 / teacher_heads) if options.start == "uniform" else one_hot
+    return torch.zeros_like(one_hot) if options.start == "uniform" else options.start_logit * one_hot
 
 
 class Align(nn.Module):
@@ -97,28 +113,43 @@ class Align(nn.Module):
         teacher_shape: tuple[int, int, int],
         gain_shapes: dict[int, tuple[int, int]],
         dtype: torch.dtype = torch.float32,
+        keeps_one_hot: bool = False,
     ):
-        """Shapes are (H, K, D) of each model; gain_shapes maps student layers to [H, P] (empty: no gains)."""
+        """Shapes are (H, K, D) of each model; gain_shapes maps student layers to [H, P] (empty: no gains). keeps_one_hot: each student head
+        listens to the teacher head on which it starts, and no mixture is a parameter (config.Run.keeps_one_hot)."""
         super().__init__()
-        self.options, self.pairs = options, tuple(pairs)
+        self.options, self.pairs, self.keeps_one_hot = options, tuple(pairs), keeps_one_hot
         (student_heads, student_keys, student_dim), (teacher_heads, teacher_keys, teacher_dim) = student_shape, teacher_shape
         self.heads = compared_heads(options.heads, self.pairs, student_heads, teacher_heads)
+        starts = compared_heads(options.start, self.pairs, student_heads, teacher_heads, key="start")
         self.mixing, self.key_mixing, self.projections = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for (student, _), couples in zip(self.pairs, self.heads, strict=True):
-            if couples is None:
-                self.mixing[str(student)] = start_mixing(student_heads, teacher_heads, options).to(dtype)
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        """Student layer -> the teacher head [H_s] of each of its heads, and the teacher key head [K_s] of each key head."""
+        for (student, _), couples, start in zip(self.pairs, self.heads, starts, strict=True):
+            own = start or ()
+            of_keys = {s * student_keys // student_heads: t * teacher_keys // teacher_heads for s, t in reversed(own)}.items()
+            if couples is None and keeps_one_hot:
+                chosen = chosen_heads(student_heads, teacher_heads, own), chosen_heads(student_keys, teacher_keys, of_keys)
+                self.kept[str(student)] = chosen
+            elif couples is None:
+                self.mixing[str(student)] = start_mixing(student_heads, teacher_heads, options, own).to(dtype)
                 if options.mixing == "separate":
-                    self.key_mixing[str(student)] = start_mixing(student_keys, teacher_keys, options).to(dtype)
+                    self.key_mixing[str(student)] = start_mixing(student_keys, teacher_keys, options, of_keys).to(dtype)
             if student_dim != teacher_dim:
                 self.projections[str(student)] = torch.stack([torch.eye(teacher_dim, student_dim)] * 2).to(dtype)
         self.gain = nn.ParameterDict({str(layer): torch.zeros(shape, dtype=dtype) for layer, shape in gain_shapes.items()})
 
-    def weights(self, layer: int) -> Tensor | tuple[Tensor, Tensor]:
+    def weights(self, layer: int, teacher: Heads) -> Tensor | tuple[Tensor, Tensor]:
         """Mixing weights of a student layer: [H_s, H_t], or with separate mixing the pair for queries and keys."""
 
         def of(parameter: Tensor) -> Tensor:
             return torch.softmax(parameter.float(), -1) if self.options.weights == "softmax" else parameter.float()
 
+        if str(layer) in self.kept:
+            numbers = teacher.query.shape[1], teacher.key.shape[1]
+            chosen = zip(self.kept[str(layer)], numbers, strict=True)
+            heads, keys = (nn.functional.one_hot(of_ours.to(teacher.query.device), number).float() for of_ours, number in chosen)
+            return (heads, keys) if self.options.mixing == "separate" else heads
         queries = of(self.mixing[str(layer)])
         return (queries, of(self.key_mixing[str(layer)])) if str(layer) in self.key_mixing else queries
 
@@ -143,9 +174,9 @@ class Align(nn.Module):
         for (s, t), couples in zip(self.pairs, self.heads, strict=True):
             ours, theirs = (student[s], teacher[t]) if couples is None else _couples(student[s], teacher[t], couples)
             if "align" in sums:
-                sums["align"].append(self._alignment(s, ours, theirs, segments, group))
+                sums["align"].append(self._alignment(s, ours, theirs, couples, segments, group))
             if "match" in sums:
-                sums["match"].append(self._matching(s, ours, theirs, segments, omega, rows, row_mask, group))
+                sums["match"].append(self._matching(s, ours, theirs, couples, segments, omega, rows, row_mask, group))
         return {term: torch.stack(parts).mean() for term, parts in sums.items()}
 
     def inside_attention(
@@ -154,13 +185,13 @@ class Align(nn.Module):
         """Student layer -> attention that matches it in its backward pass (models.attention.Companion); its log-sum-exp must be asked for.
 
         In place of `forward`'s "match" over all rows for these layers, on a CPU, in float32. The sums' values are known after the backward
-        pass: each layer's share of "match" is given to `report` then. Layers compared with several, or in some heads alone, are left out.
+        pass: each layer's share of "match" is given to `report` then. Layers compared with several, or without a mixture, are left out.
         """
         layers = [student for student, _ in self.pairs]
         return {
             s: partial(self._attend_and_match, s, teacher[t], segments, omega, report)
             for (s, t), couples in zip(self.pairs, self.heads, strict=True)
-            if couples is None and layers.count(s) == 1
+            if couples is None and not self.keeps_one_hot and layers.count(s) == 1
         }
 
     def _attend_and_match(
@@ -204,14 +235,15 @@ class Align(nn.Module):
             "match": "rows" if rows_from == "answers" else "tokens",
         }
 
-    def _alignment(self, layer: int, student: Heads, teacher: Heads, segments: Tensor, group: SequenceGroup) -> Tensor:
-        mixed = str(layer) in self.mixing
+    def _alignment(
+        self, layer: int, student: Heads, teacher: Heads, couples: Couples | None, segments: Tensor, group: SequenceGroup
+    ) -> Tensor:
         total, _ = head_alignment(
             student.query,
             group.own(student.key, 2),
             teacher.query,
             group.own(teacher.key, 2),
-            self.weights(layer) if mixed else torch.eye(student.query.shape[1], device=student.query.device),
+            self.weights(layer, teacher) if couples is None else torch.eye(len(couples), device=student.query.device),
             reduction=self.options.reduction,
             segments=segments,
             projection=tuple(self.projections[str(layer)].float()) if str(layer) in self.projections else None,
@@ -224,6 +256,7 @@ class Align(nn.Module):
         layer: int,
         student: Heads,
         teacher: Heads,
+        couples: Couples | None,
         segments: Tensor,
         omega: Omega,
         rows: int | None,
@@ -232,9 +265,13 @@ class Align(nn.Module):
     ) -> Tensor:
         if student.beside is not None:
             return student.beside / student.query.shape[1]
-        heads, device = student.query.shape[1], student.query.device
-        mixed = str(layer) in self.mixing
-        mixing = self.mixing[str(layer)].float() if mixed else torch.zeros(heads, heads, device=device)
+        device, number = student.query.device, student.query.shape[1]
+        if couples is None and not self.keeps_one_hot:
+            logits, chosen = self.mixing[str(layer)].float(), None
+        else:  # one teacher head for each student head: the kernels then compute no other, and no mixture
+            logits = torch.zeros(number, teacher.query.shape[1], device=device)
+            chosen = torch.arange(number) if couples is not None else self.kept[str(layer)][0]
+            chosen = chosen[:, None].to(device)
         drawn = None if rows is None or group.size == 1 else _drawn(segments, row_mask, rows, group)
         total = 0.0
         for start, stop, at in group.stretches(segments.shape[1]):
@@ -243,8 +280,8 @@ class Align(nn.Module):
                 student.key[:, :, :stop],
                 teacher.query[:, :, at],
                 teacher.key[:, :, :stop],
-                mixing,
-                teacher_heads=None if mixed else torch.arange(heads, device=device)[:, None],
+                logits,
+                teacher_heads=chosen,
                 student_scale=student.scale,
                 teacher_scale=teacher.scale,
                 student_window=student.window,
@@ -259,7 +296,7 @@ class Align(nn.Module):
                 query_offset=start,
             )
             total = total + found
-        return total / heads
+        return total / number
 
     def mixture_entropy(self) -> float:
         """Mean entropy of the mixture's rows in nats: 0 is one teacher head per student head, ln H_t is the plain mean."""

@@ -119,7 +119,7 @@ def align_parameters(pair: Pair) -> list[int]:
     mixing = [heads * teacher_heads] + ([keys * teacher_keys] if run.align.mixing == "separate" else [])
     projection = [2 * size * teacher_size] if size != teacher_size else []
     chosen = compared_heads(run.align.heads, compared(pair), heads, teacher_heads)
-    of_pairs = [(mixing if couples is None else []) + projection for couples in chosen]
+    of_pairs = [(mixing if couples is None and not run.keeps_one_hot else []) + projection for couples in chosen]
     return [size for sizes in of_pairs for size in sizes] + gains
 
 

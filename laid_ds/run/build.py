@@ -13,11 +13,13 @@ from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.data.stream import Stream
+from laid_ds.evaluation.heads import read_probe
 from laid_ds.method import schedule
 from laid_ds.method.align import Align, compared_heads, layer_pairs
 from laid_ds.method.distill import OwnTeacher, RecordedTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import check_sliceable, trainable
+from laid_ds.models.identity import model_identity
 from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
 from laid_ds.models.lora import add_lora
@@ -103,7 +105,7 @@ def build_align(run: Run, pairs: Pairs, student: PreTrainedModel) -> Align:
     teacher = config_of(run.teacher)
     trainable(teacher)  # its logits are taken from the head alone, too
     shapes = [_shape(config, [pair[i] for pair in pairs]) for i, config in enumerate((student.config, teacher))]
-    return Align(run.align, pairs, *shapes, gains, getattr(torch, run.student.dtype))
+    return Align(run.align, pairs, *shapes, gains, getattr(torch, run.student.dtype), run.keeps_one_hot)
 
 
 def _shape(config: PretrainedConfig, layers: list[int]) -> tuple[int, int, int]:
@@ -189,10 +191,25 @@ def build_stream(run: Run, dataset: Dataset, renderer: Renderer, per_step: int |
 
 
 def build_pairs(run: Run) -> Pairs:
-    """The layer pairs to compare; none when attention is not compared. Raises ValueError for layers or heads that do not exist."""
+    """The layer pairs to compare; none when attention is not compared. Raises ValueError for layers or heads that do not exist, and for a
+    probe of other models."""
     if run.teacher is None or not run.losses.listens:
         return ()
+    if run.align.probe is not None and run.align.probe.is_file():
+        _check_probed(run)
     configs = [config_of(model) for model in (run.student, run.teacher)]
     pairs = layer_pairs(run.align.pairs, *(config.get_text_config().num_hidden_layers for config in configs))
-    compared_heads(run.align.heads, pairs, *(attention_shape(config)[0] for config in configs))
+    for key, heads in (("heads", run.align.heads), ("start", run.align.start)):
+        compared_heads(heads, pairs, *(attention_shape(config)[0] for config in configs), key=key)
     return pairs
+
+
+def _check_probed(run: Run) -> None:
+    """Raises ValueError unless the probe looked at the weights that the run starts from."""
+    probe = read_probe(run.align.probe)
+    for who, looks, model in (("student", probe.student, run.student), ("teacher", probe.teacher, run.teacher)):
+        if looks.identity != model_identity(model.path):
+            raise ValueError(
+                f"{run.align.probe} is a probe of another {who} ({looks.path}) than {model.path}: `laid probe {run.teacher.path} SHARDS"
+                f" --student {run.student.path} --out {run.align.probe}` writes that of this pair"
+            )

@@ -24,7 +24,8 @@ from laid_ds.files import read_json
 from laid_ds.runtime import checkpoint, distributed, lock
 from laid_ds.runtime.stop import DONE, STOP, clear
 
-MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers")  # keys that do not decide the outcome of a run
+# keys that do not decide the outcome of a run; what follows from align.probe stands in the other keys of [align]
+MAY_CHANGE = ("logging.", "checkpoint.", "evaluation", "stop.", "data.workers", "align.probe")
 MAY_BE_THERE = ("run.json.partial", "launch", STOP, lock.FILE)  # in a folder that no run has claimed yet: a job script lives in launch/
 SHARES_OF_BATCH = ("data.micro_batch", "optimizer.accumulation", "sequence_parallel")  # may change with the ranks: see _check_global_batch
 
