@@ -6,6 +6,7 @@ are sharded and checkpointed with it, and never touch the stock model's paramete
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -70,6 +71,11 @@ def compared_heads(
         return (None,) * len(pairs)
     if len(heads) != len(pairs):
         raise ValueError(f"align.{key} has {len(heads)} lists for the {len(pairs)} layer pairs {list(map(list, pairs))}; give one for each")
+    layers = [student for student, _ in pairs]
+    if key == "start" and len(set(layers)) < len(layers):
+        raise ValueError(
+            f"align.start names couples, and align.pairs {list(map(list, pairs))} a student layer twice, which has one mixture"
+        )
     for couples, pair in zip(heads, pairs, strict=True):
         students = [student for student, _ in couples]
         if not couples or len(set(students)) < len(students):
@@ -99,7 +105,9 @@ def start_mixing(student_heads: int, teacher_heads: int, options: Options, coupl
     one_hot = torch.nn.functional.one_hot(chosen_heads(student_heads, teacher_heads, couples), teacher_heads).float()
     if options.weights == "free":
         return torch.full_like(one_hot, 1 / teacher_heads) if options.start == "uniform" else one_hot
-    return torch.zeros_like(one_hot) if options.start == "uniform" else options.start_logit * one_hot
+    if options.start == "uniform":
+        return torch.zeros_like(one_hot)
+    return one_hot.log() if math.isinf(options.start_logit) else options.start_logit * one_hot
 
 
 class Align(nn.Module):
