@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -276,6 +277,25 @@ def test_chosen_heads_have_no_mixtures_and_a_student_that_teaches_itself_needs_n
     own = world.run(tmp_path / "run", student={"lora": {"targets": ["q_proj", "k_proj"]}})
     own = config.Run.model_validate(config.as_tree(own) | {"teacher": {"self": True}})
     assert memory(read_pair(own), A100, 100)["teacher_parameters"] == 0
+
+
+@pytest.mark.parametrize(
+    "align, scores",
+    [
+        ({"pairs": [[0, 1], [1, 0]], "heads": [[[0, 2]], [[1, 1], [0, 3]]]}, 3 * (16 + 16)),
+        ({"pairs": [[0, 1], [1, 0]], "start_logit": math.inf}, 2 * (2 * 16 + 2 * 16)),
+        ({"pairs": [[0, 1], [1, 0]]}, 2 * (2 * 16 + 4 * 16 + 2 * 4)),
+    ],
+    ids=["chosen", "kept one-hot", "mixed"],
+)
+def test_matching_is_of_the_heads_that_are_compared(world, tmp_path, align, scores):
+    """Student of 2 heads of 16, teacher of 4; half of 300 x 300 scores, three times 2 operations; mixtures only where one is learned."""
+    with_match, without = (
+        read_pair(world.run(tmp_path / "run", align=align, losses={"match": weight}, data={"micro_batch": 1})) for weight in (1.0, 0.0)
+    )
+    assert step_flops(with_match, 300) - step_flops(without, 300) == pytest.approx(3 * 2 * scores * 300 * 300 / 2)
+    made = build_align(with_match.run, build_pairs(with_match.run), world.load("student"))
+    assert sorted(align_parameters(with_match)) == sorted(parameter.numel() for parameter in made.parameters())
 
 
 def test_what_a_family_cannot_is_a_sentence(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from laid_ds.method.align import compared_heads
 from laid_ds.models.sizes import Sizes
 from laid_ds.plan.memory import slice_of
 from laid_ds.plan.pair import BYTES, Pair, compared, moves, reads_lessons
@@ -65,10 +66,19 @@ def _vision_flops(model: Sizes, tokens: float) -> float:
 
 
 def _matching_flops(pair: Pair, tokens: float) -> float:
-    """Scores of both models and their mixture, forward and twice backward."""
-    if pair.teacher is None or pair.run.losses.match == 0:
+    """Scores of both models and their mixture, forward and twice backward; of chosen heads theirs alone. How many rows answer is not known
+    here: with match.rows_from = "answers" it is less."""
+    run = pair.run
+    if pair.teacher is None or run.losses.match == 0:
         return 0
     (heads, _, size), (teacher_heads, _, teacher_size) = pair.student.heads, pair.teacher.heads
-    rows = min(tokens, pair.run.match.rows or tokens)
-    per_score = heads * size + teacher_heads * teacher_size + heads * teacher_heads
-    return 3 * 2 * per_score * rows * tokens / 2 * len(compared(pair))
+    rows = min(tokens, run.match.rows or tokens)
+    per_score = 0
+    for couples in compared_heads(run.align.heads, compared(pair), heads, teacher_heads):
+        if couples is not None:
+            per_score += len(couples) * (size + teacher_size)
+        elif run.keeps_one_hot:
+            per_score += heads * size + min(heads, teacher_heads) * teacher_size
+        else:
+            per_score += heads * size + teacher_heads * teacher_size + heads * teacher_heads
+    return 3 * 2 * per_score * rows * tokens / 2

@@ -30,13 +30,13 @@ def attention_part(models: Mapping[str, Any], shelf: Shelf, styles: Mapping[str,
     if not looked:
         return ""
     largest = {name: (max(sizes), sizes[max(sizes)]) for name, sizes in looked.items()}
-    lines = [_by_layer(largest, shelf, styles), _by_distance(largest, shelf, styles)]
+    lines = [_by_layer(largest, shelf, styles), _needle_by_distance(largest, shelf, styles), _by_distance(largest, shelf, styles)]
     maps = [_map(name, size, layers, kind, shelf) for name, (size, layers) in largest.items() for kind in MAPS if _has(layers, kind)]
     maps += [_distances(name, size, layers, shelf) for name, (size, layers) in largest.items()]
     how = (
-        "A head retrieves when at least 0.1 of its attention, and half of the best head's, is on the needle (ours; laid probe). It is"
-        f" local when at most {NEAR:g} of its attention lies beyond half of the longest distance, and global from {FAR:g} on (ours); even"
-        " attention has about a half there."
+        "A head retrieves when at least 0.1 of its attention, half of the best head's, and twice that of a head that looks everywhere"
+        f" alike, is on the needle (ours; laid probe). It is local when at most {NEAR:g} of its attention lies beyond half of the longest"
+        f" distance, and global from {FAR:g} on (ours); even attention has about a half there."
     )
     return _heads(looked, styles) + paragraph(how, "note") + figures(lines) + fold(f"Maps of layers and heads ({len(maps)})", figures(maps))
 
@@ -77,10 +77,15 @@ def _retrieving(layers: Layers) -> tuple[int | None, str]:
     """How many heads retrieve, and which."""
     if not _has(layers, "marked_mass"):
         return None, "not measured"
-    heads = retrieving_heads({layer: kept["marked_mass"] for layer, kept in layers.items()})
+    heads = _heads_that_retrieve(layers)
     named = ", ".join(f"layer {layer} head {head}: {mass:.2f}" for layer, head, mass in heads[:MOST_NAMED])
     more = f" and {len(heads) - MOST_NAMED} more" if len(heads) > MOST_NAMED else ""
     return len(heads), named + more or "none"
+
+
+def _heads_that_retrieve(layers: Layers) -> list[tuple[int, int, float]]:
+    flat = max(kept.get("flat_mass", 0.0) for kept in layers.values())
+    return retrieving_heads({layer: kept["marked_mass"] for layer, kept in layers.items()}, flat)
 
 
 def _by_layer(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:
@@ -102,6 +107,39 @@ def _by_layer(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: M
 
     rows = [("model", "depth", "mass"), *((name, *point) for name, points in found.items() for point in points)]
     return shelf.figure("attention-layers", "which layers retrieve, at each model's most images", paint, rows)
+
+
+def _needle_by_distance(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:
+    """Mean of the heads that retrieve, where haystacks have their needle; "" where none does, or an older version looked."""
+    found = {name: points for name, (_, layers) in largest.items() if (points := _needle_points(layers))}
+    if not found:
+        return ""
+
+    def paint(axes: Axes) -> None:
+        for name, points in found.items():
+            style = styles[name]
+            x, _, y = zip(*points, strict=True)
+            axes.plot(
+                [edge + 1 for edge in x], y, color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.3, label=shortened(name)
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(PlainLog(base=2))
+        axes.set(xlabel="distance of the needle in tokens + 1", ylabel="mass on the needle, mean of heads that retrieve", ylim=(0, 1.04))
+        axes.grid(axis="y")
+        axes.legend(fontsize=7.5)
+
+    rows = [("model", "from distance", "haystacks", "mass"), *((name, *point) for name, points in found.items() for point in points)]
+    return shelf.figure("needle-by-distance", "from how far the needle is seen, at each model's most images", paint, rows)
+
+
+def _needle_points(layers: Layers) -> list[tuple[int, int, float]]:
+    """(lower edge of a bin of distances, haystacks with their needle there, mass), where there are any."""
+    if not all(_has(layers, kind) for kind in ("marked_mass", "needle_mass", "needle_rows")):
+        return []
+    masses = [layers[layer]["needle_mass"][head] for layer, head, _ in _heads_that_retrieve(layers)]
+    bins, rows = (next(iter(layers.values()))[name] for name in ("bins", "needle_rows"))
+    there = [n for n, number in enumerate(rows) if number and masses]
+    return [(bins[n], rows[n], float(np.mean([mass[n] for mass in masses]))) for n in there]
 
 
 def _by_distance(largest: Mapping[str, tuple[int, Layers]], shelf: Shelf, styles: Mapping[str, Style]) -> str:

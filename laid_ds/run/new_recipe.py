@@ -83,7 +83,9 @@ def machine_of(gpus: int | None, gib: float) -> Machine | None:
 def next_steps(path: Path, run: Run) -> list[str]:
     """What to do with a recipe that was written."""
     plan = f"laid plan {path}"
-    look = [f"laid probe {run.teacher.path} {run.evaluation.shards} --student {run.student.path}"] if run.evaluation else []
+    look = (
+        [f"laid probe {run.teacher.path} {run.evaluation.shards} --student {run.student.path} --out probe.json"] if run.evaluation else []
+    )
     return ["read it, and change what you know better", plan, *look, f"laid train {path}"]
 
 

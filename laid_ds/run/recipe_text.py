@@ -60,9 +60,12 @@ align = 0.0
 match = 0.0
 
 # Of use once align or match is above 0. A guess, at 0.6 of the depth of both: the paper compares the last layers, and in
-# the one real decoder that we looked into those did not retrieve. This measures where yours do, and prints the lines to
-# put here:
-#   laid probe {probe}
+# the one real decoder that we looked into those did not retrieve. This measures where yours do:
+#   laid probe {probe} --out probe.json
+# Then these lines take the place of the one below:
+#   probe = "probe.json"
+#   pairs = "probed"
+#   heads = "probed"
 [align]
 pairs = [[{student_layer}, {teacher_layer}]]
 

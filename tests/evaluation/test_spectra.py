@@ -27,6 +27,8 @@ def test_numbers_are_those_of_the_dense_map(world):
     found = needle_profile(world.load("teacher").eval(), renderer, dataset, size=4, haystacks=3)
     assert sorted(found) == ["0", "1"]
     model, tap, needle, entropy = world.load("teacher").eval(), Tap([1]), torch.zeros(4), torch.zeros(4)
+    at: dict[int, list[torch.Tensor]] = {}
+    flat = 0.0
     listen(model, tap)
     image_token = renderer.processor.image_token_id
     for i in range(3):
@@ -38,10 +40,19 @@ def test_numbers_are_those_of_the_dense_map(world):
         query, key = heads[1].query[0, :, row], heads[1].key[0].repeat_interleave(2, 0)[:, : row + 1]
         p = (torch.einsum("hd,hnd->hn", query, key) * heads[1].scale).softmax(-1)
         places = torch.nonzero(batch.inputs["input_ids"][0] == image_token).flatten()  # one token an image
-        needle += p[:, places[sample.turns[0].needles[0]]]
+        place = places[sample.turns[0].needles[0]]
+        needle += p[:, place]
+        at.setdefault(max(edge for edge in found["1"]["bins"] if edge <= row - place), []).append(p[:, place])
+        flat += 1 / (row + 1) / 3
         entropy += torch.special.entr(p).sum(-1)
     torch.testing.assert_close(torch.tensor(found["1"]["marked_mass"]), needle / 3)
     torch.testing.assert_close(torch.tensor(found["1"]["entropy"]), entropy / 3)
+    assert [found["1"]["bins"][n] for n, rows in enumerate(found["1"]["needle_rows"]) if rows] == sorted(at)
+    for n, edge in enumerate(found["1"]["bins"]):
+        wanted = torch.stack(at[edge]).mean(0) if edge in at else torch.zeros(4)
+        torch.testing.assert_close(torch.tensor(found["1"]["needle_mass"])[:, n], wanted)
+        assert found["1"]["needle_rows"][n] == len(at.get(edge, []))
+    assert found["0"]["flat_mass"] == pytest.approx(flat)
     for numbers in found.values():
         torch.testing.assert_close(torch.tensor(numbers["mass"]).sum(-1), torch.ones(4))
 

@@ -87,7 +87,8 @@ def looked(random, layers: int, heads: int, strong: bool) -> dict:
         mass = random.dirichlet(np.ones(len(bins)), heads)
         needle = random.random(heads) * (0.9 if strong and layer == layers - 1 else 0.05)
         found[str(layer)] = {"bins": bins, "mass": mass.tolist(), "entropy": (3 * random.random(heads)).tolist()}
-        found[str(layer)] |= {"far_mass": random.random(heads).tolist(), "marked_mass": needle.tolist()}
+        found[str(layer)] |= {"far_mass": random.random(heads).tolist(), "marked_mass": needle.tolist(), "flat_mass": 0.06}
+        found[str(layer)] |= {"needle_rows": [0, 0, 0, 0, 6, 10, 8], "needle_mass": np.outer(needle, [0, 0, 0, 0, 1.1, 1, 0.9]).tolist()}
     return found
 
 

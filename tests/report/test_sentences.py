@@ -154,6 +154,23 @@ def test_attention_of_another_version_is_left_out(tmp_path):
     assert maps == {f"attention-{kind}-student" for kind in ("needle", "far", "entropy", "distance")}
 
 
+def test_the_needle_is_shown_by_distance_where_a_head_retrieves_and_was_looked_at_so(tmp_path):
+    write_evaluation(tmp_path, {"student": 2.0, "laid": 4.0, "older": 5.0}, attention=(3, 4))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    attention = {name: model["attention"]["16"] for name, model in results["models"].items()}
+    for layer in attention["older"].values():
+        del layer["needle_mass"]
+    attention["laid"]["2"]["marked_mass"] = [0.9, 0.02, 0.5, 0.44]
+    attention["laid"]["2"]["needle_mass"] = [[0.0] * 4 + masses for masses in ([0.8, 1.0, 0.9], [1, 1, 1], [0.2, 0.4, 0.8], [1, 1, 1])]
+    (tmp_path / "evaluation.json").write_text(json.dumps(results))
+    write_report(tmp_path, "student")
+    rows = (tmp_path / "report" / "needle-by-distance.csv").read_text().splitlines()
+    assert rows[0] == "model,from distance,haystacks,mass"
+    assert [row.rsplit(",", 1)[0] for row in rows[1:]] == ["laid,8,6", "laid,16,10", "laid,32,8"], "no head of the student retrieves"
+    assert [float(row.rsplit(",", 1)[1]) for row in rows[1:]] == pytest.approx([0.5, 0.7, 0.85])
+    assert (tmp_path / "report" / "needle-by-distance.png").stat().st_size > 0
+
+
 def test_compare_shows_where_recipes_differ_and_joins_evaluations_that_asked_the_same(tmp_path, capsys):
     write_run(tmp_path / "a", 10)
     write_run(tmp_path / "b", 10, losses={"kl": 0.0})
