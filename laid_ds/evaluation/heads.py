@@ -47,8 +47,8 @@ class Looks:
     """Where one model looks when it answers."""
 
     path: str
-    identity: str
-    """Of its folder (models.identity)."""
+    files: dict[str, dict[str, Any]]
+    """Of its folder, what tells it from others (models.identity)."""
     layers: int
     """Of the decoder."""
     images: int

@@ -17,7 +17,7 @@ from laid_ds.evaluation.haystack import read_haystacks, survey
 from laid_ds.evaluation.heads import CLEAR, MORE, Looks, as_tree
 from laid_ds.evaluation.spectra import check_needles, needle_profile
 from laid_ds.models.attention import attention_shape
-from laid_ds.models.identity import model_identity
+from laid_ds.models.identity import model_marks, read_whole
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import Renderer, load_processor
 
@@ -86,7 +86,7 @@ def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str) ->
     any_layer = next(iter(profile.values()))
     looks = Looks(
         path=str(model),
-        identity=model_identity(model),
+        files=read_whole(model, model_marks(model)),
         layers=config.get_text_config().num_hidden_layers,
         images=size,
         haystacks=haystacks,

@@ -19,7 +19,7 @@ from laid_ds.method.align import Align, compared_heads, layer_pairs
 from laid_ds.method.distill import OwnTeacher, RecordedTeacher, Student, Teacher
 from laid_ds.models.attention import Tap, attention_shape, enable_checkpointing, gives_lse, listen, vision_tower
 from laid_ds.models.family import check_sliceable, trainable
-from laid_ds.models.identity import model_identity
+from laid_ds.models.identity import difference, model_marks, read_whole
 from laid_ds.models.image_pixels import limit_pixels
 from laid_ds.models.load import PretrainedConfig, PreTrainedModel, load_config, load_model
 from laid_ds.models.lora import add_lora
@@ -57,6 +57,7 @@ def build(run: Run) -> Training:
     vocabulary = len(processor.tokenizer)
     if run.teacher is not None:
         check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
+    distributed.on_rank_0(partial(check_probed, run, read=False))
     pairs = build_pairs(run)
     group = distributed.sequence_group(run.sequence_parallel)
     student, align = build_student(run, pairs, vocabulary, group)
@@ -191,12 +192,9 @@ def build_stream(run: Run, dataset: Dataset, renderer: Renderer, per_step: int |
 
 
 def build_pairs(run: Run) -> Pairs:
-    """The layer pairs to compare; none when attention is not compared. Raises ValueError for layers or heads that do not exist, and for a
-    probe of other models."""
+    """The layer pairs to compare; none when attention is not compared. Raises ValueError for layers or heads that do not exist."""
     if run.teacher is None or not run.losses.listens:
         return ()
-    if run.align.probe is not None and run.align.probe.is_file():
-        _check_probed(run)
     configs = [config_of(model) for model in (run.student, run.teacher)]
     pairs = layer_pairs(run.align.pairs, *(config.get_text_config().num_hidden_layers for config in configs))
     for key, heads in (("heads", run.align.heads), ("start", run.align.start)):
@@ -204,12 +202,19 @@ def build_pairs(run: Run) -> Pairs:
     return pairs
 
 
-def _check_probed(run: Run) -> None:
-    """Raises ValueError unless the probe looked at the weights that the run starts from."""
+def check_probed(run: Run, read: bool) -> None:
+    """Raises ValueError unless the probe looked at the weights that the run starts from: by the sizes of their files and, with `read`, by
+    all of them whose time differs."""
+    if not run.losses.listens or run.align.probe is None or not run.align.probe.is_file():
+        return
     probe = read_probe(run.align.probe)
     for who, looks, model in (("student", probe.student, run.student), ("teacher", probe.teacher, run.teacher)):
-        if looks.identity != model_identity(model.path):
+        marks = model_marks(model.path, [looks.files])
+        why = difference(looks.files, marks)
+        if why is None and read:
+            why = difference(looks.files, read_whole(model.path, marks))
+        if why is not None:
             raise ValueError(
-                f"{run.align.probe} is a probe of another {who} ({looks.path}) than {model.path}: `laid probe {run.teacher.path} SHARDS"
+                f"{run.align.probe} is a probe of another {who} than {model.path}: {why}; `laid probe {run.teacher.path} SHARDS"
                 f" --student {run.student.path} --out {run.align.probe}` writes that of this pair"
             )

@@ -35,7 +35,16 @@ from laid_ds.models.processor import (
 )
 from laid_ds.plan.lengths import build_packing
 from laid_ds.plan.pair import BYTES, OPTIMIZER_BYTES, read_pair
-from laid_ds.run.build import build_align, build_pairs, build_prepare, build_renderer, build_stream, check_shared_rows, config_of
+from laid_ds.run.build import (
+    build_align,
+    build_pairs,
+    build_prepare,
+    build_renderer,
+    build_stream,
+    check_probed,
+    check_shared_rows,
+    config_of,
+)
 from laid_ds.run.lessons import load_head, with_lessons
 from laid_ds.runtime import checkpoint, engine
 
@@ -49,6 +58,7 @@ def check(run: Run) -> None:
     dataset = Dataset.open(list(run.data.shards))
     processor = _check_folders(run)
     data_notes(run)
+    check_probed(run, read=True)
     pairs = build_pairs(run)
     if run.student.lora is not None:
         _check_lora(run)

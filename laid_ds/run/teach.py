@@ -25,7 +25,7 @@ from laid_ds.files import read_json
 from laid_ds.method.distill import Recorder
 from laid_ds.models.identity import model_marks, read_whole
 from laid_ds.models.processor import check_same_tokenizer, load_processor
-from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher, samples_per_step
+from laid_ds.run.build import asks_lse, build_pairs, build_renderer, build_stream, build_teacher, check_probed, samples_per_step
 from laid_ds.run.first_look import BATCHES, look_at_teacher
 from laid_ds.run.lessons import check_teacher, facts_of, layout_of
 from laid_ds.run.loop import next_batches
@@ -83,6 +83,7 @@ def foresee(run: Run, steps: int | None = None, per_step: int | None = None) -> 
     run = run.model_copy(update=alone)
     dataset, processor = Dataset.open(list(run.data.shards)), load_processor(run.student.path, run.student.trust_remote_code)
     check_same_tokenizer(processor, load_processor(run.teacher.path, run.teacher.trust_remote_code))
+    check_probed(run, read=False)
     pairs = build_pairs(run)
     per_step = per_step or samples_per_step(run)
     stream = build_stream(run, dataset, build_renderer(run, processor), per_step)

@@ -21,7 +21,7 @@ from tests.support.looking import looking
 
 def looks(mass: dict[int, list[float]], keys: int | None = None, who: str = "teacher", flat: float = 0.0) -> Looks:
     """keys: key heads of each layer; default: as many as query heads."""
-    return Looks(who, who, max(mass) + 1, 16, 32, flat, mass, {layer: keys or len(shares) for layer, shares in mass.items()})
+    return Looks(who, {}, max(mass) + 1, 16, 32, flat, mass, {layer: keys or len(shares) for layer, shares in mass.items()})
 
 
 def blind(layers: int, heads: int, keys: int | None = None) -> Looks:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from laid_ds import cli, config
-from laid_ds.run.build import build_pairs
 from laid_ds.run.check import check
 from laid_ds.run.folder import check_output
 from laid_ds.run.loop import train
@@ -77,10 +77,26 @@ def test_a_run_needs_the_file_no_more_and_goes_on_with_none_that_says_otherwise(
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_a_probe_of_other_models_is_refused(recipe, world, tmp_path, who):
-    run = config.load(recipe, [*PROBED, f"{who}.path={world.folder / who}"])
-    with pytest.raises(ValueError, match=f"probe.json is a probe of another {who} .* than {world.folder / who}: `laid probe"):
-        build_pairs(run)
+def test_a_probe_of_other_models_is_refused(recipe, probed, tmp_path, who):
+    """One byte of the weights is another, and all sizes are as they were. A copy is the same model, whatever its times."""
+    copy = shutil.copytree(probed / who, tmp_path / "copy", copy_function=shutil.copyfile)
+    run = config.load(recipe, [*PROBED, f"{who}.path={copy}"])
+    check(run)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(
+        ValueError, match=f"probe.json is a probe of another {who} than {copy}: model.safetensors has another content .*; `la"
+    ):
+        check(run)
+
+
+def test_ranks_refuse_it_too_by_sizes(recipe, tmp_path):
+    tree = json.loads((tmp_path / "probe.json").read_text())
+    tree["files"]["config.json"]["bytes"] += 1
+    (tmp_path / "probe.json").write_text(json.dumps(tree))
+    with pytest.raises(AssertionError, match=r"ValueError: .*probe.json is a probe of another teacher .*: config.json has"):
+        run_ranks(1, whole_run, config.load(recipe, PROBED))
 
 
 def blinded(tree):
