@@ -6,6 +6,7 @@ loss weights) lives here and only here.
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -649,6 +650,12 @@ def _probed_align(path: Path, run: Run) -> dict[str, Any]:
         return _meant_by(align, read_probe(align.probe), asked)
     except ValueError as error:
         raise ValueError(f"{path}: align.probe: {error}") from None
+
+
+def probed_words(align: Align) -> str:
+    """What stands in [align] for "probed", in words."""
+    names = [name for name in PROBED if not isinstance(getattr(align, name), str)]
+    return ", ".join(f"{name} = {json.dumps(getattr(align, name))}" for name in names)
 
 
 def _begun(output: Path) -> dict[str, Any]:

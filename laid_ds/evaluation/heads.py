@@ -61,6 +61,16 @@ class Looks:
     key_heads: dict[int, int]
     """Decoder layer -> its key heads; each serves as many query heads in a row."""
 
+    def __post_init__(self) -> None:
+        if not self.mass or not all(self.mass.values()):
+            raise ValueError("a layer or more must be looked at, each with a head or more")
+        if self.mass.keys() != self.key_heads.keys() or any(
+            self.key_heads[n] < 1 or len(heads) % self.key_heads[n] for n, heads in self.mass.items()
+        ):
+            raise ValueError("key_heads must divide the heads of each layer in mass")
+        if not all(0 <= layer < self.layers for layer in self.mass):
+            raise ValueError(f"mass names layers beyond the {self.layers} of the decoder")
+
     def heads(self) -> list[tuple[int, int, float]]:
         """(layer, head, mass) of the heads that retrieve, most first."""
         return retrieving_heads(self.mass, self.flat)
@@ -207,5 +217,5 @@ def read_probe(path: Path) -> Probe:
         return Probe(teacher, looks.validate_python(tree["student"]))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is not as `laid probe` writes it: {place}: {first['msg'].lower()}") from None
+        words = [*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")]
+        raise ValueError(f"{path} is not as `laid probe` writes it: {': '.join(words)}") from None

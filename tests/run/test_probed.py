@@ -46,6 +46,7 @@ PROBED = ['align.pairs="probed"', 'align.heads="probed"']
 def test_the_words_mean_the_layers_and_heads_of_the_file(recipe):
     align = config.load(recipe, PROBED).align
     assert (align.pairs, align.heads, align.start) == (((1, 1),), (((0, 2),),), "one_hot")
+    assert config.probed_words(align) == "pairs = [[1, 1]], heads = [[[0, 2]]]"
     align = config.load(recipe, ["align.pairs=[[0, 1]]", 'align.start="probed"']).align
     assert (align.pairs, align.heads, align.start) == (((0, 1),), "all", (((1, 2),),)), "layer 0 of the student does not retrieve: by share"
     check(config.load(recipe, PROBED))
@@ -117,6 +118,18 @@ def of_another_shape(tree):
     tree["mass"]["1"] = "much"
 
 
+def without_a_layer(tree):
+    del tree["student"]["key_heads"]["1"]
+
+
+def of_nothing(tree):
+    tree["mass"] = tree["key_heads"] = {}
+
+
+def of_fewer_layers(tree):
+    tree["layers"] = 1
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -125,7 +138,10 @@ def of_another_shape(tree):
         (without_a_student, "says nothing of a student: `laid probe"),
         (of_a_student_with_one_head, "3 heads of layer 1 of"),
         (of_a_student_with_one_head, "has 1 heads left for them"),
-        (of_another_shape, "is not as `laid probe` writes it: mass.1"),
+        (of_another_shape, "is not as `laid probe` writes it: mass: 1: Input should be a valid list"),
+        (without_a_layer, "is not as `laid probe` writes it: key_heads must divide the heads of each layer"),
+        (of_nothing, "is not as `laid probe` writes it: a layer or more must be looked at"),
+        (of_fewer_layers, "is not as `laid probe` writes it: mass names layers beyond the 1 of the decoder"),
     ],
 )
 def test_what_a_probe_cannot_give_is_one_sentence(recipe, tmp_path, change, sentence):
