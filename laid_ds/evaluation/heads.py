@@ -1,5 +1,6 @@
 """Which heads retrieve, and which look near or far, by the attention that each has, and which heads of a student shall learn from those
-that retrieve: numbers alone, no model. `laid probe` writes them (`Looks`, `Probe`), and a recipe's `align.pairs`, `align.heads` and `align.start` = "probed" read them.
+that retrieve: numbers alone, no model. `laid probe` writes them (`Looks`, `Probe`), and a recipe's `align.pairs`, `align.heads` and
+`align.start` = "probed" read them.
 """
 
 from __future__ import annotations
