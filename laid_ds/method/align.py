@@ -131,6 +131,7 @@ class Align(nn.Module):
         self.heads = compared_heads(options.heads, self.pairs, student_heads, teacher_heads)
         starts = compared_heads(options.start, self.pairs, student_heads, teacher_heads, key="start")
         self.mixing, self.key_mixing, self.projections = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.teacher_heads = teacher_heads, teacher_keys
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
         """Student layer -> the teacher head [H_s] of each of its heads, and the teacher key head [K_s] of each key head."""
         for (student, _), couples, start in zip(self.pairs, self.heads, starts, strict=True):
@@ -147,16 +148,16 @@ class Align(nn.Module):
                 self.projections[str(student)] = torch.stack([torch.eye(teacher_dim, student_dim)] * 2).to(dtype)
         self.gain = nn.ParameterDict({str(layer): torch.zeros(shape, dtype=dtype) for layer, shape in gain_shapes.items()})
 
-    def weights(self, layer: int, teacher: Heads) -> Tensor | tuple[Tensor, Tensor]:
-        """Mixing weights of a student layer: [H_s, H_t], or with separate mixing the pair for queries and keys."""
+    def weights(self, layer: int, device: torch.device | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Mixing weights of a student layer: [H_s, H_t], or with separate mixing the pair for queries and keys. device: where those are
+        wanted that are no parameters."""
 
         def of(parameter: Tensor) -> Tensor:
             return torch.softmax(parameter.float(), -1) if self.options.weights == "softmax" else parameter.float()
 
         if str(layer) in self.kept:
-            numbers = teacher.query.shape[1], teacher.key.shape[1]
-            chosen = zip(self.kept[str(layer)], numbers, strict=True)
-            heads, keys = (nn.functional.one_hot(of_ours.to(teacher.query.device), number).float() for of_ours, number in chosen)
+            chosen = zip(self.kept[str(layer)], self.teacher_heads, strict=True)
+            heads, keys = (nn.functional.one_hot(of_ours.to(device), number).float() for of_ours, number in chosen)
             return (heads, keys) if self.options.mixing == "separate" else heads
         queries = of(self.mixing[str(layer)])
         return (queries, of(self.key_mixing[str(layer)])) if str(layer) in self.key_mixing else queries
@@ -251,7 +252,7 @@ class Align(nn.Module):
             group.own(student.key, 2),
             teacher.query,
             group.own(teacher.key, 2),
-            self.weights(layer, teacher) if couples is None else torch.eye(len(couples), device=student.query.device),
+            self.weights(layer, teacher.query.device) if couples is None else torch.eye(len(couples), device=student.query.device),
             reduction=self.options.reduction,
             segments=segments,
             projection=tuple(self.projections[str(layer)].float()) if str(layer) in self.projections else None,

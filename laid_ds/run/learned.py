@@ -26,7 +26,7 @@ def write_learned(align: Align, output: Path, step: int) -> None:
 def learned(align: Align) -> dict[str, Any]:
     """ "pairs" of (student, teacher) layers; student layer -> "mixing" [H_s, H_t], "key_mixing" [K_s, K_t] (separate mixing alone) and
     "gain" g [H or 1, P]: weights and factors as they act, to four digits."""
-    mixing = {layer: align.weights(int(layer)) for layer in align.mixing}
+    mixing = {layer: align.weights(int(layer)) for layer in (*align.mixing, *align.kept)}
     parts = {"mixing": {}, "key_mixing": {}, "gain": {layer: gain(theta) for layer, theta in align.gain.items()}}
     for layer, weights in mixing.items():
         both = weights if isinstance(weights, tuple) else (weights,)
