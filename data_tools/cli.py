@@ -378,8 +378,11 @@ def shuffle(
 
 
 if importlib.util.find_spec("data_tools.synth"):
-    from data_tools import synth
+    from data_tools import synth, text_facts
 
+    synth.app.command("facts", epilog="Example: laid-data synth facts runs/facts/train --samples 512 --facts 24 --questions 24")(
+        text_facts.facts_command
+    )
     app.add_typer(synth.app, name="synth")
 
 

@@ -127,29 +127,55 @@ def doctor(
         raise typer.Exit(int(found.read_text()) if found.is_file() else status)
 
 
-@app.command(epilog="Example: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train")
+@app.command(
+    epilog="Examples: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train;  "
+    "laid init recipes/study/real/model.json models/real --decoder SmolLM2.gguf --template recipes/study/real/chat.jinja;  "
+    "laid init models/real models/half --layers 0,2,4,6"
+)
 def init(
-    model_config: Annotated[Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included.")],
+    model: Annotated[
+        Path, typer.Argument(help="JSON with the fields of a transformers config, model_type included; with --layers, a model folder.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     corpus: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(help="Shards whose text trains the tokenizer and whose images set the normalisation; may be given more than once."),
-    ],
-    vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer before its special tokens.")] = 400,
+    ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="Decoder and tokenizer of this folder, or GGUF file, of a causal language model; only the tower is random."),
+    ] = None,
+    template: Annotated[Path | None, typer.Option(help="With --decoder: chat template (Jinja); default: the tokenizer's own.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Keep only these decoder layers of a model folder, such as 0,1,2,6.")] = None,
+    vocabulary: Annotated[int, typer.Option(help="With --corpus: size of the tokenizer before its special tokens.")] = 400,
     image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
     seed: int = 0,
 ) -> None:
-    """Make a small model with random weights and its processor, without any download, as an ordinary model folder."""
+    """Make an ordinary model folder without any download: a small model with random weights and its processor (--corpus), one around a
+    pretrained decoder (--decoder), or some layers of a model (--layers)."""
     from laid_ds.data.dataset import Dataset
+    from laid_ds.files import read_text
+    from laid_ds.models.from_decoder import write_around_decoder, write_with_layers
     from laid_ds.models.new_model import write_new_model
     from laid_ds.runtime.engine import choose_accelerator
 
+    if sum(way is not None for way in (corpus, decoder, layers)) != 1:
+        raise ValueError("give one of --corpus (random weights), --decoder (a pretrained decoder) and --layers (a part of a model)")
+    if template is not None and decoder is None:
+        raise ValueError("--template is for a model around a pretrained decoder: give --decoder, too")
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
-    model_config = own_or_shipped(model_config)
-    places = [(dataset, i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
-    samples = [dataset.read(i) for dataset, i in track(places, "reading samples")]
-    with working("making the model and its tokenizer"):
-        size = write_new_model(model_config, output, samples, vocabulary, image_tokens, seed)
+    if layers is not None:
+        with working(f"writing some layers of {model}"):
+            size = write_with_layers(model, output, numbers(layers, "--layers"))
+    elif decoder is not None:
+        written = read_text(own_or_shipped(template)) if template is not None else None
+        with working(f"reading {decoder} and making the model around it"):
+            size = write_around_decoder(own_or_shipped(model), decoder, output, written, image_tokens, seed)
+    else:
+        places = [(dataset, i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
+        samples = [dataset.read(i) for dataset, i in track(places, "reading samples")]
+        with working("making the model and its tokenizer"):
+            size = write_new_model(own_or_shipped(model), output, samples, vocabulary, image_tokens, seed)
     print(f"{output}: {size:,} parameters")
     next_step("laid", "train", "RECIPE", f"student.path={output}")
 
@@ -552,6 +578,13 @@ def _spare_cores(ranks: int, workers: int | None) -> int:
     """Workers of each rank, where their number is not given: one at least, and as many as leave a core to the rank itself, up to 4."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     return workers if workers is not None else min(4, max(1, (os.cpu_count() or 1) // here - 1))
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers {text!r}: give whole numbers separated by commas") from None
 
 
 def _sizes(text: str) -> list[int]:

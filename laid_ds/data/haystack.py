@@ -1,4 +1,4 @@
-"""Windows of a haystack: fewer images and questions, in a new order, as a pure function of a seed.
+"""Windows of a haystack: fewer images (or, where it has none, texts) and questions, in a new order, as a pure function of a seed.
 
 One shard set of long haystacks serves every window length: a draw keeps the images that its questions need (their needles) and fills up
 with others of the same sample, as Visual Haystacks does for its sizes. A sample that is no haystack has one window: itself.
@@ -13,7 +13,7 @@ from itertools import dropwhile, pairwise
 from typing import TypeVar
 
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.record import DataError, Record, Sample, Turn
+from laid_ds.data.record import DataError, Record, Sample, Turn, num_pieces
 
 Windowed = TypeVar("Windowed", Sample, Record)
 
@@ -43,7 +43,7 @@ def why_whole(sample: Sample | Record) -> str | None:
     """
     spoken = list(dropwhile(lambda turn: turn.role == "system", sample.turns))
     questions, answers = spoken[::2], spoken[1::2]
-    if not sample.images:
+    if not num_pieces(sample):
         return "has no images"
     if not answers or [turn.role for turn in spoken] != ["user", "assistant"] * len(answers):
         return "is not a row of questions, each with its answer"
@@ -87,14 +87,14 @@ def images_drawn(seed: int, position: int, bounds: tuple[int, int]) -> int:
 def fewest_images(sample: Sample | Record) -> int:
     """Images of the smallest window of a sample that asks one question at least: all of them where it stays whole."""
     if why_whole(sample) is not None:
-        return len(sample.images)
+        return num_pieces(sample)
     return max(1, min(len(needed) for needed in _needed(sample).values()))
 
 
 def most_needed(sample: Sample | Record) -> int:
     """Images of the smallest window in which each question of a sample can be asked: all of them where it stays whole."""
     if why_whole(sample) is not None:
-        return len(sample.images)
+        return num_pieces(sample)
     return max(1, max(len(needed) for needed in _needed(sample).values()))
 
 
@@ -136,7 +136,7 @@ def draw_window(sample: Windowed, images: int, questions: int | None, seed: tupl
     """
     if why_whole(sample) is not None:
         return sample
-    total = len(sample.images)
+    total = num_pieces(sample)
     images = min(max(images, fewest_images(sample)), total)
     rng = random.Random(repr(seed))
     asked = _questions(sample, images, questions, rng)
@@ -144,7 +144,7 @@ def draw_window(sample: Windowed, images: int, questions: int | None, seed: tupl
     others = [image for image in range(total) if image not in needed and image not in sample.fixed]
     kept = [*needed, *rng.sample(others, images - len(sample.fixed) - len(needed))]
     rng.shuffle(kept)
-    return _renumbered(sample, _leading(sample, asked, kept) if _images_lead(sample) else _in_place(sample, asked, kept))
+    return _led(sample, asked, kept) if _images_lead(sample) else _renumbered(sample, _in_place(sample, asked, kept))
 
 
 def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Sample:
@@ -157,8 +157,10 @@ def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Samp
     if whole is not None:
         raise DataError(f'teacher.sees = "needles" leaves out images, and of this sample none may be left out: it {whole}', key=window.key)
     needed = {*window.fixed, *(needle for turn in window.turns for needle in turn.needles)}
-    others = [image for image in range(len(window.images)) if image not in needed]
+    others = [piece for piece in range(num_pieces(window)) if piece not in needed]
     kept = needed.union(random.Random(repr(seed)).sample(others, min(distractors, len(others))))
+    if not window.images:
+        return _led(window, [number for number, turn in enumerate(window.turns) if turn.role == "user"], sorted(kept))
 
     def with_kept(turn: Turn) -> Turn:
         return replace(turn, segments=tuple(s for s in turn.segments if isinstance(s, str) or s in kept) or ("",))
@@ -183,8 +185,8 @@ def needle_at(sample: Sample, place: int) -> Sample:
         raise DataError(f"the needle cannot be moved: the sample {reason}", key=sample.key)
     number, question = next((number, turn) for number, turn in enumerate(sample.turns) if turn.role == "user")
     (needle,) = question.needles
-    others = [image for image in range(len(sample.images)) if image != needle]
-    return _renumbered(sample, _leading(sample, [number], [*others[:place], needle, *others[place:]]))
+    others = [piece for piece in range(num_pieces(sample)) if piece != needle]
+    return _led(sample, [number], [*others[:place], needle, *others[place:]])
 
 
 def _questions(sample: Sample | Record, images: int, most: int | None, rng: random.Random) -> list[int]:
@@ -202,6 +204,21 @@ def _questions(sample: Sample | Record, images: int, most: int | None, rng: rand
     if not chosen:
         chosen = [next(number for number in order if len(needs[number]) <= images)]
     return sorted(chosen) if _standing(sample) else chosen
+
+
+def _led(sample: Windowed, asked: list[int], kept: list[int]) -> Windowed:
+    """The images, or texts, `kept` in that order at the start, then the asked questions with their answers."""
+    if sample.images:
+        return _renumbered(sample, _leading(sample, asked, kept))
+    texts = next(turn for turn in sample.turns if turn.role == "user").segments
+    place = {old: new for new, old in enumerate(kept)}
+    turns: list[Turn] = [turn for turn in sample.turns if turn.role == "system"]
+    for first, number in enumerate(asked):
+        question, answer = sample.turns[number], sample.turns[number + 1]
+        lead = () if first else tuple(texts[text] for text in kept)
+        words = "".join(texts[-1:] if question.segments is texts else question.segments)
+        turns += [replace(question, segments=(*lead, words), needles=tuple(place[needle] for needle in question.needles)), answer]
+    return replace(sample, turns=tuple(turns))
 
 
 def _leading(sample: Sample | Record, asked: list[int], kept: list[int]) -> list[Turn]:
@@ -291,10 +308,10 @@ def _describe_source(dataset: Dataset, source: int, bounds: tuple[int, int], pac
 
 def check_planned(window: Sample, sample: Sample, images: int) -> None:
     """Raises DataError when a window has more images than the `images` by which its pack was planned."""
-    if len(window.images) > min(images, len(sample.images)):
-        reason = why_whole(sample) or f"needs {len(window.images)} images for any question"
+    if num_pieces(window) > min(images, num_pieces(sample)):
+        reason = why_whole(sample) or f"needs {num_pieces(window)} images for any question"
         raise DataError(
-            f"its pack was planned for a window of {images} images, and the sample gives {len(window.images)}: it {reason}; leave out "
+            f"its pack was planned for a window of {images} images, and the sample gives {num_pieces(window)}: it {reason}; leave out "
             "data.tokens_per_pack or data.images",
             key=sample.key,
         ).at(sample.origin)

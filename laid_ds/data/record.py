@@ -61,7 +61,7 @@ class Turn:
     role: str
     segments: tuple[Segment, ...]
     needles: tuple[int, ...] = ()
-    """Images that this turn's question needs."""
+    """Images that this turn's question needs; in a sample without images, texts of its first question (`num_pieces`)."""
     choices: tuple[str, ...] = ()
     """The answers to choose from, word for word, where the question has such a list."""
     supervised: bool = True
@@ -116,6 +116,15 @@ class Record:
     meta: Mapping[str, Any]
     haystack: bool = False
     fixed: tuple[int, ...] = ()
+
+
+def num_pieces(sample: Sample | Record) -> int:
+    """How many things a haystack holds, which its needles count from 0: images; or, in a sample without images whose questions record
+    needles, the texts of its first question before the last one, which is what is asked."""
+    asked = [turn for turn in sample.turns if turn.role == "user"]
+    if sample.images or not asked or not all(turn.needles for turn in asked):
+        return len(sample.images)
+    return len(asked[0].segments) - 1
 
 
 def describe(image: bytes) -> ImageInfo:
@@ -235,7 +244,7 @@ def _check_record(record: Record) -> None:
     _expect(len(record.images) <= MAX_IMAGES, f"{len(record.images)} images; the limit is {MAX_IMAGES}")
     _expect(len(record.turns) > 0, "a sample needs at least one turn")
     for turn in record.turns:
-        _check_turn(turn, len(record.images))
+        _check_turn(turn, len(record.images), num_pieces(record))
     shown = {segment for turn in record.turns for segment in turn.segments if isinstance(segment, int)}
     hidden = set(range(len(record.images))) - shown
     _expect(not hidden, f"images {sorted(hidden)[:5]} are shown in no turn")
@@ -252,7 +261,7 @@ def _check_record(record: Record) -> None:
     _expect(all(isinstance(name, str) for name in record.meta), "names in meta must be text")
 
 
-def _check_turn(turn: Turn, num_images: int) -> None:
+def _check_turn(turn: Turn, num_images: int, pieces: int) -> None:
     _expect(turn.role in ROLES, f"role {str(turn.role)[:40]!r} is none of {', '.join(ROLES)}")
     _expect(len(turn.segments) > 0, f"a {turn.role} turn without segments")
     for segment in turn.segments:
@@ -261,7 +270,7 @@ def _check_turn(turn: Turn, num_images: int) -> None:
         else:
             _expect_image(segment, num_images)
     for needle in turn.needles:
-        _expect_image(needle, num_images)
+        _expect_needle(needle, num_images, pieces)
     for choice in turn.choices:
         _expect_text(choice, "choice")
     _expect(turn.role == "user" or not (turn.needles or turn.choices), "needles and choices belong to a user turn")
@@ -335,6 +344,13 @@ def _expect_text(value: Any, name: str) -> None:
 def _expect_image(index: Any, num_images: int) -> None:
     if not _is_count(index) or index >= num_images:
         raise DataError(f"image index {str(index)[:40]}; the sample has {num_images} images")
+
+
+def _expect_needle(index: Any, num_images: int, pieces: int) -> None:
+    if num_images:
+        _expect_image(index, num_images)
+    found = f"needle {str(index)[:40]}; the first question of the sample has {pieces} texts before what it asks, and there are no images"
+    _expect(_is_count(index) and index < pieces, found)
 
 
 def _expect_list(value: Any, name: str) -> list:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import draw_window, most_needed, why_whole
-from laid_ds.data.record import DataError, Record, Sample, Turn
+from laid_ds.data.record import DataError, Record, Sample, Turn, num_pieces
 from laid_ds.evaluation.window import notes_on
 
 
@@ -39,7 +39,7 @@ class Survey:
 def window_of_size(sample: Sample, size: int, questions: int) -> Sample:
     """The window that every model is shown. Raises DataError when the sample has none of this size."""
     window = draw_window(sample, size, questions, ("evaluation", size, sample.key))
-    if len(window.images) != size:
+    if num_pieces(window) != size:
         raise DataError(f"asked for {size} images, but the haystack {_misfit(sample, size)}", key=sample.key).at(sample.origin)
     return window
 
@@ -83,7 +83,7 @@ def _why_left_out(records: dict[str, Record], size: int) -> str | None:
 
 def _misfit(sample: Sample | Record, size: int) -> str | None:
     """Why a sample has no window of a size that may ask any of its questions."""
-    total, whole = len(sample.images), why_whole(sample)
+    total, whole = num_pieces(sample), why_whole(sample)
     if total < size:
         return f"has {total} images"
     if whole and total != size:

@@ -13,7 +13,7 @@ from typing import Any
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import needle_at, why_needle_stays, why_whole
-from laid_ds.data.record import DataError, Sample, Turn
+from laid_ds.data.record import DataError, Sample, Turn, num_pieces
 from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey, window_of_size
 from laid_ds.evaluation.rules import HAYSTACK, benchmark_of, kept
 
@@ -189,7 +189,7 @@ def questions_of(task: Task, item: Item, window: Sample, shown: list[str | int])
 def _answer(
     task: Task, item: Item, window: Sample, shown: list[str | int], number: int, questions: int, question: Turn, expected: str
 ) -> Answer:
-    text = question.text
+    text = question.text if window.images or not num_pieces(window) else str(question.segments[-1])
     return {
         "model": None,
         "task": task.name,
@@ -200,7 +200,7 @@ def _answer(
         "needle_at": item.depth,
         "question_index": number,
         "questions": questions,
-        "size": len(window.images),
+        "size": num_pieces(window),
         "depth": item.depth if item.depth is not None else _depth(window, question),
         "question": text if len(text) <= MOST_CHARACTERS else f"...{text[-MOST_CHARACTERS:]}",
         "shown": shown,
@@ -219,7 +219,7 @@ def _depth(window: Sample, question: Turn) -> float | None:
     told = told if isinstance(told, list) else [] if told is None else [told]
     if told:
         return round(sum(told) / len(told), 6)
-    return round(question.needles[0] / len(window.images), 6) if len(question.needles) == 1 else None
+    return round(question.needles[0] / num_pieces(window), 6) if len(question.needles) == 1 else None
 
 
 def _expected(meta: Mapping[str, Any], answer: str) -> list[str]:

@@ -157,7 +157,7 @@ def write_new_model(
     with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        _describe_videos(partial / "processor_config.json", KINDS[tree["model_type"]].videos)
+        describe_videos(partial / "processor_config.json", KINDS[tree["model_type"]].videos)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -172,7 +172,7 @@ def train_processor(corpus: Sequence[SampleLike], vocabulary: int, tree: dict[st
     return kind.processor(tokenizer, tree, max_image_tokens, {"image_mean": mean, "image_std": deviation})
 
 
-def _describe_videos(path: Path, kind: str | None) -> None:
+def describe_videos(path: Path, kind: str | None) -> None:
     """Add to a processor's file how frames are seen: as its images are. Without it `AutoProcessor` does not open the folder."""
     tree = read_json(path)
     if kind is not None:
