@@ -166,7 +166,7 @@ def init(
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     if layers is not None:
         with working(f"writing some layers of {model}"):
-            size = write_with_layers(model, output, numbers(layers, "--layers"))
+            size = write_with_layers(model, output, _layers(layers))
     elif decoder is not None:
         written = read_text(own_or_shipped(template)) if template is not None else None
         with working(f"reading {decoder} and making the model around it"):

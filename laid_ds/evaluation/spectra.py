@@ -98,7 +98,8 @@ def needle_profile(model: PreTrainedModel, renderer: Renderer, dataset: Dataset,
         row = renderer(window)
         batch = collate([row], [window.key], renderer.processor.tokenizer.pad_token_id).to(model.device)
         needles = next(turn for turn in window.turns if turn.role == "user").needles
-        marked = torch.isin(row.shows, torch.tensor(needles)).to(model.device)[None]
+        shows = row.shows if window.images else renderer.texts(window)
+        marked = torch.isin(shows, torch.tensor(needles)).to(model.device)[None]
         answering = batch.supervised & ~batch.supervised.roll(1, dims=1)
         with tap.open() as captured:
             last_hidden_state(model, **batch.inputs)

@@ -113,6 +113,15 @@ def say(template: Template, turns: Sequence[TurnLike], prompt: bool = False) -> 
     return Said(text, _apart(spans), _literal(template, lines, text, prompt))
 
 
+def where(template: Template, turns: Sequence[TurnLike], number: int) -> list[Span]:
+    """Where in the text of `say` each text segment of a turn stands. Raises ValueError where that cannot be told."""
+    lines = [(turn.role, tuple(turn.segments)) for turn in turns]
+    places = _places(template, lines, [number], _write(template, lines))
+    if len(places) != sum(isinstance(segment, str) for segment in lines[number][1]):
+        raise ValueError(f"the chat template leaves out texts of turn {number}")
+    return [(place.start, place.stop) for place in places]
+
+
 def _check_heard(template: Template, lines: list[tuple[str, Segments]], text: str, prompt: bool) -> None:
     """Raises ValueError where the template leaves out what a tool said: many know no tools, and the answers would come out of nothing."""
     tools = [number for number, (role, _) in enumerate(lines) if role == "tool"]

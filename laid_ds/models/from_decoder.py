@@ -18,9 +18,8 @@ from laid_ds.files import read_json
 from laid_ds.models.attention import decoder
 from laid_ds.models.folder import check_folder, first_paragraph
 from laid_ds.models.load import load_model, model_class
-from laid_ds.models.new_model import KINDS, describe_videos
+from laid_ds.models.new_model import KINDS, NEUTRAL, describe_videos
 
-NEUTRAL = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Fields of a decoder's config with one entry for each layer."""
 

@@ -125,6 +125,7 @@ KINDS = {
     "idefics3": Kind(LLAVA, {"fake_image": "<fake_token_around_image>", "image": LLAVA, "global_image": "<global-img>"}, _idefics3),
 }
 
+NEUTRAL = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 AS_IMAGES = ("size", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 
 
@@ -197,7 +198,9 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int, marks: dict[str, str
 
 
 def _statistics(images: Sequence[bytes]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each colour channel in [0, 1]."""
+    """Mean and standard deviation of each colour channel in [0, 1]; those of many public processors where there is no image."""
+    if not images:
+        return NEUTRAL["image_mean"], NEUTRAL["image_std"]
     pixels = np.concatenate([_rgb(image).reshape(-1, 3) for image in images]) / 255
     return pixels.mean(0).tolist(), pixels.std(0).tolist()
 

@@ -22,7 +22,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from laid_ds.files import read_json
-from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say
+from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say, where
 from laid_ds.models.folder import check_folder, first_paragraph
 from laid_ds.models.numbering import numbered
 
@@ -252,6 +252,16 @@ class Renderer:
         ZeRO-3 every rank then runs the vision tower. Raises ValueError (what `pixels` raises) for an image that cannot be read.
         """
         return self._render(sample)
+
+    def texts(self, sample: SampleLike) -> Tensor:
+        """[T]: which text of the sample's first question a token of the call's result belongs to, or -1; for a sample without images, whose
+        needles are such texts. A token that two texts share is the later one's. Raises ValueError as a call."""
+        said, first = say(self._template, sample.turns), next(i for i, turn in enumerate(sample.turns) if turn.role == "user")
+        ids, offsets = self._encode(said)
+        found = torch.full((len(ids) + len(self._blank.ids),), -1)
+        for number, (start, stop) in enumerate(where(self._template, sample.turns, first)):
+            found[: len(ids)][(offsets[:, 0] < stop) & (offsets[:, 1] > start)] = number
+        return found
 
     def prompt(self, sample: SampleLike) -> Rendered:
         """The sample's turns, of which the last is a question, and what the chat template writes to have it answered. Nothing is
