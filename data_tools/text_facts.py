@@ -22,18 +22,19 @@ from laid_ds.data.writer import ShardWriter
 from laid_ds.disk import whole_folder
 from laid_ds.terminal import next_step
 
-ADJECTIVES = tuple(
+OF_KEYS = (
     "red blue green black white yellow brown gray orange purple gold old new big small hot cold dark light wild open clean empty dry wet"
-    " rich poor quick slow quiet soft hard fresh sweet sharp round flat strong weak young happy lazy".split()
+    " rich poor quick slow quiet soft hard fresh sweet sharp round flat strong weak young happy lazy"
 )
-NOUNS = tuple(
+OF_THINGS = (
     "house car tree book boat table chair dog cat bird fish horse hat shoe bag box cup lamp door window clock ring stone flower garden"
     " bridge tower ship train plane bike truck phone camera piano guitar drum ball key knife coat shirt bottle basket mirror bed bell"
-    " candle carpet coin desk doll farm fence field flag fork gate glove hammer island kite lake".split()
+    " candle carpet coin desk doll farm fence field flag fork gate glove hammer island kite lake"
 )
-NAMES = tuple(
-    "Alice Bob Carol David Emma Frank Grace Henry Jack Kate Laura Mary Nick Oliver Paul Rachel Sam Tom Anna Peter John Sarah James Lucy".split()
+OF_ANSWERS = (
+    "Alice Bob Carol David Emma Frank Grace Henry Jack Kate Laura Mary Nick Oliver Paul Rachel Sam Tom Anna Peter John Sarah James Lucy"
 )
+ADJECTIVES, NOUNS, NAMES = (tuple(words.split()) for words in (OF_KEYS, OF_THINGS, OF_ANSWERS))
 SPLITS = ("train", "test")
 
 
@@ -75,7 +76,7 @@ def facts_command(
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Haystacks of text, for the decoder of a vision-language model: facts such as "red house: Alice", and what stands after one of them."""
+    """Haystacks of text, for the decoder of a vision-language model: facts such as "red house: Alice", and who is asked for."""
     if split not in SPLITS:
         raise ValueError(f"--split {split}: splits are {' and '.join(SPLITS)}")
     if output.exists():

@@ -46,6 +46,7 @@ CASES = {
     "laid-data shuffle": ("{shards}", "{new}"),
     "laid-data split": ("{shards}", "{new}", "--shares", "a=0.5,b=0.5"),
     "laid-data stats": ("{shards}",),
+    "laid-data synth facts": ("{new}", "--samples", "2", "--facts", "2", "--questions", "1"),
     "laid-data synth haystack": ("{new}", "--samples", "2", "--images", "2", "--questions", "1"),
     "laid-data verify": ("{shards}", "--deep"),
     "laid-launch status": ("{run}",),

@@ -57,7 +57,8 @@ def write_around_decoder(
 
 
 def _load_text_model(path: Path, marks: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in fp32, and its tokenizer with these special tokens beside its own. Raises ValueError where there is none that can be read."""
+    """A causal language model in fp32, and its tokenizer with these special tokens beside its own. Raises ValueError where none can be
+    read."""
     if not path.exists():
         raise ValueError(f"no decoder at {path}: give the folder of a causal language model, or a GGUF file")
     folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
@@ -88,7 +89,11 @@ def _model_around(text: PreTrainedModel, tree: dict[str, Any], processor: Any, s
     """The family's model with this decoder and a random tower. Raises ValueError where decoder and family do not fit."""
     tokenizer, marks = processor.tokenizer, KINDS[tree["model_type"]].marks
     own = text.config.to_dict()
-    own = {name: value for name, value in own.items() if name not in ("quantization_config", "architectures", "transformers_version", "_name_or_path")}
+    own = {
+        name: value
+        for name, value in own.items()
+        if name not in ("quantization_config", "architectures", "transformers_version", "_name_or_path")
+    }
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
     parts = {"text_config": own | ends, "image_token_id": processor.image_token_id, "tie_word_embeddings": own["tie_word_embeddings"]}
@@ -131,7 +136,11 @@ def write_with_layers(stock: str | Path, output: str | Path, layers: Sequence[in
     with whole_folder(output, f"the model {output.name}", _num_bytes(model)) as partial:
         model.save_pretrained(partial)
         for path in sorted(stock.iterdir()):
-            if path.suffix in (".json", ".jinja", ".txt", ".model") and not (partial / path.name).exists() and not path.name.endswith(".index.json"):
+            if (
+                path.suffix in (".json", ".jinja", ".txt", ".model")
+                and not (partial / path.name).exists()
+                and not path.name.endswith(".index.json")
+            ):
                 shutil.copyfile(path, partial / path.name)
     return model.num_parameters()
 

@@ -15,7 +15,7 @@ from laid_ds.models.attention import decoder
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import Renderer, load_processor
 
-WORDS = ["<unk>", "<pad>", "<end>", *"red blue house car Alice Bob : user".split()]
+WORDS = ["<unk>", "<pad>", "<end>", *["red", "blue", "house", "car", "Alice", "Bob", ":", "user"]]
 TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<end>{% endfor %}"
 
 
@@ -38,7 +38,14 @@ def text_model(request, tmp_path_factory):
 def around(text_model, tmp_path_factory):
     """The stock Idefics3 around it."""
     folder = tmp_path_factory.mktemp("around")
-    vision = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     (folder / "model.json").write_text(json.dumps({"model_type": "idefics3", "scale_factor": 2, "vision_config": vision}))
     (folder / "chat.jinja").write_text(TEMPLATE)
     assert said(f"{folder}/model.json", f"{folder}/out", "--decoder", text_model, "--template", f"{folder}/chat.jinja") == 0
