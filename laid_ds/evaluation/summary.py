@@ -49,6 +49,11 @@ class Summary:
     others: list[str] = field(default_factory=list)
     """Folders of further evaluations, which asked something else: their numbers are on the page alone."""
 
+    @property
+    def unit(self) -> str:
+        """What sizes count."""
+        return self.setting.get("unit", "images")
+
     def as_json(self) -> dict[str, Any]:
         models = {row.name: asdict(row) for row in self.rows}
         numbers = {"baseline": self.baseline, "chance": self.chance, "threshold": self.threshold, "models": models}
@@ -73,7 +78,7 @@ class Summary:
     def _windows(self) -> list[str]:
         sizes = self.setting["sizes"]
         names = max(len(row.name) for row in self.rows)
-        head = f"{'':{names}}  {'  '.join(f'{size:>5}' for size in sizes)}   window in images [95 %]     against {self.baseline}"
+        head = f"{'':{names}}  {'  '.join(f'{size:>5}' for size in sizes)}   window in {self.unit} [95 %]     against {self.baseline}"
         lines = [
             f"{row.name:{names}}  {'  '.join(f'{row.accuracy[size]:5.2f}' for size in sizes)}   {window:24}  {times}"
             for row, (window, times) in zip(self.rows, self.words(), strict=True)
@@ -90,13 +95,16 @@ class Summary:
             return None
         first = self.setting["sizes"][0]
         at_first = next(row.accuracy[first] for row in self.rows if row.name == self.baseline)
-        skill = f"{self.baseline} is at {at_first:.3f} with {_images(first)}, not above chance ({self.chance:.3f})"
+        skill = f"{self.baseline} is at {at_first:.3f} with {self._pieces(first)}, not above chance ({self.chance:.3f})"
         return f"no window: {skill}, and a threshold follows from its skill; another --baseline may have some"
+
+    def _pieces(self, number: int) -> str:
+        return f"{number} {self.unit[:-1]}" if number == 1 else f"{number} {self.unit}"
 
     def rule(self) -> str:
         """How the numbers were found, as a sentence."""
         first = self.setting["sizes"][0]
-        skill = "one-image skill" if first == 1 else f"skill at {_images(first)}"
+        skill = f"one-{self.unit[:-1]} skill" if first == 1 else f"skill at {self._pieces(first)}"
         by = (
             f"window: largest number with accuracy >= {self.threshold:.3f} (chance {self.chance:.3f} + 0.6 of {self.baseline}'s {skill})"
             if (self.threshold is not None)
@@ -104,13 +112,9 @@ class Summary:
         )
         left_out = "".join(f"; {note}" for note in notes_on(self.left_out))
         return (
-            f"accuracy by number of images; {by}, {self.setting['haystacks']} haystacks of at most "
+            f"accuracy by number of {self.unit}; {by}, {self.setting['haystacks']} haystacks of at most "
             f"{self.setting['questions']} questions at each size, intervals by bootstrap over haystacks{left_out}"
         )
-
-
-def _images(number: int) -> str:
-    return f"{number} image" if number == 1 else f"{number} images"
 
 
 def all_answers(folder: Path) -> list[dict[str, Any]]:

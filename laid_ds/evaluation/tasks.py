@@ -58,6 +58,11 @@ class Task:
     left_out: Mapping[int, str] = field(default_factory=dict)
     """Sizes that were wished for and cannot be measured, and why."""
 
+    @property
+    def unit(self) -> str:
+        """What sizes count: images, or of haystacks without images their texts."""
+        return "images" if self.dataset.record(0).images or self.sizes is None else "texts"
+
     def setting(self) -> dict[str, Any]:
         """What must be the same for answers to be kept."""
         facts = {
@@ -69,7 +74,8 @@ class Task:
             "questions": self.questions,
             "choices": self.choices,
         }
-        return facts | {"benchmark": self.benchmark, "mode": self.mode, "depths": self.depths}
+        facts |= {"benchmark": self.benchmark, "mode": self.mode, "depths": self.depths}
+        return facts if self.unit == "images" else facts | {"unit": self.unit}
 
 
 @dataclass(frozen=True)

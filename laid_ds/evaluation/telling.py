@@ -54,7 +54,7 @@ def _lines(name: str, tasks: Sequence[Task], done: Sequence[Item], pending: Sequ
 
 
 def _what(task: Task, item: Item) -> str:
-    what = f"samples of {task.name}" if item.size is None else f"haystacks of {item.size} images"
+    what = f"samples of {task.name}" if item.size is None else f"haystacks of {item.size} {task.unit}"
     return what if item.depth is None else f"{what}, needle at {item.depth:g}"
 
 

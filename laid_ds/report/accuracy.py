@@ -28,19 +28,19 @@ def findings(summary: Summary) -> list[str]:
     if (why := summary.why_no_window()) is not None:
         return [f"{why[0].upper()}{why[1:]}."]
     base = next(row.window for row in summary.rows if row.name == summary.baseline)
-    said = [f"{summary.baseline}, the baseline, sees {_far(base)}."]
+    said = [f"{summary.baseline}, the baseline, sees {_far(base, summary.unit)}."]
     for row in summary.rows:
         if row.name != summary.baseline:
-            said.append(f"{row.name} sees {_far(row.window)}: {_times(row.against_baseline, summary.baseline)}.")
+            said.append(f"{row.name} sees {_far(row.window, summary.unit)}: {_times(row.against_baseline, summary.baseline)}.")
     return said
 
 
-def _far(window: Window) -> str:
+def _far(window: Window, unit: str) -> str:
     if not window.images:
         return "not even the smallest windows above the threshold"
     if window.censored:
-        return f"at least {window.images:.0f} images, as many as were asked"
-    return f"{window.images:.1f} images {window.interval()}"
+        return f"at least {window.images:.0f} {unit}, as many as were asked"
+    return f"{window.images:.1f} {unit} {window.interval()}"
 
 
 def _times(found: Ratio, baseline: str) -> str:
@@ -96,16 +96,15 @@ def _curves(evaluation: Evaluation, summary: Summary, shelf: Shelf, styles: Mapp
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.set(xlabel="images in the haystack", ylabel="accuracy", xlim=(sizes[0] / 1.1, sizes[-1] * 1.4), ylim=(0, 1.04))
+        axes.set(xlabel=f"{summary.unit} in the haystack", ylabel="accuracy", xlim=(sizes[0] / 1.1, sizes[-1] * 1.4), ylim=(0, 1.04))
         axes.grid(axis="y")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2.4, borderpad=0)
 
-    rows = [("model", "images", "accuracy", "low", "high")]
+    rows = [("model", summary.unit, "accuracy", "low", "high")]
     rows += [(row.name, size, row.accuracy[size], *interval[row.name][size]) for row in summary.rows for size in sizes]
     legend_rows = -(-len(summary.rows) // columns)
-    caption = (
-        "Accuracy against images, bands 95 %; a tick on the threshold is a window's end, an arrow one that goes on beyond what was asked."
-    )
+    ends = "a tick on the threshold is a window's end, an arrow one that goes on beyond what was asked"
+    caption = f"Accuracy against {summary.unit}, bands 95 %; {ends}."
     return shelf.figure("accuracy", caption, paint, rows, WIDE, (0.1, 0.14, 0.98, 0.96 - 0.055 * legend_rows))
 
 
@@ -115,7 +114,7 @@ def _windows(summary: Summary, styles: Mapping[str, Style]) -> str:
         (row.name, *(f"{row.accuracy[size]:.2f}" for size in sizes), *words)
         for row, words in zip(summary.rows, summary.words(), strict=True)
     ]
-    return table(("accuracy at", *map(str, sizes), "window in images [95 %]", f"against {summary.baseline}"), rows, styles)
+    return table(("accuracy at", *map(str, sizes), f"window in {summary.unit} [95 %]", f"against {summary.baseline}"), rows, styles)
 
 
 def _scores(summary: Summary, styles: Mapping[str, Style]) -> str:

@@ -76,6 +76,12 @@ def test_text_is_distilled_exported_and_asked_by_number_of_facts(worlds, shards,
     assert all(0 <= answer["depth"] < 1 and answer["question"].endswith(":") and "\n" not in answer["question"] for answer in answers)
     assert curve(saved).keys() == {1, 3, 8}
 
+    assert json.loads(out.read_text())["setting"]["unit"] == "texts"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(out.parent), "--baseline", "laid"])
+    assert stopped.value.code == 0
+    assert "accuracy by number of texts" in capsys.readouterr().out
+
     found = command("probe", tmp_path / "student", shards, "--images=8", "--haystacks=3", "--json", capsys=capsys)
     assert 0 < max(max(heads) for heads in found["mass"].values()) <= 1
 
