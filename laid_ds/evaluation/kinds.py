@@ -46,7 +46,7 @@ def unit_of(answer: Answer) -> str:
     """Of `place_of`."""
     if answer["benchmark"] == "mm-niah":
         return "tokens"
-    return "images" if answer.get("shown") or not answer["size"] else "texts"
+    return "texts" if answer.get("shown") == [] and answer["size"] else "images"
 
 
 def place_of(answer: Answer) -> int | None:
