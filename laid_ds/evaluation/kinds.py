@@ -44,9 +44,7 @@ def haystack_of(answer: Answer) -> tuple[str, ...]:
 
 def unit_of(answer: Answer) -> str:
     """Of `place_of`."""
-    if answer["benchmark"] == "mm-niah":
-        return "tokens"
-    return "texts" if answer.get("shown") == [] and answer["size"] else "images"
+    return "tokens" if answer["benchmark"] == "mm-niah" else answer.get("unit", "images")
 
 
 def place_of(answer: Answer) -> int | None:

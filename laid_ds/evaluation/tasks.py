@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Task:
     left_out: Mapping[int, str] = field(default_factory=dict)
     """Sizes that were wished for and cannot be measured, and why."""
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """What sizes count: images, or of haystacks without images their texts."""
         return "images" if self.dataset.record(0).images or self.sizes is None else "texts"
@@ -216,7 +217,7 @@ def _answer(
         "said_choice": None,
         "ended": None,
         "meta": kept(window.meta),
-    }
+    } | ({} if task.unit == "images" else {"unit": task.unit})
 
 
 def _depth(window: Sample, question: Turn) -> float | None:

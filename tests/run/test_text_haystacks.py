@@ -73,6 +73,7 @@ def test_text_is_distilled_exported_and_asked_by_number_of_facts(worlds, shards,
     assert {size: [len(row) for row in rows] for size, rows in saved.items()} == {"1": [1] * 5, "3": [3] * 5, "8": [4] * 5}
     assert {answer["cluster"] for answer in answers} == set(Dataset.open(shards).keys[:5].astype(str)), "a haystack is one observation"
     assert {answer["size"] for answer in answers} == {1, 3, 8}
+    assert {answer["unit"] for answer in answers} == {"texts"}
     assert all(0 <= answer["depth"] < 1 and answer["question"].endswith(":") and "\n" not in answer["question"] for answer in answers)
     assert curve(saved).keys() == {1, 3, 8}
 
