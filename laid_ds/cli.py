@@ -166,7 +166,7 @@ def init(
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     if layers is not None:
         with working(f"writing some layers of {model}"):
-            size = write_with_layers(model, output, _layers(layers))
+            size = write_with_layers(model, output, _numbers("--layers", layers))
     elif decoder is not None:
         written = read_text(own_or_shipped(template)) if template is not None else None
         with working(f"reading {decoder} and making the model around it"):
@@ -437,6 +437,69 @@ def compare(
     print(f"next: open {summary.path} in a browser")
 
 
+@app.command(
+    epilog="Examples: laid study recipes/study/small.toml --world runs/demo;  laid study recipes/study/*.toml --report docs/study.md"
+)
+def study(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY.toml...", help="The study; with --report one or more.")],
+    world: Annotated[Path | None, typer.Option(help="Folder of the models and shards that the study names by {world}.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to work in; default: runs/study/STUDY/WORLD.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Its lines; default: STUDY.jsonl beside the study.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Only this arm (and the student before); may be repeated.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds of the study, separated by commas.")] = None,
+    teachers: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this teacher; may be repeated.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: one for each core.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run and how long it takes, and run nothing.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="PAGE.md", help="Run nothing; write the page from the lines alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run arms x seeds that one file describes, each to one line of results; finished ones are never run again. Or write them up.
+
+    An arm is trained, exported and asked by the commands of this project. Killed or stopped, the same command goes on (docs/study.md).
+    """
+    from laid_ds.study.file import read_study
+
+    read = [(path, read_study(path)) for path in studies]
+    if report is not None:
+        from laid_ds.study.page import write_page
+
+        with working("bootstrapping, drawing and writing"):
+            found = write_page([(study, path, _results_of(path, results)) for path, study in read], report)
+        print_json(found) if as_json else print(f"{report}: {found['lines']} lines of {len(read)} studies")
+        return
+    if len(read) > 1 or world is None:
+        raise ValueError("give one study and its --world to run; several are for --report PAGE.md")
+    from laid_ds.study.runner import Work, run
+    from laid_ds.study.telling import told
+
+    ((path, one),) = read
+    world = world.resolve()
+    if not world.is_dir():
+        raise ValueError(f"--world {world} is no folder")
+    places = (world, (out or Path("runs/study") / path.stem / world.name).resolve(), _results_of(path, results))
+    part = (tuple(only or ()), tuple(sorted(set(_numbers("--seeds", seeds))) if seeds else ()), tuple(teachers or ()))
+    work = Work(one, path, *places, *part)
+    at_once = jobs or os.cpu_count() or 1
+    plan = told(work, at_once)
+    if dry_run:
+        print_json(plan.as_json()) if as_json else print(plan.as_text())
+        return
+    say(plan.sentence())
+    with working(f"study {path.stem} in {world.name}", len(plan.rows)) as advance:
+        failed = run(work, at_once, threads, advance)
+    if as_json:
+        print_json({"results": str(work.lines_file), "lines": len(work.lines()), "failed": failed})
+    else:
+        print(f"{work.lines_file}: {len(work.lines())} lines of {world.name}")
+        next_step("laid", "study", *studies, "--report", "docs/study.md")
+    raise typer.Exit(int(bool(failed)))
+
+
+def _results_of(study: Path, results: Path | None) -> Path:
+    return results or own_or_shipped(study).with_suffix(".jsonl")
+
+
 @app.command(epilog="Examples: laid plan recipes/demo.toml --gpus 4 --gpu-memory 80; laid plan my.toml --gpus 8 --tokens 20000 --json")
 def plan(
     recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
@@ -580,18 +643,15 @@ def _spare_cores(ranks: int, workers: int | None) -> int:
     return workers if workers is not None else min(4, max(1, (os.cpu_count() or 1) // here - 1))
 
 
-def _layers(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"--layers {text!r}: give whole numbers separated by commas") from None
+        raise ValueError(f"{option} {text!r}: give whole numbers separated by commas") from None
 
 
 def _sizes(text: str) -> list[int]:
-    try:
-        sizes = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--sizes {text!r}: give whole numbers separated by commas") from None
+    sizes = sorted(set(_numbers("--sizes", text)))
     if sizes[0] < 1:
         raise ValueError(f"--sizes {text!r}: sizes start at 1")
     return sizes

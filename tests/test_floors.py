@@ -41,6 +41,7 @@ FLOORS = {
     "laid_ds.doctor": 4,
     "laid_ds.plan": 4,
     "laid_ds.export": 4,
+    "laid_ds.study": 4,
     "laid_ds.run": 5,
     "laid_ds.train": 6,
     "laid_ds.cli": 6,

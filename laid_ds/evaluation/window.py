@@ -45,7 +45,7 @@ def curve(answers: Answers) -> dict[int, float]:
 
 def bands(answers: Answers, draws: int = 1000, seed: int = 0) -> dict[int, tuple[float, float]]:
     """The 95 % interval of the accuracy at each size, by the bootstrap over haystacks of `window`."""
-    curves = _bootstrap_curves(answers, draws, seed)
+    curves = bootstrap_curves(answers, draws, seed)
     ends = {size: np.percentile([points[size] for points in curves], [2.5, 97.5]) for size in curves[0]}
     return {size: (float(low), float(high)) for size, (low, high) in ends.items()}
 
@@ -70,7 +70,7 @@ def window_of(points: Mapping[int, float], threshold: float) -> tuple[float, boo
 def window(answers: Answers, threshold: float, draws: int = 1000, seed: int = 0) -> Window:
     """The window with a 95 % bootstrap interval over haystacks (all questions of a haystack go together)."""
     images, censored = window_of(curve(answers), threshold)
-    resampled = [window_of(points, threshold) for points in _bootstrap_curves(answers, draws, seed)]
+    resampled = [window_of(points, threshold) for points in bootstrap_curves(answers, draws, seed)]
     low, high = np.percentile([found for found, _ in resampled], [2.5, 97.5])
     beyond = np.percentile([math.inf if endless else found for found, endless in resampled], 97.5, method="closest_observation")
     return Window(images, censored, float(low), float(high), bool(math.isinf(beyond)), threshold)
@@ -110,7 +110,7 @@ def ratio(answers: Answers, baseline: Answers, threshold: float, draws: int = 10
     (ours, at_least), (theirs, at_most) = (window_of(curve(a), threshold) for a in (answers, baseline))
     if at_least and at_most:
         return Ratio(None, True, True, None, None)
-    pairs = zip(_bootstrap_curves(answers, draws, seed), _bootstrap_curves(baseline, draws, seed), strict=True)
+    pairs = zip(bootstrap_curves(answers, draws, seed), bootstrap_curves(baseline, draws, seed), strict=True)
     found = [(*window_of(a, threshold), *window_of(b, threshold)) for a, b in pairs]
     alike = answers == baseline
     least = [-math.inf if endless and not alike else _divide(a, b) for a, _, b, endless in found]
@@ -143,7 +143,7 @@ def _divide(a: float, b: float) -> float:
     return a / b if b > 0 else math.inf
 
 
-def _bootstrap_curves(answers: Answers, draws: int, seed: int) -> list[dict[int, float]]:
+def bootstrap_curves(answers: Answers, draws: int, seed: int) -> list[dict[int, float]]:
     """Curves over resampled haystacks; the same seed draws the same haystacks for every model. A row is empty where its haystack was not
     asked at a size; a size at which none of a draw was asked is no point of its curve."""
     hits = {int(size): np.array([sum(row) for row in rows], float) for size, rows in answers.items()}

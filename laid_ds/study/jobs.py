@@ -1,0 +1,195 @@
+"""What a study has to run: a job for each arm, teacher and seed, and the next command of a job, which follows from what is on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from laid_ds import config
+from laid_ds.study.file import Arm, Study, recipe_of
+
+Line = dict[str, Any]
+BEFORE, SWEEP, TEST = "before", "sweep", "test"
+
+
+@dataclass(frozen=True)
+class Job:
+    role: str
+    """`before` and `test` are reported; `sweep` is to choose by."""
+    arm: str
+    teacher: str | None
+    seed: int
+    value: float | None
+    """Of the swept keys."""
+    changes: tuple[str, ...]
+    """section.key=value with {world} and the like as they stand in the study."""
+    recipe: Path
+    places: Mapping[str, str]
+    """What stands for {world}, {teacher} and {seed}."""
+    spec: Arm
+    shards: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        value = "" if self.value is None else f", {self.value:g}"
+        return f"{self.arm}, seed {self.seed}{f', {self.teacher}' if self.teacher else ''}{value}{' (sweep)' if self.role == SWEEP else ''}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What names its line among those of one study and world. A line of an arm that is reported tells which value it was made with."""
+        return ("sweep" if self.role == SWEEP else "test", self.arm, self.teacher, self.seed, self.value if self.role == SWEEP else None)
+
+    @property
+    def model(self) -> Path:
+        """The folder that is asked."""
+        made = self.spec.model is None or self.spec.yarn is not None
+        return self.folder / "model" if made else Path(self.placed(self.spec.model))
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    def placed(self, text: str) -> str:
+        return _placed(text, self.places)
+
+    def words(self) -> list[str]:
+        """What `laid train` gets: the recipe and its changes."""
+        named = [f"seed={self.seed}", f'name="study {self.arm}, seed {self.seed}"', f"output={json.dumps(str(self.run))}"]
+        return [str(self.recipe), *map(self.placed, self.changes), *named]
+
+
+def key_of(line: Line) -> tuple[Any, ...]:
+    value = line["value"] if line["role"] == "sweep" else None
+    return (line["role"], line["arm"], line["teacher"], line["seed"], value)
+
+
+def made_with(job: Job, study: Study) -> dict[str, Any]:
+    """What must be the same for a line to stand for a job: not where anything lies."""
+    how = {"model": job.spec.model, "yarn": job.spec.yarn, "self_extend": job.spec.self_extend and list(job.spec.self_extend)}
+    trained = {"recipe": hashlib.sha256(job.recipe.read_bytes()).hexdigest()[:12], "changes": list(job.changes)}
+    asked = {"shards": job.shards, "sizes": list(study.asked.sizes), "haystacks": study.asked.haystacks, "questions": study.asked.questions}
+    return {"asked": asked, **(trained if job.spec.model is None else {name: value for name, value in how.items() if value is not None})}
+
+
+def next_command(job: Job, study: Study) -> list[str] | None:
+    """The words behind `laid` of what is to be done next; None when the answers are there."""
+    asked = study.asked
+    if job.results.is_file() and job.arm in json.loads(job.results.read_text())["models"]:
+        return None
+    if not (job.model / "config.json").is_file():
+        if job.spec.yarn is not None:
+            return ["yarn", job.placed(job.spec.model), str(job.model), "--factor", str(job.spec.yarn)]
+        if job.spec.model is not None:
+            raise ValueError(f"{job.name}: no model at {job.model}; --world must hold it")
+        if not (job.run / "done.json").is_file():
+            return ["train", *job.words(), "--ranks", "1"]
+        return ["export", str(job.run), str(job.model)]
+    extended = ["--self-extend", f"{job.arm}={job.spec.self_extend[0]},{job.spec.self_extend[1]}"] if job.spec.self_extend else []
+    sizes = ["--sizes", ",".join(map(str, asked.sizes)), "--haystacks", str(asked.haystacks), "--questions", str(asked.questions)]
+    how = ["--dtype", "float32", "--workers", "0", *extended]
+    return ["eval", job.placed(job.shards), f"{job.arm}={job.model}", "--out", str(job.results), *sizes, *how]
+
+
+def let_go(job: Job) -> None:
+    """Remove what takes room, of a job whose answers are there: checkpoints and the model that was made."""
+    shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
+    if job.model.is_relative_to(job.folder):
+        shutil.rmtree(job.model, ignore_errors=True)
+
+
+def jobs(
+    study: Study,
+    path: Path,
+    world: Path,
+    out: Path,
+    lines: Sequence[Line],
+    only: Sequence[str],
+    seeds: Sequence[int],
+    teachers: Sequence[str],
+) -> list[Job]:
+    """All jobs in the order in which they may start: the student before, the sweep, the arms. An arm whose sweep is not finished stands
+    there without a value.
+
+    only, seeds: a part of them; the student before is always among them. Raises ValueError for an arm or seed that the study has not.
+    """
+    recipe = recipe_of(study, path)
+    unknown = [name for name in only if name not in study.arms] or [str(seed) for seed in seeds if seed not in study.seeds]
+    if unknown:
+        raise ValueError(
+            f"{path} has no {unknown[0]!r}; its arms are {', '.join(study.arms)}, its seeds {', '.join(map(str, study.seeds))}"
+        )
+    wanted = {name: arm for name, arm in study.arms.items() if not only or name in only or name == study.before}
+    found: dict[str, list[Job]] = {BEFORE: [], SWEEP: [], TEST: []}
+    for seed in seeds or study.seeds:
+        for name, arm in wanted.items():
+            for teacher in _teachers(study, arm, recipe, world, teachers):
+                role = BEFORE if name == study.before else TEST
+                value = chosen(study, lines, name, teacher) if _swept(study, arm) else None
+                found[role].append(_job(study, role, name, arm, teacher, seed, value, recipe, world, out))
+    for seed in study.sweep.seeds if study.sweep else ():
+        for name, arm in wanted.items():
+            for teacher in _teachers(study, arm, recipe, world, teachers) if _swept(study, arm) else ():
+                found[SWEEP] += [_job(study, SWEEP, name, arm, teacher, seed, value, recipe, world, out) for value in study.sweep.values]
+    return [*found[BEFORE], *found[SWEEP], *found[TEST]]
+
+
+def _swept(study: Study, arm: Arm) -> bool:
+    return study.sweep is not None and arm.model is None and arm.swept
+
+
+def chosen(study: Study, lines: Sequence[Line], arm: str, teacher: str | None) -> float | None:
+    """The value with the highest accuracy of an arm's sweep, as a mean over sizes and seeds (of equals the first); None until all of the
+    sweep is there."""
+    those = [line for line in lines if (line["role"], line["arm"], line["teacher"]) == ("sweep", arm, teacher)]
+    worth = {
+        value: [mean(line["accuracy"].values()) for line in those if line["value"] == value and line["seed"] in study.sweep.seeds]
+        for value in study.sweep.values
+    }
+    if any(len(found) < len(study.sweep.seeds) for found in worth.values()):
+        return None
+    return max(worth, key=lambda value: mean(worth[value]))
+
+
+def waits_for_sweep(study: Study, job: Job) -> bool:
+    return job.role == TEST and job.value is None and _swept(study, job.spec)
+
+
+def _teachers(study: Study, arm: Arm, recipe: Path, world: Path, only: Sequence[str]) -> list[str | None]:
+    """Those that an arm runs with: none where it asks none."""
+    if arm.model is not None or not study.teachers:
+        return [None]
+    places = {"world": str(world), "teacher": next(iter(study.teachers.values())), "seed": "0"}
+    words = [_placed(text, places) for text in (*study.set, *arm.set)]
+    if not config.load(recipe, words).taught:
+        return [None]
+    return [name for name in arm.teachers or study.teachers if not only or name in only]
+
+
+def _placed(text: str, places: Mapping[str, str]) -> str:
+    for name, value in places.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _job(
+    study: Study, role: str, name: str, arm: Arm, teacher: str | None, seed: int, value: float | None, recipe: Path, world: Path, out: Path
+) -> Job:
+    places = {"world": str(world), "seed": str(seed)}
+    folder = study.teachers[teacher] if teacher else next(iter(study.teachers.values()), "")
+    places["teacher"] = _placed(folder, places)
+    rates = [f"{key}={value!r}" for key in study.sweep.keys] if value is not None else []
+    shards = study.sweep.shards if role == SWEEP else study.asked.shards
+    place = "-".join(filter(None, [name, teacher, f"seed{seed}", f"value{value:g}" if role == SWEEP else ""]))
+    changes = (*study.set, *arm.set, *rates, *(study.sweep.set if role == SWEEP else ())) if arm.model is None else ()
+    return Job(role, name, teacher, seed, value, changes, recipe, places, arm, shards, out / ("sweep" if role == SWEEP else "arms") / place)
