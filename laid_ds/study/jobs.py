@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 from laid_ds import config
+from laid_ds.files import read_toml
 from laid_ds.study.file import Arm, Study, recipe_of
 
 Line = dict[str, Any]
@@ -77,7 +78,8 @@ def key_of(line: Line) -> tuple[Any, ...]:
 def made_with(job: Job, study: Study) -> dict[str, Any]:
     """What must be the same for a line to stand for a job: not where anything lies."""
     how = {"model": job.spec.model, "yarn": job.spec.yarn, "self_extend": job.spec.self_extend and list(job.spec.self_extend)}
-    trained = {"recipe": hashlib.sha256(job.recipe.read_bytes()).hexdigest()[:12], "changes": list(job.changes)}
+    base = json.dumps(read_toml(job.recipe), sort_keys=True, default=str).encode()  # what it says, not how it is written
+    trained = {"recipe": hashlib.sha256(base).hexdigest()[:12], "changes": list(job.changes)}
     asked = {"shards": job.shards, "sizes": list(study.asked.sizes), "haystacks": study.asked.haystacks, "questions": study.asked.questions}
     return {"asked": asked, **(trained if job.spec.model is None else {name: value for name, value in how.items() if value is not None})}
 
