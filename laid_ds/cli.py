@@ -448,6 +448,7 @@ def study(
     only: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Only this arm (and the student before); may be repeated.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these seeds of the study, separated by commas.")] = None,
     teachers: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this teacher; may be repeated.")] = None,
+    unswept: Annotated[bool, typer.Option("--unswept", help="Leave out the sweep: every arm takes its first value.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: one for each core.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run and how long it takes, and run nothing.")] = False,
@@ -470,6 +471,7 @@ def study(
         return
     if len(read) > 1 or world is None:
         raise ValueError("give one study and its --world to run; several are for --report PAGE.md")
+    from laid_ds.study.jobs import Wanted
     from laid_ds.study.runner import Work, run
     from laid_ds.study.telling import told
 
@@ -479,7 +481,7 @@ def study(
         raise ValueError(f"--world {world} is no folder")
     places = (world, (out or Path("runs/study") / path.stem / world.name).resolve(), _results_of(path, results))
     part = (tuple(only or ()), tuple(sorted(set(_numbers("--seeds", seeds))) if seeds else ()), tuple(teachers or ()))
-    work = Work(one, path, *places, *part)
+    work = Work(one, path, *places, Wanted(*part, unswept))
     at_once = jobs or os.cpu_count() or 1
     plan = told(work, at_once)
     if dry_run:

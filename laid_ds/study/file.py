@@ -66,7 +66,7 @@ class Sweep(Section):
     keys: tuple[str, ...] = ("optimizer.lr",)
     """Keys of the recipe that are all set to the value in turn."""
     values: tuple[Positive, ...]
-    """Values to try. The one with the highest accuracy, as a mean over sizes and seeds, is taken."""
+    """Values to try. The one with the highest accuracy, as a mean over sizes and seeds, is taken; the first by `--unswept`."""
     seeds: tuple[int, ...]
     """None of the seeds of the study."""
     shards: str

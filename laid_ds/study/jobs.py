@@ -110,40 +110,38 @@ def let_go(job: Job) -> None:
         shutil.rmtree(job.model, ignore_errors=True)
 
 
-def jobs(
-    study: Study,
-    path: Path,
-    world: Path,
-    out: Path,
-    lines: Sequence[Line],
-    only: Sequence[str],
-    seeds: Sequence[int],
-    teachers: Sequence[str],
-) -> list[Job]:
-    """All jobs in the order in which they may start: the student before, the sweep, the arms. An arm whose sweep is not finished stands
-    there without a value.
+@dataclass(frozen=True)
+class Wanted:
+    """A part of a study; empty: all of it. The student before is always in it."""
 
-    only, seeds: a part of them; the student before is always among them. Raises ValueError for an arm or seed that the study has not.
-    """
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    teachers: tuple[str, ...] = ()
+    unswept: bool = False
+    """Leave out the sweep: what it would choose is its first value."""
+
+
+def jobs(study: Study, path: Path, world: Path, out: Path, lines: Sequence[Line], wanted: Wanted) -> list[Job]:
+    """All jobs in the order in which they may start: the student before, the sweep, the arms. An arm whose sweep is not finished stands
+    there without a value. Raises ValueError for an arm, seed or teacher that the study has not."""
     recipe = recipe_of(study, path)
-    unknown = [name for name in only if name not in study.arms] or [str(seed) for seed in seeds if seed not in study.seeds]
-    if unknown:
-        raise ValueError(
-            f"{path} has no {unknown[0]!r}; its arms are {', '.join(study.arms)}, its seeds {', '.join(map(str, study.seeds))}"
-        )
-    wanted = {name: arm for name, arm in study.arms.items() if not only or name in only or name == study.before}
+    of_study = (study.arms, study.seeds, study.teachers)
+    for what, asked, known in zip(("arm", "seed", "teacher"), (wanted.arms, wanted.seeds, wanted.teachers), of_study, strict=True):
+        if unknown := [one for one in asked if one not in known]:
+            raise ValueError(f"{path} has no {what} {unknown[0]!r}; there are {', '.join(map(str, known))}")
+    arms = {name: arm for name, arm in study.arms.items() if not wanted.arms or name in wanted.arms or name == study.before}
     found: dict[str, list[Job]] = {BEFORE: [], SWEEP: [], TEST: []}
-    for seed in seeds or study.seeds:
-        for name, arm in wanted.items():
-            for teacher in _teachers(study, arm, recipe, world, teachers):
+    for name, arm in arms.items():
+        for teacher in _teachers(study, arm, recipe, world, wanted.teachers):
+            swept, value = study.sweep if _swept(study, arm) else None, None
+            if swept is not None:
+                value = chosen(study, lines, name, teacher) or (swept.values[0] if wanted.unswept else None)
+            for seed in wanted.seeds or study.seeds:
                 role = BEFORE if name == study.before else TEST
-                value = chosen(study, lines, name, teacher) if _swept(study, arm) else None
                 found[role].append(_job(study, role, name, arm, teacher, seed, value, recipe, world, out))
-    for seed in study.sweep.seeds if study.sweep else ():
-        for name, arm in wanted.items():
-            for teacher in _teachers(study, arm, recipe, world, teachers) if _swept(study, arm) else ():
-                found[SWEEP] += [_job(study, SWEEP, name, arm, teacher, seed, value, recipe, world, out) for value in study.sweep.values]
-    return [*found[BEFORE], *found[SWEEP], *found[TEST]]
+            for seed in swept.seeds if swept is not None and not wanted.unswept else ():
+                found[SWEEP] += [_job(study, SWEEP, name, arm, teacher, seed, trial, recipe, world, out) for trial in swept.values]
+    return [job for role in found.values() for job in sorted(role, key=lambda job: job.seed)]
 
 
 def _swept(study: Study, arm: Arm) -> bool:

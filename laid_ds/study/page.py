@@ -192,7 +192,7 @@ def _one(size: float, censored: bool) -> str:
 def _losses(part: Part, groups: Mapping[Group, list[Line]]) -> str:
     trained = {group: [line for line in lines if "losses" in line] for group, lines in groups.items()}
     rows = [
-        [part.label(group), *(_mean_loss(lines, term) for term in (*TERMS, "gradient_norm")), _rates(lines), _cpu(lines)]
+        [part.label(group), *(_mean_loss(lines, term) for term in (*TERMS, "gradient_norm")), _value(part, group, lines), _cpu(lines)]
         for group, lines in trained.items()
         if lines
     ]
@@ -209,8 +209,11 @@ def _mean_loss(lines: Sequence[Line], term: str) -> str:
     return f"{fmean(values):.3g}" if values else ""
 
 
-def _rates(lines: Sequence[Line]) -> str:
-    return ", ".join(f"{value:g}" for value in _unique(lines, "value") if value is not None)
+def _value(part: Part, group: Group, lines: Sequence[Line]) -> str:
+    """The swept value, and whether it was chosen by the sweep."""
+    values = [value for value in _unique(lines, "value") if value is not None]
+    unswept = "" if not values or chosen(part.study, part.lines, *group) is not None else " (not swept)"
+    return f"{_listed(f'{value:g}' for value in values)}{unswept}"
 
 
 def _cpu(lines: Sequence[Line]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from laid_ds.parent import end_with
 from laid_ds.study import results
 from laid_ds.study.file import Study
-from laid_ds.study.jobs import BEFORE, SWEEP, TEST, Job, Line, jobs, let_go, next_command, waits_for_sweep
+from laid_ds.study.jobs import BEFORE, SWEEP, TEST, Job, Line, Wanted, jobs, let_go, next_command, waits_for_sweep
 from laid_ds.terminal import say
 
 POLL_SECONDS = 0.2
@@ -34,9 +34,7 @@ class Work:
     world: Path
     out: Path
     lines_file: Path
-    only: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    teachers: tuple[str, ...] = ()
+    wanted: Wanted = Wanted()
 
     @property
     def name(self) -> str:
@@ -46,7 +44,7 @@ class Work:
         return results.of_world(results.read_lines(self.lines_file), self.name, self.world.name)
 
     def jobs(self) -> list[Job]:
-        return jobs(self.study, self.path, self.world, self.out, self.lines(), self.only, self.seeds, self.teachers)
+        return jobs(self.study, self.path, self.world, self.out, self.lines(), self.wanted)
 
     def open_jobs(self) -> list[Job]:
         """Those without a line."""
