@@ -34,7 +34,7 @@ class Work:
     world: Path
     out: Path
     lines_file: Path
-    wanted: Wanted = Wanted()
+    wanted: Wanted
 
     @property
     def name(self) -> str:
