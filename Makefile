@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study qwen3 real clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study study-world study-small qwen3 real clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -132,30 +132,56 @@ bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for tokens in 1024 2048 4096; do $(BIN)/python -m benchmarks.train_step --tokens $$tokens || exit 1; done
 
-# Which part of LAid does it? The demo's run with parts left out or changed, on the demo's models and test haystacks (docs/log.md).
+# Does it work, and which part of it? recipes/study/made.toml on the demo's world, with students of several seeds and haystacks of its own
+# (docs/study.md). Interrupted, the same target goes on.
 STUDY := runs/study
-ARMS := align match gain omega-uniform mixture-learned mixture-paper teacher-short
-CHANGE_align := losses.match=0 gain.enabled=false
-CHANGE_match := losses.align=0 gain.enabled=false
-CHANGE_gain := losses.align=0 losses.match=0
-CHANGE_omega-uniform := match.omega=uniform
-CHANGE_mixture-learned := align.start_logit=3 optimizer.mixing_lr=3e-3
-CHANGE_mixture-paper := align.start=uniform optimizer.mixing_lr=3e-2 losses.match=0 gain.enabled=false
-CHANGE_teacher-short := teacher.path=$(DEMO)/models/teacher-short
+WORLD := $(STUDY)/worlds/made_qwen2_5
+SEEDS := 1 2 3 4 5 101
+SHARED := captions short long models/teacher models/teacher-short
+ARGUMENTS_study_test := --split test --samples 64 --images 256 --questions 4 --seed 41
+ARGUMENTS_study_validation := --split test --samples 32 --images 128 --questions 4 --seed 42
 
-study: install $(STUDY)/report.html
+study: study-world
+	$(BIN)/laid study recipes/study/made.toml --world $(WORLD)
+	$(BIN)/laid study recipes/study/*.toml --report docs/study.md
 
-$(ARMS:%=$(STUDY)/%/done.json): $(STUDY)/%/done.json: | $(DEMO)/report.html
-	$(BIN)/laid train recipes/demo.toml --ranks $(RANKS) output=$(STUDY)/$* name="study $*" $(CHANGE_$*)
+study-world: $(SEEDS:%=$(WORLD)/models/student-%/config.json) $(WORLD)/models/teacher-two/config.json $(WORLD)/test/dataset.json \
+  $(WORLD)/validation/dataset.json
 
-$(STUDY)/models/%/config.json: $(STUDY)/%/done.json
+# A small form, on the demo's world as it is.
+study-small: install $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json $(DEMO)/test/dataset.json
+	$(BIN)/laid study recipes/study/small.toml --world $(DEMO) --results $(STUDY)/small.jsonl
+	$(BIN)/laid study recipes/study/small.toml --results $(STUDY)/small.jsonl --report $(STUDY)/small.md
+
+$(WORLD)/shared: $(DEMO)/models/teacher/config.json $(DEMO)/models/teacher-short/config.json | $(BIN)/laid
+	mkdir -p $(WORLD)/models
+	for part in $(SHARED); do ln -sfn $(CURDIR)/$(DEMO)/$$part $(WORLD)/$$part; done
+	touch $@
+
+$(WORLD)/test/dataset.json $(WORLD)/validation/dataset.json: $(WORLD)/%/dataset.json: | $(BIN)/laid
 	rm -rf $(@D)
-	$(BIN)/laid export $(STUDY)/$* $(@D)
+	$(BIN)/laid-data synth haystack $(@D) $(ARGUMENTS_study_$*)
 
-$(STUDY)/report.html: $(ARMS:%=$(STUDY)/models/%/config.json)
-	cp $(DEMO)/evaluation.json $(DEMO)/evaluation.jsonl $(STUDY)
-	$(BIN)/laid eval $(DEMO)/test $(foreach name,$(ARMS),$(name)=$(STUDY)/models/$(name)) --out $(STUDY)/evaluation.json $(EVALUATION)
-	$(BIN)/laid report $(STUDY)
+.SECONDARY:
+
+$(WORLD)/starts/%/config.json: $(WORLD)/shared
+	rm -rf $(@D)
+	$(BIN)/laid init recipes/demo_$(firstword $(subst -, ,$*))_model.json $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short \
+	  --seed $(subst two,2,$(lastword $(subst -, ,$*)))
+
+$(WORLD)/pretraining/student-%/done.json: $(WORLD)/starts/student-%/config.json
+	$(BIN)/laid train recipes/demo_student.toml --ranks 1 seed=$* student.path=$(<D) data.micro_batch=32 output=$(@D)
+
+# The second teacher: another start and other seeds.
+$(WORLD)/pretraining/teacher-two-short/done.json: $(WORLD)/starts/teacher-two/config.json
+	$(BIN)/laid train recipes/demo_teacher.toml --ranks $(RANKS) seed=2 student.path=$(<D) output=$(@D)
+
+$(WORLD)/pretraining/teacher-two/done.json: $(WORLD)/models/teacher-two-short/config.json
+	$(BIN)/laid train recipes/demo_teacher_long.toml --ranks $(RANKS) seed=2 student.path=$(<D) output=$(@D)
+
+$(WORLD)/models/%/config.json: $(WORLD)/pretraining/%/done.json
+	rm -rf $(@D)
+	$(BIN)/laid export $(<D) $(@D)
 
 # The demo's pair in a second family: Qwen3-VL normalises queries and keys, and has no sliding window that puts retrieval into the last layer.
 # The same pictures, recipes and commands as the demo, other model files.
