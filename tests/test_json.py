@@ -31,6 +31,7 @@ CASES = {
     "laid plan": ("{recipe}",),
     "laid probe": ("{world}/teacher", "{shards}", "--images", "2", "--haystacks", "2", "--student", "{world}/student"),
     "laid report": ("{results}",),
+    "laid study": ("recipes/study/small.toml", "--report", "{new}.md"),
     "laid-data build": ("folder", "{lines}", "{new}", "--images", "{images}"),
     "laid-data cat": ("{shards}", "train-0-000000"),
     "laid-data export": ("mm-niah", "{shards}", "{new}"),

@@ -22,8 +22,8 @@ from laid_ds.study.statistics import DRAWS, Estimate, Windows, mean_window, time
 INTRODUCTION = f"""# The study
 
 Written by `laid study recipes/study/*.toml --report docs/study.md` from the lines beside the studies (`recipes/study/*.jsonl`); do not edit
-it by hand (`pytest tests/study/test_page.py` compares it with what the command makes). What was learned is in [log.md](log.md), what to
-choose in [choosing.md](choosing.md).
+it by hand (`pytest tests/study/test_study_page.py` compares it with what the command makes). What was learned is in [log.md](log.md),
+what to choose in [choosing.md](choosing.md).
 
     laid study recipes/study/made.toml --world WORLD --dry-run     # what would run, and how long it takes
     laid study recipes/study/made.toml --world WORLD               # the same command goes on where it stopped

@@ -1,0 +1,79 @@
+"""The page follows from the lines: the committed one is what the command makes of the committed lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from laid_ds import cli
+from laid_ds.study.file import read_study
+from laid_ds.study.page import write_page
+from tests.study.study_world import made_up, write_study
+from tests.support.world import ROOT
+
+STUDIES = sorted((ROOT / "recipes" / "study").glob("*.toml"))
+
+
+def test_the_committed_page_is_what_the_command_makes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["study", *map(str, STUDIES), "--report", str(tmp_path / "study.md"), "--json"])
+    assert left.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "study.md").read_text() == (ROOT / "docs" / "study.md").read_text()
+    committed = {path.name for path in (ROOT / "docs" / "study").iterdir()} if found["figures"] else set()
+    assert committed == {f"{name}.{ending}" for name in found["figures"] for ending in ("png", "csv")}
+    for name in found["figures"]:
+        assert (tmp_path / "study" / f"{name}.csv").read_text() == (ROOT / "docs" / "study" / f"{name}.csv").read_text()
+
+
+def page_of(world, folder: Path, lines: list[dict], **changes) -> str:
+    path = write_study(world, folder, **changes)
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page([(read_study(path), path, path.with_suffix(".jsonl"))], folder / "page.md")
+    return (folder / "page.md").read_text()
+
+
+def trained(arm: str, seed: int, ends: float, **values) -> dict:
+    steps = {"step": [10, 20, 30], "align": [0.9, 0.5, 0.2], "sft": [1.0, 0.5, 0.25]}
+    held = [{"step": 0, "window": 2.0, "censored": False}, {"step": 30, "window": 20.0, "censored": False}]
+    return made_up(arm, seed, ends, losses={"align": 0.2, "sft": 0.25}, steps=steps, held_out=held, **values)
+
+
+def cells(page: str, arm: str) -> list[str]:
+    row = next(line for line in page.splitlines() if line.startswith(f"| {arm} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_an_arm_has_its_window_and_is_compared_with_the_student_before_and_the_baseline(world, tmp_path):
+    lines = [made_up("before", seed, 4) for seed in (1, 2)]
+    lines += [trained(arm, seed, ends, teacher="one") for arm, ends in (("kl+sft", 15), ("align", 60)) for seed in (1, 2)]
+    page = page_of(world, tmp_path, lines)
+    *_, window, against_before, against_baseline = cells(page, "align")
+    assert 40 < float(window.split()[0]) < 80
+    assert against_before.startswith("**")
+    assert 2.5 < float(against_baseline.strip("*").split()[0]) < 6
+    assert cells(page, "kl+sft")[-1] == "1"
+    assert cells(page, "before")[-2] == "1"
+    assert "sft" not in {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")}, (
+        "an arm without lines has no row"
+    )
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert names == {f"tiny-w-{name}.{ending}" for name in ("accuracy", "align", "held_out") for ending in ("png", "csv")}
+    assert "align,30,0.2" in (tmp_path / "page" / "tiny-w-align.csv").read_text()
+    assert "align,30,20" in (tmp_path / "page" / "tiny-w-held_out.csv").read_text()
+
+
+def test_a_student_before_that_knows_no_more_than_chance_gives_no_window(world, tmp_path):
+    page = page_of(world, tmp_path, [made_up("before", 1, 1e-6), trained("sft", 1, 10)])
+    assert cells(page, "sft")[-3:] == ["no window", "", ""]
+
+
+def test_lines_that_cannot_stand_together_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="lines of the arm 'laid', which"):
+        page_of(world, tmp_path, [made_up("laid", 1, 9)])
+    with pytest.raises(ValueError, match="arms of w were asked different test haystacks"):
+        page_of(world, tmp_path, [made_up("before", 1, 9), made_up("sft", 1, 9, fingerprint="g" * 64)])
+    with pytest.raises(ValueError, match="line 1: no result of `laid study`"):
+        page_of(world, tmp_path, [{"arm": "sft"}])
