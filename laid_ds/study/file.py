@@ -79,6 +79,7 @@ class Study(Section):
     """Arms x teachers x seeds."""
 
     title: str
+    """The heading of its part of the page."""
     about: str = ""
     """What the world is, for the page."""
     recipe: str

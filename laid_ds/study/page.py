@@ -15,6 +15,7 @@ from laid_ds.disk import writing
 from laid_ds.report.figures import WIDE, Shelf
 from laid_ds.report.palette import MUTED, Style, styles
 from laid_ds.study.file import Study
+from laid_ds.study.format import format_section
 from laid_ds.study.jobs import Line, chosen
 from laid_ds.study.results import TERMS, read_lines, threshold_of
 from laid_ds.study.statistics import DRAWS, Estimate, Windows, mean_window, times, windows
@@ -88,7 +89,7 @@ def write_page(studies: Sequence[tuple[Study, Path, Path]], page: Path) -> dict[
     with writing(page.parent, page.name):
         folder.mkdir(parents=True, exist_ok=True)
         shelf = Shelf(folder)
-        text = "\n".join([INTRODUCTION, *(_section(part, shelf) for part in parts)])
+        text = "\n".join([INTRODUCTION, *(_section(part, shelf) for part in parts), format_section()])
         page.write_text(text)
     return {"page": str(page), "lines": sum(len(part.lines) for part in parts), "figures": shelf.names}
 
