@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -9,8 +11,8 @@ from laid_ds.study.file import Arm, Asked, Study, Sweep
 
 INTRODUCTION = """## The file of a study
 
-A TOML file; unknown keys are refused. `recipes/study/small.toml` is a short one to start from. In texts, {world} is the folder of `--world`,
-{teacher} that of the teacher in turn, {seed} the seed in turn. `section.key=value` is what `laid train RECIPE section.key=value` takes."""
+A TOML file; unknown keys are refused. `recipes/study/small.toml` is a short one to start from. In texts, {world} is the folder of
+`--world`, {teacher} that of the teacher in turn, {seed} the seed in turn. `section.key=value` is what `laid train RECIPE section.key=value` takes."""
 TABLES = (("At the top", Study), ("`[asked]`", Asked), ("`[sweep]`, may be left out", Sweep), ("`[arms.NAME]`, one for each arm", Arm))
 
 
@@ -30,4 +32,6 @@ def _table(section: type[BaseModel]) -> str:
 def _default(value: object) -> str:
     if value is PydanticUndefined:
         return "must be given"
-    return "none" if value in (None, "", (), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if value in (None, "", (), {}):
+        return "none"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
