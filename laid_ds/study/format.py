@@ -12,7 +12,8 @@ from laid_ds.study.file import Arm, Asked, Study, Sweep
 INTRODUCTION = """## The file of a study
 
 A TOML file; unknown keys are refused. `recipes/study/small.toml` is a short one to start from. In texts, {world} is the folder of
-`--world`, {teacher} that of the teacher in turn, {seed} the seed in turn. `section.key=value` is what `laid train RECIPE section.key=value` takes."""
+`--world`, {teacher} that of the teacher in turn, {seed} the seed in turn. `section.key=value` is what `laid train RECIPE section.key=value`
+takes."""
 TABLES = (("At the top", Study), ("`[asked]`", Asked), ("`[sweep]`, may be left out", Sweep), ("`[arms.NAME]`, one for each arm", Arm))
 
 

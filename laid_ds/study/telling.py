@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from laid_ds.study.jobs import Job, next_command
 from laid_ds.study.runner import Work, expected_seconds
 
 
@@ -27,7 +28,10 @@ class Plan:
 
     def as_text(self) -> str:
         width = max((len(row["job"]) for row in self.rows), default=0)
-        lines = [f"{row['job']:{width}}  {_seconds(row['cpu_seconds']):>10}  {' '.join(row['changes'])}".rstrip() for row in self.rows]
+        lines = [
+            f"{row['job']:{width}}  {row['next']:7}  {_seconds(row['cpu_seconds']):>10}  {' '.join(row['changes'])}".rstrip()
+            for row in self.rows
+        ]
         return "\n".join([*lines, self.sentence()])
 
     def sentence(self) -> str:
@@ -45,8 +49,17 @@ class Plan:
 def told(work: Work, at_once: int) -> Plan:
     """Raises ValueError for what the study cannot be, and for lines that were made otherwise."""
     todo = work.open_jobs()
-    rows = [{"job": job.name, "cpu_seconds": expected_seconds(work, job), "changes": list(job.changes)} for job in todo]
+    rows = [
+        {"job": job.name, "next": _next(work, job), "cpu_seconds": expected_seconds(work, job), "changes": list(job.changes)}
+        for job in todo
+    ]
     return Plan(rows, len(work.jobs()) - len(todo), at_once)
+
+
+def _next(work: Work, job: Job) -> str:
+    """The command that a job comes to next: one that was interrupted may have its training behind it."""
+    words = next_command(job, work.study)
+    return "nothing" if words is None else words[0]
 
 
 def _seconds(seconds: float | None) -> str:
