@@ -13,7 +13,7 @@ from tests.support.recipes import write_recipe
 
 def write_study(world: Any, folder: Path, **changes: Any) -> Path:
     """STUDY.toml and its base recipe in a folder; `changes` replace keys of its top, None removes one."""
-    write_recipe(world.run(folder / "unused"), folder / "base.toml")
+    write_recipe(world.run(Path("unused")), folder / "base.toml")
     answers = ["losses.align=0", "losses.match=0", "gain.enabled=false"]
     tree = {
         "title": "Tiny",
