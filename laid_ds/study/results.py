@@ -167,7 +167,8 @@ def add_line(path: Path, line: Line) -> None:
         lines = [*(known for known in read_lines(path) if _place(known) != _place(line)), line]
         partial = path.with_name(path.name + ".partial")
         with writing(path.parent, path.name):
-            partial.write_text("".join(json.dumps(one, allow_nan=False) + "\n" for one in sorted(lines, key=_place)))
+            written = (json.dumps(one, allow_nan=False, separators=(",", ":")) for one in sorted(lines, key=_place))
+            partial.write_text("".join(f"{one}\n" for one in written))
             os.replace(partial, path)
 
 
