@@ -18,6 +18,7 @@ from laid_ds.study.file import Study
 from laid_ds.study.jobs import BEFORE, SWEEP, Job, Line, key_of, made_with
 
 TERMS = ("sft", "kl", "align", "match")
+WATCHING = ("evaluation", "logging.", "checkpoint.", "data.workers")
 AT_THE_END = 25  # steps whose mean is told as a loss at the end
 PARTS = 30  # of a run's steps, whose means are kept
 
@@ -41,7 +42,7 @@ def is_done(job: Job, study: Study, lines: Sequence[Line]) -> bool:
     if line is None:
         return False
     wanted, found = made_with(job, study), {name: line.get(name) for name in made_with(job, study)}
-    differing = [name for name in wanted if wanted[name] != found[name]]
+    differing = [name for name in wanted if _deciding(wanted[name]) != _deciding(found[name])]
     if differing:
         name = differing[0]
         raise ValueError(
@@ -49,6 +50,11 @@ def is_done(job: Job, study: Study, lines: Sequence[Line]) -> bool:
             " another name, or remove the line to run it again"
         )
     return True
+
+
+def _deciding(made: Any) -> Any:
+    """Of changes those that decide what comes out: a run may be watched otherwise."""
+    return [word for word in made if not word.startswith(WATCHING)] if isinstance(made, list) else made
 
 
 def line_of(job: Job, study: Study, name: str, world: str, lines: Sequence[Line]) -> Line:

@@ -113,6 +113,7 @@ def test_a_line_that_was_made_otherwise_is_refused_by_name(world, tmp_path):
     assert not results.is_done(job, study, [line | {"seed": 2}])
     with pytest.raises(ValueError, match="its line was made with other changes"):
         results.is_done(job, study, [line | {"changes": ["steps=9"]}])
+    assert results.is_done(job, study, [line | {"changes": [*line["changes"], "evaluation.every_steps=7"]}])
     (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text() + "\n# a remark\n")
     assert results.is_done(job, study, [line])
 
