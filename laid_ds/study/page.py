@@ -40,7 +40,7 @@ finished when every arm has all of its seeds.
 size, interpolated on the logarithm of the size. Over seeds: the geometric mean. **Intervals**: 95 %, a bootstrap of {DRAWS:,} draws over
 seeds and over haystacks, crossed: the haystacks of a draw are the same for every seed and arm. Ratios are paired by seed and haystack; in
 bold where the interval leaves out 1. With few seeds such an interval is rough, with one it holds the haystacks alone. ">=": a window that
-goes on beyond the largest size that was asked.
+goes on beyond the largest size that was asked; an end of an interval that such windows leave open has no bound.
 """
 
 Group = tuple[str, str | None]
@@ -173,7 +173,7 @@ def _against(ours: Windows | None, theirs: Windows | None, same: bool) -> str:
 
 def _ratio(found: Estimate) -> str:
     """In bold where the interval leaves 1 out."""
-    return f"**{found}**" if found.low > 1 or found.high < 1 else str(found)
+    return f"**{found}**" if found.leaves_out_1 else str(found)
 
 
 def _by_seed(part: Part, groups: Mapping[Group, list[Line]], measured: Mapping[Group, Windows]) -> str:

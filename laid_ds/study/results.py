@@ -120,7 +120,7 @@ def _window(answers: Mapping[str, Any], before: Mapping[int, float], chance: flo
         return None
     found = window(answers, threshold)
     numbers = {"size": found.images, "low": found.low, "high": found.high, "threshold": threshold}
-    return {"censored": found.censored} | {key: round(value, 4) for key, value in numbers.items()}
+    return {"censored": found.censored, "high_censored": found.high_censored} | {key: round(value, 4) for key, value in numbers.items()}
 
 
 def _metrics(job: Job) -> list[dict[str, Any]]:

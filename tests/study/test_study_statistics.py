@@ -39,7 +39,7 @@ def test_without_spread_over_haystacks_it_is_the_bootstrap_over_seeds():
 
 
 def test_an_arm_against_itself_is_1_whatever_is_drawn():
-    one = windows([made_up("laid", seed, 10 * seed) for seed in (1, 2, 3)], THRESHOLDS)
+    one = windows([made_up("laid", seed, 4 * seed) for seed in (1, 2, 3)], THRESHOLDS)
     found = times(one, one)
     assert (found.value, found.low, found.high) == (1, 1, 1)
 
@@ -58,9 +58,11 @@ def test_a_ratio_is_paired_by_seed():
 def test_windows_that_go_on_beyond_what_was_asked_are_bounds():
     all_seen, short = made_up("laid", 1, 1e9), made_up("kl+sft", 1, 10)
     beyond, ends = windows([all_seen], THRESHOLDS), windows([short], THRESHOLDS)
-    assert str(mean_window(beyond)) == ">= 256.0 [256.0, 256.0]"
-    assert times(beyond, ends).bound == ">= "
-    assert times(ends, beyond).bound == "<= "
+    assert str(mean_window(beyond)) == ">= 256.0 [256.0, no bound]"
+    farther, nearer = times(beyond, ends), times(ends, beyond)
+    assert (farther.bound, farther.high, nearer.bound, nearer.low) == (">= ", None, "<= ", None)
+    assert farther.leaves_out_1
+    assert nearer.leaves_out_1
     assert times(beyond, beyond) is None
     assert times(ends, windows([made_up("sft", 2, 10)], THRESHOLDS)) is None
 
