@@ -36,6 +36,10 @@ the order of samples and windows, and may name the student that it starts from. 
 that a study sweeps are chosen by other seeds and other haystacks, for every arm alike. **What has no line was not run (yet)**: a study is
 finished when every arm has all of its seeds.
 
+Ctrl-C, SIGTERM or kill -9: the same command goes on, each run from its newest checkpoint, and nothing of it stays behind. What an arm's
+commands said is in `runs/study/STUDY/WORLD/arms/.../log.txt`, with its `run.json`, `metrics.jsonl` and answers; checkpoints and exported
+models are removed when its line is written (`keep`). When an arm fails, the others are run all the same, and the status is 1.
+
 **Windows**: the largest size up to which accuracy stays above chance + 0.6 of what the student before knows above chance at the least
 size, interpolated on the logarithm of the size. Over seeds: the geometric mean. **Intervals**: 95 %, a bootstrap of {DRAWS:,} draws over
 seeds and over haystacks, crossed: the haystacks of a draw are the same for every seed and arm. Ratios are paired by seed and haystack; in
