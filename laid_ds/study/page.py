@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from laid_ds.disk import writing
-from laid_ds.report.figures import WIDE, Shelf
+from laid_ds.report.figures import WIDE, PlainLog, Shelf
 from laid_ds.report.palette import MUTED, Style, styles
 from laid_ds.study.file import Study
 from laid_ds.study.format import format_section
@@ -311,6 +311,8 @@ def _over_seeds(series: Sequence[Mapping[str, list[float]]], term: str) -> list[
 def _paint_steps(axes: Axes, curves: Mapping[str, list[tuple[float, float]]], looks: Mapping[str, Style], ylabel: str) -> None:
     _curves(axes, curves, looks)
     axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(PlainLog())
     axes.set(xlabel="step", ylabel=ylabel)
 
 

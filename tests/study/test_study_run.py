@@ -154,6 +154,21 @@ for seed in range(20):
     assert [(line["world"], line["seed"]) for line in found] == [(world, seed) for world in "ab" for seed in range(20)]
 
 
+def test_models_are_asked_as_they_are_and_with_longer_positions(world, tmp_path):
+    model = {"model": "{world}/student"}
+    arms = {"before": model, "kl+sft": {}, "yarn": model | {"yarn": 2.0}, "self-extend": model | {"self_extend": [2, 8]}}
+    write_study(world, tmp_path, arms=arms)
+    process = study(tmp_path, world.folder, "--seeds", "2", "--only", "yarn", "--only", "self-extend", "--jobs", "1")
+    said = output_of(process)
+    assert process.returncode == 0, said
+    found = {line["arm"]: line for line in lines(tmp_path)}
+    assert (found["yarn"]["yarn"], found["self-extend"]["self_extend"]) == (2.0, [2, 8])
+    assert not any("steps" in line or "changes" in line for line in found.values())
+    asked = [json.loads((tmp_path / "out" / "arms" / f"{arm}-seed2" / "evaluation.json").read_text())["models"][arm] for arm in found]
+    assert sorted(str(model["self_extend"]) for model in asked) == ["None", "None", "[2, 8]"]
+    assert sorted(Path(model["folder"]).name for model in asked) == ["model", "student", "student"]
+
+
 def test_an_arm_that_fails_is_told_of_and_the_others_are_run(world, tmp_path):
     write_study(world, tmp_path, arms={"before": {"model": "{world}/student"}, "kl+sft": {"set": ["data.shards=['nowhere']"]}})
     process = study(tmp_path, world.folder, "--seeds", "1", "--jobs", "1")
