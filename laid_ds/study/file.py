@@ -35,6 +35,8 @@ class Arm(Section):
     """(group, window): ask that model with SelfExtend."""
     teachers: tuple[str, ...] | None = None
     """Some of the study's teachers; without it all."""
+    seeds: tuple[int, ...] | None = None
+    """Some of the study's seeds; without it all."""
     swept: bool = True
     """Whether [sweep] chooses its rate; false where `set` names it."""
 
@@ -109,9 +111,13 @@ class Study(Section):
             if wrong:
                 raise ValueError(f"the {what} {wrong[0]!r} becomes the name of a folder: letters, digits and + - _ . only")
         for name, arm in self.arms.items():
-            unknown = [teacher for teacher in arm.teachers or () if teacher not in self.teachers]
-            if unknown:
-                raise ValueError(f"arms.{name}.teachers names {unknown[0]!r}; [teachers] has {', '.join(self.teachers) or 'none'}")
+            for key, some, known in (("teachers", arm.teachers, self.teachers), ("seeds", arm.seeds, self.seeds)):
+                if unknown := [one for one in some or () if one not in known]:
+                    raise ValueError(
+                        f"arms.{name}.{key} names {unknown[0]!r}; the study's {key} are {', '.join(map(str, known)) or 'none'}"
+                    )
+        if self.arms.get(self.before, Arm()).seeds is not None:
+            raise ValueError(f"arms.{self.before}.seeds: every seed needs its student before; leave it out")
         missing = [name for name in (self.before, self.baseline) if name not in self.arms]
         if missing:
             raise ValueError(f"no arm {missing[0]!r}, which `before` or `baseline` names; the arms are {', '.join(self.arms)}")

@@ -136,7 +136,7 @@ def jobs(study: Study, path: Path, world: Path, out: Path, lines: Sequence[Line]
             swept, value = study.sweep if _swept(study, arm) else None, None
             if swept is not None:
                 value = chosen(study, lines, name, teacher) or (swept.values[0] if wanted.unswept else None)
-            for seed in wanted.seeds or study.seeds:
+            for seed in [seed for seed in wanted.seeds or study.seeds if seed in (arm.seeds or study.seeds)]:
                 role = BEFORE if name == study.before else TEST
                 found[role].append(_job(study, role, name, arm, teacher, seed, value, recipe, world, out))
             for seed in swept.seeds if swept is not None and not wanted.unswept else ():

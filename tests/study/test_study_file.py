@@ -31,7 +31,9 @@ SWEEP = {"values": [1e-3, 3e-3], "seeds": [9], "shards": "{world}/other", "set":
         ({"arms": {"before": BEFORE | {"set": ["steps=2"]}, "kl+sft": {}}}, "arms.before: an arm with a model trains nothing"),
         ({"arms": {"before": BEFORE, "kl+sft": {"yarn": 2.0}}}, "arms.kl+sft: yarn and self_extend are for an arm with a model"),
         ({"arms": {"before": BEFORE, "kl+sft": {}, "a/b": {}}}, "the arm 'a/b' becomes the name of a folder"),
-        ({"arms": {"before": BEFORE, "kl+sft": {"teachers": ["two"]}}}, "arms.kl+sft.teachers names 'two'; [teachers] has one"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"teachers": ["two"]}}}, "arms.kl+sft.teachers names 'two'; the study's teachers are one"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"seeds": [3]}}}, "arms.kl+sft.seeds names 3; the study's seeds are 1, 2"),
+        ({"arms": {"before": BEFORE | {"seeds": [1]}, "kl+sft": {}}}, "arms.before.seeds: every seed needs its student before"),
         ({"set": ["student.path={wrld}/student"]}, "set: {wrld} in 'student.path={wrld}/student' stands for nothing"),
         ({"teachers": None}, "set: {teacher} in 'teacher.path={teacher}', and [teachers] names none"),
         ({"sweep": SWEEP | {"seeds": [2]}}, "seed 2 is in seeds and in sweep.seeds"),
@@ -63,6 +65,12 @@ def test_jobs_are_the_student_before_then_arms_by_seed_and_a_teacher_only_for_th
         ),
     ]
     assert len({job.folder for job in found}) == len(found)
+
+
+def test_an_arm_may_have_some_of_the_seeds_and_teachers(world, tmp_path):
+    arms = {"before": BEFORE, "kl+sft": {}, "align": {"seeds": [2], "teachers": ["two"]}}
+    _, found = listed(world, tmp_path, teachers={"one": "{world}/teacher", "two": "{world}/teacher"}, arms=arms)
+    assert [(job.teacher, job.seed) for job in found if job.arm == "align"] == [("two", 2)]
 
 
 def test_a_part_of_a_study_always_has_the_student_before(world, tmp_path):
