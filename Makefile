@@ -145,8 +145,11 @@ study: study-world
 	$(BIN)/laid study recipes/study/made.toml --world $(WORLD)
 	$(BIN)/laid study recipes/study/*.toml --report docs/study.md
 
-study-world: $(SEEDS:%=$(WORLD)/models/student-%/config.json) $(WORLD)/models/teacher-two/config.json $(WORLD)/test/dataset.json \
-  $(WORLD)/validation/dataset.json
+study-world: $(SEEDS:%=$(WORLD)/models/student-%/config.json) $(SEEDS:%=$(WORLD)/probe-%.json) $(WORLD)/models/teacher-two/config.json \
+  $(WORLD)/test/dataset.json $(WORLD)/validation/dataset.json
+
+$(WORLD)/probe-%.json: $(WORLD)/models/student-%/config.json $(WORLD)/validation/dataset.json
+	$(BIN)/laid probe $(WORLD)/models/teacher $(WORLD)/validation --student $(<D) --out $@
 
 # A small form, on the demo's world as it is.
 study-small: install $(DEMO)/models/teacher/config.json $(DEMO)/models/student/config.json $(DEMO)/test/dataset.json

@@ -170,7 +170,13 @@ def _teachers(study: Study, arm: Arm, recipe: Path, world: Path, only: Sequence[
     if arm.model is not None or not study.teachers:
         return [None]
     places = {"world": str(world), "teacher": next(iter(study.teachers.values())), "seed": "0"}
-    words = [_placed(text, places) for text in (*study.set, *arm.set)]
+    unread = (
+        "align.pairs=last",
+        "align.heads=all",
+        "align.start=one_hot",
+        "align.probe=none",
+    )  # a probe's file, which decides nothing here
+    words = [*(_placed(text, places) for text in (*study.set, *arm.set)), *unread]
     if not config.load(recipe, words).taught:
         return [None]
     return [name for name in arm.teachers or study.teachers if not only or name in only]

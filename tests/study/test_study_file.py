@@ -132,6 +132,7 @@ def test_every_arm_of_the_studies_that_come_along_is_a_recipe_that_loads(path, t
     recipe_of(study, path)
     found = jobs(study, path, tmp_path / "w", tmp_path / "out", [], Wanted(unswept=True))
     assert {job.arm for job in found} == set(study.arms)
-    runs = [config.load(words[0], words[1:]) for words in (job.words() for job in found if job.spec.model is None)]
+    unread = ["align.pairs=last", "align.heads=all", "align.probe=none"]  # a probe's file is made with the world
+    runs = [config.load(words[0], [*words[1:], *unread]) for words in (job.words() for job in found if job.spec.model is None)]
     assert {(run.student.dtype, run.data.workers) for run in runs} == {("float32", 0)}
     assert len({(run.steps, run.optimizer.accumulation * run.data.micro_batch) for run in runs}) == 1, "equal steps of equally many samples"
