@@ -6,9 +6,8 @@ Rows that hold several samples (their position ids start again) get no mask but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from laid_ds.models.backends import Result, attend, bounds_until, first_seen, has_lse, is_bounds
 from laid_ds.models.cut import cut_inputs
 from laid_ds.models.family import DECODERS, ONE_AXIS_WITHOUT_MASK, check_packable, family
+from laid_ds.models.masks import cut_masks, laid_mask, packed_rows, unpadded_rows
 from laid_ds.models.shared_tower import shared_tower
 from laid_ds.sequence import ALONE, SequenceGroup, Stretch
 
@@ -190,62 +189,13 @@ def _check_backend(listening: Listening, query: Tensor, mask: Tensor | None, dro
         )
 
 
-_packed: ContextVar[bool] = ContextVar("packed", default=False)
-
-
-@contextmanager
-def packed_rows() -> Iterator[None]:
-    """Inside the block, models under `laid` take position ids that start again as borders between samples, and make no mask."""
-    token = _packed.set(True)
-    try:
-        yield
-    finally:
-        _packed.reset(token)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The whole rows of which a decoder computes this rank's tokens."""
-
-    bounds: Tensor
-    packed: bool
-    """Whether they hold several samples each."""
-
-
-_cut: ContextVar[Cut | None] = ContextVar("cut", default=None)
-
-
-@contextmanager
-def cut_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the decoder of a model that ranks share (listen) computes this rank's tokens of the rows of these inputs."""
-    (batch, tokens), positions = inputs["input_ids"].shape, inputs.get("position_ids")
-    starts = torch.zeros(batch, tokens, dtype=torch.bool)
-    if positions is not None:
-        counted = (positions if positions.ndim == 2 else positions[0]).cpu()
-        starts[:, 1:] = counted.diff(dim=1) != 1
-    starts[:, 0] = True
-    bounds = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([batch * tokens])]).int()
-    token, hook = _cut.set(Cut(bounds, positions is not None)), cut_inputs(decoder(model), group_of(model))
-    try:
-        yield
-    finally:
-        hook.remove()
-        _cut.reset(token)
-
-
-_whole: ContextVar[bool] = ContextVar("whole", default=False)
-
-
 @contextmanager
 def whole_rows(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block no row of this model is padded before its end: under `laid`, its sliding windows need no dense mask. Whatever else
     than SDPA attends there sees the masks that it knows."""
     plain = all(getattr(getattr(a, "_laid", None), "attend", None) is sdpa_attention_forward for a in attention_layers(model).values())
-    token = _whole.set(plain)
-    try:
+    with unpadded_rows(plain):
         yield
-    finally:
-        _whole.reset(token)
 
 
 def listen_to_windows(model: PreTrainedModel) -> None:
@@ -254,41 +204,6 @@ def listen_to_windows(model: PreTrainedModel) -> None:
     known = DECODERS.get(config.model_type)
     if known is not None and known.packable and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         listen(model)
-
-
-def laid_mask(
-    *, batch_size: int, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **kwargs: Any
-) -> Tensor | None:
-    """transformers' mask interface: SDPA's mask or, inside `packed_rows` and for sliding windows on CUDA or inside `whole_rows`, the bounds
-    of the samples.
-
-    A token that does not see the one before it begins a sample. Of rows that ranks share, the decoder sees too little to tell: there the
-    mask is known beforehand (cut_rows).
-    """
-    if (cut := _cut.get()) is not None:
-        return cut.bounds if cut.packed or kwargs.get("local_size") is not None else None
-    if _whole.get():
-        kwargs["attention_mask"] = None
-    if not (_packed.get() or ((device.type == "cuda" or _whole.get()) and _is_plain_window(q_length, **kwargs))):
-        return sdpa_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, device=device, **kwargs)
-    row, token = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
-    follows = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
-    starts = torch.cat([torch.ones_like(row, dtype=torch.bool), ~follows], 1).flatten().nonzero().flatten()
-    return torch.cat([starts.cpu(), torch.tensor([batch_size * q_length])]).int()
-
-
-def _is_plain_window(
-    q_length: int,
-    config: PretrainedConfig,
-    kv_length: int,
-    local_size: int | None = None,
-    attention_mask: Tensor | None = None,
-    **rest: Any,
-) -> bool:
-    """A sliding window over whole rows, no padding, cache or dropout, of a decoder in which every row sees one run of keys."""
-    known = DECODERS.get(config.model_type)
-    plain = attention_mask is None and kv_length == q_length and not getattr(config, "attention_dropout", 0.0)
-    return local_size is not None and plain and known is not None and known.packable
 
 
 def gives_lse(config: PretrainedConfig, dtype: torch.dtype) -> bool:
@@ -402,7 +317,7 @@ def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     group = group_of(model)
     if group.size == 1:
         return _run(model, inputs)
-    with cut_rows(model, inputs), shared_tower(model, group):
+    with cut_masks(inputs), cut_inputs(decoder(model), group), shared_tower(model, group):
         return _run(model, inputs)
 
 

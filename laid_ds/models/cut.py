@@ -6,21 +6,31 @@ Letters: B batch, T tokens of a row, t of them a rank's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from laid_ds.sequence import SequenceGroup
 
 CUT = ("inputs_embeds", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
 
 
-def cut_inputs(decoder: nn.Module, group: SequenceGroup) -> RemovableHandle:
-    """From now on the decoder takes whole rows and computes this rank's tokens of them. Raises ValueError, when it runs, for what it is
-    given beside embeddings, positions and the features of images for its layers."""
-    return decoder.register_forward_pre_hook(lambda module, arguments, named: ((), _cut(group, module, arguments, named)), with_kwargs=True)
+@contextmanager
+def cut_inputs(decoder: nn.Module, group: SequenceGroup) -> Iterator[None]:
+    """Inside the block the decoder takes whole rows and computes this rank's tokens of them. Raises ValueError, when it runs, for what it
+    is given beside embeddings, positions and the features of images for its layers."""
+
+    def cut(module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return (), _cut(group, module, arguments, named)
+
+    hook = decoder.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _cut(group: SequenceGroup, decoder: nn.Module, arguments: tuple, named: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from laid_ds.models import backends
-from laid_ds.models.attention import Listening, Tap, _is_plain_window, laid_attention, listen
+from laid_ds.models.attention import Listening, Tap, laid_attention, listen
 from laid_ds.models.backends import attend, has_lse
 from laid_ds.models.extension import self_extend
+from laid_ds.models.masks import _is_plain_window
 from tests.models.family_models import inputs, tiny_model
 
 BOUNDS = {1: [0, 700, 1000, 1001, 1300], 2: [0, 400, 650, 1300]}  # one row of four samples; rows of 650 with two and with one
