@@ -75,10 +75,20 @@ class SequenceGroup:
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """x [.., T, ..] of every rank's own tokens [.., t, ..] along `dim`, in the order of the row. Differentiable and collective."""
-        if self.size == 1:
-            return x
-        halves = [part.tensor_split(2, dim) for part in self.gather(x).unbind(0)]
-        return torch.cat([head for head, _ in halves] + [tail for _, tail in reversed(halves)], dim)
+        return x if self.size == 1 else _in_order(self.gather(x), dim)
+
+    def whole_heads(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`whole` of keys and values [B, K, t, D] along their tokens, in one message where they are of one size."""
+        if self.size == 1 or key.shape[3] != value.shape[3]:
+            return self.whole(key, 2), self.whole(value, 2)
+        both = self.gather(torch.cat([key, value], 1)).split([key.shape[1], value.shape[1]], 2)
+        return _in_order(both[0], 2), _in_order(both[1], 2)
+
+
+def _in_order(gathered: Tensor, dim: int) -> Tensor:
+    """[.., T, ..] of what all ranks gave [n, .., t, ..]; dim: of one rank's."""
+    halves = [part.tensor_split(2, dim) for part in gathered.unbind(0)]
+    return torch.cat([head for head, _ in halves] + [tail for _, tail in reversed(halves)], dim)
 
 
 ALONE = SequenceGroup()

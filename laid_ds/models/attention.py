@@ -120,7 +120,7 @@ def laid_attention(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         _check_backend(listening, query, mask, kwargs.get("dropout", 0.0), asks_lse, causal)
         companion = tap.companions.get(listening.layer) if tap is not None and torch.is_grad_enabled() else None
-        key, value = _gathered(listening.group, key, value)
+        key, value = listening.group.whole_heads(key, value)
         if companion is not None and not (causal and (mask is None or is_bounds(mask))):
             companion = None
         out, lse, beside = _attend(listening.group, query, key, value, mask, scale, window, causal, companion)
@@ -132,13 +132,6 @@ def laid_attention(
     if tap is not None:
         tap.take(listening.layer, Captured(query, key, scale, window, mask, lse if asks_lse else None, beside))
     return out, None
-
-
-def _gathered(group: SequenceGroup, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of whole rows, in one message where their heads have one size."""
-    if group.size == 1 or key.shape[3] != value.shape[3]:
-        return group.whole(key, 2), group.whole(value, 2)
-    return group.whole(torch.cat([key, value], 1), 2).split([key.shape[1], value.shape[1]], 1)
 
 
 def _attend(

@@ -6,10 +6,12 @@ image of its own encodes the smallest of the batch, and nobody looks at the resu
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,11 +45,13 @@ def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, *
     if sizes is None:
         return encode(**given)
     shares = shared_out(sizes, group.size)
-    mine = shares[group.place] or [min(range(len(sizes)), key=sizes.__getitem__)]
-    pixels = given["pixel_values"].split(sizes)
-    given["pixel_values"] = torch.cat([pixels[image] for image in mine])
+    mine, pixels = shares[group.place], given["pixel_values"]
+    if not mine:
+        smallest = min(range(len(sizes)), key=sizes.__getitem__)
+        mine = range(smallest, smallest + 1)
+    given["pixel_values"] = pixels[sum(sizes[: mine.start]) : sum(sizes[: mine.stop])]
     if "image_grid_thw" in given:
-        given["image_grid_thw"] = given["image_grid_thw"][mine]
+        given["image_grid_thw"] = given["image_grid_thw"][mine.start : mine.stop]
     found = encode(**given)
     deeper = getattr(found, "deepstack_features", None)
     levels = [list(level) for level in (found.pooler_output, *(deeper or ()))]  # of each: for each image [.., C]
@@ -55,9 +59,9 @@ def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, *
     if isinstance(found.pooler_output, Tensor):
         found.pooler_output = torch.stack(every[0]).view(-1, *levels[0][0].shape)
     else:
-        found.pooler_output = tuple(every[0])
+        found.pooler_output = every[0]
     if deeper:
-        found.deepstack_features = [tuple(level) for level in every[1:]]
+        found.deepstack_features = every[1:]
     return found
 
 
@@ -69,30 +73,23 @@ def image_sizes(given: dict[str, Any]) -> list[int] | None:
     return [1] * len(pixels) if tensors == {"pixel_values"} and pixels.ndim == 4 else None
 
 
-def shared_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """The images of each rank, which have alike much to encode: the largest goes first, to whoever has the least."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for image in sorted(range(len(sizes)), key=lambda image: -sizes[image]):
-        rank = loads.index(min(loads))
-        shares[rank].append(image)
-        loads[rank] += sizes[image]
-    return [sorted(share) for share in shares]
+def shared_out(sizes: Sequence[int], ranks: int) -> list[range]:
+    """The images of each rank, consecutive ones (their pixels are not copied), with alike much to encode: none has more than the mean and
+    one image."""
+    ends, total = list(accumulate(sizes)), sum(sizes)
+    owners = [int((end - size / 2) * ranks / total) for end, size in zip(ends, sizes, strict=True)]  # where the image's middle lies
+    return [range(bisect_left(owners, rank), bisect_right(owners, rank)) for rank in range(ranks)]
 
 
-def _gathered(levels: list[list[Tensor]], shares: list[list[int]], group: SequenceGroup) -> list[list[Tensor]]:
+def _gathered(levels: list[list[Tensor]], shares: list[range], group: SequenceGroup) -> list[tuple[Tensor, ...]]:
     """For each level and each of all images the features [rows, C], of those [rows, C] that this rank encoded."""
     mine = shares[group.place]
     counts = torch.zeros(sum(map(len, shares)), dtype=torch.long, device=levels[0][0].device)
     for image, features in zip(mine, levels[0], strict=False):  # a rank without images has encoded one all the same
         counts[image] = len(features)
     rows = group.add(counts).tolist()
-    most = max(sum(rows[image] for image in share) for share in shares)
+    totals = [sum(rows[image] for image in share) for share in shares]
     own = torch.stack([torch.cat(level) for level in levels])  # [levels, rows, C]
-    every = group.gather(F.pad(own, (0, 0, 0, most - own.shape[1]))).unbind(0)
-    found: dict[int, Tensor] = {}
-    for share, features in zip(shares, every, strict=True):
-        lengths = [rows[image] for image in share]
-        parts = features.split([*lengths, most - sum(lengths)], 1)
-        found |= dict(zip(share, parts, strict=False))
-    return [[found[image][level] for image in range(len(rows))] for level in range(len(levels))]
+    every = group.gather(F.pad(own, (0, 0, 0, max(totals) - own.shape[1]))).unbind(0)
+    whole = torch.cat([features[:, :total] for features, total in zip(every, totals, strict=True)], 1)
+    return [level.split(rows) for level in whole.unbind(0)]
