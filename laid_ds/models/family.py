@@ -66,6 +66,13 @@ DECODERS = {
 ONE_AXIS_WITHOUT_MASK = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 """Families whose forward numbers the axes of images only when it gets an attention_mask or position ids."""
 
+ENCODED_BY_ALL = (
+    *("llava_onevision", "llava_next", "llava_next_video", "mistral3", "lighton_ocr", "smolvlm", "idefics3", "idefics2"),
+    *("video_llama_3", "minicpmv4_6", "aria"),
+)
+"""Families whose images each of the ranks that share a batch encodes, all of them: their encoders are handed more than patches with their
+grids, or squares of one size (shared_tower.py)."""
+
 FAMILIES = {
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
@@ -127,6 +134,11 @@ class Family(Decoder):
     def sliceable(self) -> bool:
         """Whether ranks can share a row, each running a slice of it through the decoder (sequence_parallel)."""
         return not self.whole
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether ranks that share a row encode its images once, each some of them."""
+        return self.sliceable and self.model_type not in ENCODED_BY_ALL
 
 
 def family(config: PretrainedConfig) -> Family:
@@ -191,7 +203,7 @@ def families() -> Iterator[Family]:
 
 def table() -> list[dict[str, str | bool]]:
     """The rows as printed."""
-    names = ("model_type", "decoder", "layout", "positions", "gain", "packable", "sliceable", "image_blocks", "tier")
+    names = ("model_type", "decoder", "layout", "positions", "gain", "packable", "sliceable", "shares_images", "image_blocks", "tier")
     return [{name: getattr(row, name) for name in names} for row in families()]
 
 

@@ -72,6 +72,8 @@ class Sizes:
     """Numbers in the pictures behind each image token: channels of pixels, as often as the family's tensors hold them."""
     sliceable: bool
     """Whether ranks can share its rows (sequence_parallel)."""
+    shares_images: bool
+    """Whether they then encode its images once, each some of them."""
 
     def total(self) -> int:
         return sum(self.parameters.values())
@@ -131,6 +133,7 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
         widest_bytes=run.widest // MEASURED_TOKENS,
         **_of_vision(config),
         sliceable=expected.sliceable,
+        shares_images=expected.shares_images,
     )
 
 

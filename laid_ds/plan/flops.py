@@ -1,6 +1,6 @@
 """Floating-point operations of a run, and what ranks that share a sequence send each other.
 
-Ranks that share micro-batches share their work evenly: rows of the decoder, images of the tower, and scores of attention.
+Ranks that share micro-batches share their work evenly: rows of the decoder, scores of attention, and images where the family can.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def batch_flops(pair: Pair, lengths: Sequence[float]) -> float:
     """Of one micro-batch, of all ranks that share it: the tokens of each of its rows or, of a pack, of each of its samples, which do not
     see each other."""
     passes = 4 if pair.run.student.gradient_checkpointing else 3
-    return sum(_row_flops(pair, length, passes) for length in lengths)
+    return sum(_row_flops(pair, length, passes, pair.run.sequence_parallel) for length in lengths)
 
 
 def model_flops(pair: Pair, samples: float, tokens: float) -> float:
@@ -45,12 +45,13 @@ def sent_bytes(pair: Pair, tokens: int) -> dict[str, int]:
     return {who: times[who] * once(sizes, model.dtype) for who, (sizes, model) in models.items()}
 
 
-def _row_flops(pair: Pair, tokens: float, passes: int) -> float:
-    """Of one row: products forward, twice that backward (3 passes), once more for a recomputation (4)."""
+def _row_flops(pair: Pair, tokens: float, passes: int, ranks: int = 1) -> float:
+    """Of one row: products forward, twice that backward (3 passes), once more for a recomputation (4); on so many ranks that share it,
+    each of which encodes its images where a family cannot share them out."""
     seen = passes if moves(pair.run, vision=True) else 1
-    student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens)
+    student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens, ranks)
     live = pair.teacher is not None and not reads_lessons(pair.run)
-    teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens) if live else 0
+    teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens, ranks) if live else 0
     return student + teacher + _matching_flops(pair, tokens)
 
 
@@ -60,9 +61,9 @@ def _forward_flops(model: Sizes, tokens: float) -> float:
     return model.flops_per_token * tokens + scores
 
 
-def _vision_flops(model: Sizes, tokens: float) -> float:
+def _vision_flops(model: Sizes, tokens: float, ranks: int) -> float:
     """As if all tokens were images."""
-    return 2 * model.images * tokens * model.patches_per_token
+    return 2 * model.images * tokens * model.patches_per_token * (1 if model.shares_images else ranks)
 
 
 def _matching_flops(pair: Pair, tokens: float) -> float:

@@ -123,14 +123,15 @@ def _pictures(pair: Pair, tokens: int) -> int:
 def _activations(pair: Pair, tokens: int) -> int:
     """What the student's forward pass keeps: of every layer all, or with checkpointing its input (unless that waits on the CPU); the
     embedded tokens before and after the images are put among them; the last hidden states. A trained vision tower is taken to keep as
-    much per hidden element; ranks that share a micro-batch share out its images."""
+    much per hidden element; ranks that share a micro-batch share out its images, where the family can."""
     student, width, checkpointed = pair.student, BYTES[pair.run.student.dtype], pair.run.student.gradient_checkpointing
     own, attention = slice_of(pair.run, tokens), sum(pair.student.attention.values())
     kept = student.layers * student.kept_bytes + student.outside_bytes + attention * _gain_kept(pair)
     layers = {False: kept, True: student.layers * width * student.hidden, "offload": 0}[checkpointed]
     vision = _vision_kept(student, width, checkpointed) if moves(pair.run, vision=True) else 0
     gathered = 0 if checkpointed else attention * _gathered(pair, tokens)
-    return round(own * (layers + width * student.hidden + vision) + tokens * 2 * width * student.hidden + gathered)
+    encoded = own if student.shares_images else tokens
+    return round(own * (layers + width * student.hidden) + encoded * vision + tokens * 2 * width * student.hidden + gathered)
 
 
 def _layer_backward(pair: Pair, tokens: int) -> int:

@@ -6,6 +6,7 @@ The run writes docs/families.md from what it measured, and the file in the tree 
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from laid_ds.models.load import load_model, model_class
 from laid_ds.models.positions import position_rule
 from laid_ds.models.probe import Measured, measure, probe
 from laid_ds.models.rope_gain import gain_shapes, responder
+from laid_ds.models.shared_tower import image_sizes
 from tests.models.family_models import CONFIGS, IMAGE, IMAGES, TOKENS, inputs, packed, tiny_model
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
@@ -302,6 +304,26 @@ def test_ranks_can_share_a_row_where_the_decoder_is_handed_its_tokens_alone_and_
     assert (received.keys() <= SLICED and only_attention and no_mask) == row.sliceable
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.sliceable and row.model_type in IMAGES], ids=lambda row: f"{row.model_type}-{row.decoder}"
+)
+def test_images_are_shared_out_where_the_encoder_is_handed_what_tells_them_apart(row):
+    """By what it is really called with."""
+    model, handed = tiny(row), []
+    inside = getattr(model, "model", model)
+    encode = inside.get_image_features
+
+    def keep(*args, **kwargs):
+        handed.append(image_sizes(dict(zip(signature(encode).parameters, args, strict=False)) | kwargs))
+        return encode(*args, **kwargs)
+
+    inside.get_image_features = keep
+    with torch.no_grad():
+        last_hidden_state(model, **inputs(row.model_type))
+    assert len(handed) == 1
+    assert (handed[0] is not None) == row.shares_images
+
+
 def test_33_of_the_44_rows_can_be_shared_and_the_others_say_why_not():
     assert (sum(row.sliceable for row in ROWS), len(ROWS)) == (33, 44)
     with pytest.raises(ValueError, match=r"^rows of gemma3 with gemma3_text cannot be shared .*: its mask is dense; set sequence_par"):
@@ -327,7 +349,7 @@ def page(measured: dict[Family, Measured]) -> str:
     ]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     for row, found in measured.items():
-        marks = ["yes" if mark else "no" for mark in (row.packable, row.sliceable, row.image_blocks)]
+        marks = ["yes" if mark else "no" for mark in (row.packable, row.sliceable, row.shares_images, row.image_blocks)]
         run_on = "image and text" if row.model_type in IMAGES else "text"
         cells = [f"`{row.model_type}`", f"`{row.decoder}`", found.layout, found.positions, found.gain, found.query_norm or "none"]
         lines.append(" | ".join([*cells, *marks, row.tier, run_on]))
@@ -347,6 +369,7 @@ Written by `pytest tests/models/test_families.py` from tiny random models of eve
   again, checkpointing on, and no mask at all.
 - sliceable: ranks can share a row (`sequence_parallel`): its decoder is handed embeddings, positions and rows of images alone, only its
   attention looks at other tokens, and it needs no dense mask.
+- shares images: those ranks encode its images once, each some of them; else each of them all.
 - image blocks: tokens of one image see each other in both directions, so the mask is dense.
 - tier: A trains, folds and packs; B trains and folds; C trains without a gain.
 - run on: what the tiny model was given. A row run on text alone says nothing measured about its images.

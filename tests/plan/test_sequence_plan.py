@@ -134,6 +134,19 @@ def test_each_rank_computes_its_share(pair):
         assert step_flops(with_settings(pair, {SHARED: shared}), 64_000) == pytest.approx(alone / shared)
 
 
+def test_images_that_a_family_cannot_share_out_are_encoded_by_each(pair):
+    """Their cost is then whole on each rank, and so is what a trained tower keeps of them."""
+    trained = paper(f"{SHARED}=8", "student.freeze_vision=false")
+    whole = replace(trained, student=replace(trained.student, shares_images=False))
+    once = 2 * trained.student.images * 64_000 * trained.student.patches_per_token
+    more = step_flops(whole, 64_000) - step_flops(trained, 64_000)
+    assert more == pytest.approx(trained.run.optimizer.accumulation * 4 * once * 7 / 8)
+    alone = with_settings(trained, {SHARED: 1})
+    vision = memory(alone, A100, 64_000)["activations"] - memory(paper(), A100, 64_000)["activations"]
+    kept = [memory(each, A100, 64_000)["activations"] for each in (trained, whole)]
+    assert kept[1] - kept[0] == pytest.approx(vision * 7 / 8)
+
+
 def test_what_is_sent_is_the_keys_and_values_of_a_slice_to_each_of_the_others(pair):
     """By docs/method.md: a token of 4 ranks is 768 elements in one layer of the student, forward, and 1,536 in one of the teacher."""
     shared = with_settings(pair, {SHARED: 4})
