@@ -245,7 +245,7 @@ def stats(folders: Sources, tokens: Tokens = "estimate", json: Json = False) -> 
 @app.command()
 def plan(
     folders: Sources,
-    world_size: Annotated[int, option("Ranks.", min=1)] = 1,
+    world_size: Annotated[int, option("Ranks; of those that share batches, groups.", min=1)] = 1,
     micro_batch: Annotated[int, option("Samples, or packs, of a rank in a micro-step.", min=1)] = 1,
     budget: Annotated[int | None, option("Tokens of a pack; without it nothing is packed.", min=1, show_default=False)] = None,
     group: Annotated[int, option("Packs of similar work side by side.", min=1)] = 8,
