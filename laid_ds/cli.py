@@ -331,7 +331,9 @@ def probe(
     student: Annotated[
         Path | None, typer.Option(help="Look at this student, too, and propose align.pairs and align.heads for the two.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images in each haystack; a student that is lost there is shown half as many.")] = 16,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images in each haystack, or texts; a student that is lost there is shown half as many.")
+    ] = 16,
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON into this file: a recipe's align.probe.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",

@@ -53,7 +53,7 @@ class Looks:
     layers: int
     """Of the decoder."""
     images: int
-    """In each haystack."""
+    """In each haystack; in one of text, its texts."""
     haystacks: int
     flat: float
     """Mass on the needle of a head that looks everywhere alike."""
@@ -130,9 +130,9 @@ class Probe:
         """
         if not self.teacher.heads():
             raise ValueError(
-                f"no head of {self.teacher.path} retrieves among {self.teacher.images} images: {self.teacher.best()} has the most attention"
-                f" on the needle, and a head that looks everywhere alike {self.teacher.flat:.3f}. `laid probe` with fewer --images, or"
-                " another teacher"
+                f"no head of {self.teacher.path} retrieves in haystacks of {self.teacher.images}: {self.teacher.best()} has the most"
+                f" attention on the needle, and a head that looks everywhere alike has {self.teacher.flat:.3f}. `laid probe` with fewer"
+                " --images, or another teacher"
             )
         own = sorted({layer for layer, _, _ in self.student.heads()})
         chosen: dict[int, int] = {}

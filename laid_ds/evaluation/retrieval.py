@@ -51,8 +51,8 @@ class Retrieval:
         looks, found = self.looks, self.looks.heads()
         retrieving = {(layer, head) for layer, head, _ in found}
         lines = [
-            f"{looks.path}: attention on the needle among {looks.images} images, {looks.haystacks} haystacks; a head that looks everywhere"
-            f" alike has {looks.flat:.3f}",
+            f"{looks.path}: attention on the needle in {looks.haystacks} haystacks of {looks.images}; a head that looks everywhere alike"
+            f" has {looks.flat:.3f}",
             "layer  head: mass, strongest first",
         ]
         for layer, shares in sorted(looks.mass.items()):
@@ -61,7 +61,7 @@ class Retrieval:
             lines.append(f"{layer:>5}  {said}".rstrip())
         if not retrieving:
             least = max(CLEAR, MORE * looks.flat)
-            said = f"no head has {least:.2g} of its attention on the needle: the model does not retrieve at this size; try fewer images"
+            said = f"no head has {least:.2g} of its attention on the needle: the model does not retrieve at this size; try fewer --images"
             return "\n".join([*lines, said])
         there = [n for n, number in enumerate(self.haystacks_at) if number]
         edges = "".join(f"{self.bins[n]:>8}" for n in there)

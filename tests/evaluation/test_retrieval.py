@@ -42,7 +42,7 @@ def test_a_model_that_looks_nowhere_has_none_and_says_so():
     found = looks({0: [0.01, CLEAR - 0.01], 1: [0.02, 0.03]})
     assert found.heads() == []
     assert "does not retrieve" in Retrieval(found, [0], [32], {0: [[0.0]] * 2, 1: [[0.0]] * 2}).as_text()
-    with pytest.raises(ValueError, match="no head of teacher retrieves among 16 images: head 1 of layer 0 with 0"):
+    with pytest.raises(ValueError, match="no head of teacher retrieves in haystacks of 16: head 1 of layer 0 with 0"):
         Probe(found, blind(2, 2)).pairs()
     nothing = Probe(found, blind(2, 2)).proposed()
     assert (nothing.pairs, nothing.heads) == ([], [])
