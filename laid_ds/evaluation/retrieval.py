@@ -80,13 +80,14 @@ def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str) ->
     config, dataset = load_config(model), Dataset.open(shards)
     read_haystacks(dataset, haystacks)
     check_needles(dataset, haystacks)
+    files = read_whole(model, model_marks(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded, renderer = load_model(model, dtype).to(device).eval(), Renderer(load_processor(model), Pixels())
     profile = {int(layer): found for layer, found in needle_profile(loaded, renderer, dataset, size, haystacks).items()}
     any_layer = next(iter(profile.values()))
     looks = Looks(
         path=str(model),
-        files=read_whole(model, model_marks(model)),
+        files=files,
         layers=config.get_text_config().num_hidden_layers,
         images=size,
         haystacks=haystacks,
