@@ -49,6 +49,19 @@ def test_it_is_what_the_checkpoint_holds(world, tmp_path, ranks, threshold, mixi
     assert last["mixture_entropy"] == pytest.approx(float(-(shares * shares.log()).sum(1).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "align, mixing",
+    [({"pairs": [[1, 1]], "heads": [[[0, 2]]]}, {}), ({"start_logit": math.inf}, {"1": [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]})],
+    ids=["chosen heads", "kept one-hot"],
+)
+def test_a_run_without_a_parameter_beside_the_student_says_so(world, tmp_path, align, mixing):
+    run = world.run(tmp_path / "run", align=align, gain={"enabled": False}, steps=1)
+    run_ranks(1, whole_run, run)
+    found = json.loads((run.output / "learned.json").read_text())
+    assert found == {"step": 1, "pairs": [[1, 1]], "mixing": mixing, "key_mixing": {}, "gain": {}}
+    assert "mixture_entropy" not in json.loads((run.output / "metrics.jsonl").read_text())
+
+
 def test_a_run_without_a_teacher_keeps_none(world, tmp_path):
     run = world.run(tmp_path / "run", teacher=None, losses={"align": 0.0, "match": 0.0, "kl": 0.0}, steps=1)
     run_ranks(1, whole_run, run)
