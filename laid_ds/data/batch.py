@@ -111,10 +111,12 @@ class Batch:
         tokens = max((int(row[row >= 0].bincount().max()) for row in self.segments if (row >= 0).any()), default=0)
         return {"longest_tokens": tokens, "most_images": self.most_images}
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device, but: Collection[str] = ()) -> Batch:
+        """but: the inputs that stay where they are."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("labels", "segments")}
-        others = {"taught": self.taught and self.taught.to(device), "lesson": self.lesson and self.lesson.to(device)}
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()}, **others, **moved)
+        others = {"taught": self.taught and self.taught.to(device, but), "lesson": self.lesson and self.lesson.to(device)}
+        inputs = {name: tensor if name in but else tensor.to(device) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, **others, **moved)
 
 
 def collate(rendered: list[Rendered], keys: list[str], pad_token: int, multiple: int = 1) -> Batch:

@@ -24,6 +24,7 @@ from laid_ds.models.attention import group_of, last_hidden_state, whole_rows
 from laid_ds.models.generate import Reply, generate
 from laid_ds.models.load import PreTrainedModel
 from laid_ds.models.processor import Renderer
+from laid_ds.models.shared_tower import WAITING
 from laid_ds.runtime import distributed
 
 AHEAD = 2  # items that a worker renders ahead
@@ -232,7 +233,8 @@ def ask(
             batch = collate(rows, [key for key, _ in asked], pad_token, group_of(model).multiple)
             del rows
             part.clear()  # the batch holds copies of the pixels
-            for (key, number), said in zip(asked, force(model, batch.to(model.device)), strict=True):
+            batch = batch.to(model.device, WAITING if group_of(model).size > 1 else ())
+            for (key, number), said in zip(asked, force(model, batch), strict=True):
                 _check_number(key, number, len(said))
                 answers.append([right for _, right in said])
             del batch

@@ -310,8 +310,8 @@ def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     group = group_of(model)
     if group.size == 1:
         return _run(model, inputs)
-    with cut_masks(inputs), cut_inputs(decoder(model), group), shared_tower(model, group):
-        return _run(model, inputs)
+    with cut_masks(inputs), cut_inputs(decoder(model), group), shared_tower(model, group, inputs) as own:
+        return _run(model, own)
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

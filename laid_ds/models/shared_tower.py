@@ -7,7 +7,7 @@ image of its own encodes the smallest of the batch, and nobody looks at the resu
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -21,29 +21,34 @@ from transformers import PreTrainedModel
 
 from laid_ds.sequence import SequenceGroup
 
+WAITING = ("pixel_values",)
+"""Inputs that may stay on the CPU where ranks share a batch: of a long row the largest tensor, of which each needs its own images alone."""
+
 
 @contextmanager
-def shared_tower(model: PreTrainedModel, group: SequenceGroup) -> Iterator[None]:
+def shared_tower(model: PreTrainedModel, group: SequenceGroup, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Inside the block the ranks of a group share out the images of what the model reads, where its family hands them over as patches with
-    their grids, or as squares of one size. Other families' images are encoded by every rank, all of them."""
-    inside = getattr(model, "model", model)
+    their grids, or as squares of one size. Other families' images are encoded by every rank, all of them.
+
+    Yields the inputs to run the model on. Pixels may wait on the CPU (`WAITING`): a rank's own come to where the tokens are."""
+    inside, device = getattr(model, "model", model), inputs["input_ids"].device
     encode = getattr(inside, "get_image_features", None)
     if encode is None:
-        yield
+        yield {name: tensor.to(device) for name, tensor in inputs.items()}
         return
-    inside.get_image_features = partial(_encode, encode, group)
+    inside.get_image_features = partial(_encode, encode, group, device)
     try:
-        yield
+        yield dict(inputs)
     finally:
         del inside.get_image_features
 
 
-def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, **named: Any) -> Any:
+def _encode(encode: Callable[..., Any], group: SequenceGroup, device: torch.device, *arguments: Any, **named: Any) -> Any:
     """What `encode` makes of all images, this rank having encoded its share."""
     given = dict(zip(signature(encode).parameters, arguments, strict=False)) | named
     sizes = image_sizes(given)
     if sizes is None:
-        return encode(**given)
+        return encode(**_moved(given, device))
     shares = shared_out(sizes, group.size)
     mine, pixels = shares[group.place], given["pixel_values"]
     if not mine:
@@ -52,7 +57,7 @@ def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, *
     given["pixel_values"] = pixels[sum(sizes[: mine.start]) : sum(sizes[: mine.stop])]
     if "image_grid_thw" in given:
         given["image_grid_thw"] = given["image_grid_thw"][mine.start : mine.stop]
-    found = encode(**given)
+    found = encode(**_moved(given, device))
     deeper = getattr(found, "deepstack_features", None)
     levels = [list(level) for level in (found.pooler_output, *(deeper or ()))]  # of each: for each image [.., C]
     every = _gathered([[image.flatten(0, -2) for image in level] for level in levels], shares, group)
@@ -63,6 +68,10 @@ def _encode(encode: Callable[..., Any], group: SequenceGroup, *arguments: Any, *
     if deeper:
         found.deepstack_features = every[1:]
     return found
+
+
+def _moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 def image_sizes(given: dict[str, Any]) -> list[int] | None:

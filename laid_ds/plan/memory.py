@@ -116,8 +116,14 @@ def _live_bytes(pair: Pair) -> int:
 
 
 def _pictures(pair: Pair, tokens: int) -> int:
-    """The pixels of a step's micro-batches in fp32, were all of their tokens images. Ranks that share a micro-batch each have all."""
-    return round(pair.run.optimizer.accumulation * tokens * FP32 * pair.student.values_per_token)
+    """The pixels of a step's micro-batches in fp32, were all of their tokens images. Where ranks share micro-batches, pixels wait on the
+    CPU, and each GPU has those that it encodes of one at a time."""
+    together = pair.run.sequence_parallel
+    if together == 1:
+        kept = pair.run.optimizer.accumulation * tokens
+    else:
+        kept = tokens / together if pair.student.shares_images else tokens
+    return round(kept * FP32 * pair.student.values_per_token)
 
 
 def _activations(pair: Pair, tokens: int) -> int:

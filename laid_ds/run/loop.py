@@ -25,6 +25,7 @@ from laid_ds.kernels import switch
 from laid_ds.method import schedule
 from laid_ds.method.align import Align
 from laid_ds.method.distill import NonFiniteLoss, RecordedTeacher, train_step
+from laid_ds.models.shared_tower import WAITING
 from laid_ds.plan.flops import model_flops
 from laid_ds.plan.pair import read_pair
 from laid_ds.run.build import Training, build
@@ -130,7 +131,7 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
     """What the schedules say of this step, the step itself, and its record."""
     engine.set_learning_rate(training.student, schedule.learning_rate_factor(step, run.steps, run.optimizer))
     omega = schedule.omega(schedule.progress(step, run.steps), run.match)
-    micro_batches = [batch.to(training.student.device) for batch in next_batches(batches, run.optimizer.accumulation)]
+    micro_batches = [_to_device(training, batch) for batch in next_batches(batches, run.optimizer.accumulation)]
     try:
         values = train_step(training.student, training.teacher, micro_batches, run.losses, omega, training.counted_by)
         record = values | _details(training, micro_batches)
@@ -140,6 +141,11 @@ def _one_step(run: Run, training: Training, batches: Iterator[Batch], step: int)
     every = run.logging.attention_every_steps
     due = every is not None and (step + 1) % every == 0 and distributed.rank() < run.sequence_parallel
     return record | (_attention(training, micro_batches[-1]) if due else {})
+
+
+def _to_device(training: Training, batch: Batch) -> Batch:
+    """Where the student is; the pixels of batches that ranks share come later, each rank's own."""
+    return batch.to(training.student.device, WAITING if training.student.module.group.size > 1 else ())
 
 
 def next_batches(batches: Iterator[Batch], number: int) -> list[Batch]:
@@ -182,14 +188,13 @@ def _evaluate(run: Run, training: Training, reporter: Reporter, step: int) -> No
 
 def look(run: Run, training: Training) -> Seen:
     """The first look at the batches that come first."""
-    batches = [training.stream.peek(k).to(training.student.device) for k in range(BATCHES)]
+    batches = [_to_device(training, training.stream.peek(k)) for k in range(BATCHES)]
     return first_look(run, training.student, training.teacher, batches, training.vocabulary)
 
 
 def sight(run: Run, training: Training) -> list[str]:
     """What the first batches say of whether the models see their images."""
-    device = training.student.device
-    pairs = ((own.to(device), others.to(device)) for own, others in doubles(training.stream))
+    pairs = ((_to_device(training, own), _to_device(training, others)) for own, others in doubles(training.stream))
     live = training.teacher if run.taught and run.teacher.lessons is None else None  # a recorded one was looked at when it was recorded
     return look_at_images(run, training.student, live, pairs, training.vocabulary)
 

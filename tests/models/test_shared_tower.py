@@ -50,8 +50,8 @@ def test_which_families_share_their_images(key, monkeypatch):
     monkeypatch.setattr(towers, "image_sizes", lambda given: told.append(image_sizes(given)) or told[-1])
     with torch.no_grad():
         expected = model(**row, use_cache=False).logits
-        with shared_tower(model, ALONE):
-            found = model(**row, use_cache=False).logits
+        with shared_tower(model, ALONE, row) as own:
+            found = model(**own, use_cache=False).logits
     assert bool(told and told[0]) == (key[0] in SHARED), told
     torch.testing.assert_close(found, expected)
 
@@ -61,7 +61,7 @@ def test_a_model_that_nobody_shares_is_left_alone():
     listen(model)
     assert group_of(model) is ALONE
     group = SequenceGroup(2)
-    with shared_tower(model, group):
+    with shared_tower(model, group, inputs("qwen2_5_vl")):
         assert "get_image_features" in vars(model.model)
     assert "get_image_features" not in vars(model.model)
 
@@ -73,3 +73,22 @@ def test_what_a_decoder_takes_beside_its_rows_is_refused():
         pytest.raises(ValueError, match="Identity takes attention_mask too, which ranks cannot share"),
     ):
         decoder(inputs_embeds=torch.empty(1, 8, 4), attention_mask=torch.ones(1, 8))
+
+
+class Encoder(torch.nn.Module):
+    def get_image_features(self, pixel_values, image_sizes=None):
+        raise NotImplementedError(str(pixel_values.device))
+
+
+def test_pixels_that_wait_on_the_cpu_come_to_the_tokens():
+    """Of both kinds of families, and all inputs where nothing is known of how a family encodes."""
+    meta = torch.device("meta")
+    for row in (
+        {"pixel_values": torch.empty(2, 3, 28, 28)},
+        {"pixel_values": torch.empty(2, 2, 3, 28, 28), "image_sizes": torch.ones(2, 2)},
+    ):
+        model, given = Encoder(), row | {"input_ids": torch.empty(1, 8, device=meta)}
+        with shared_tower(model, SequenceGroup(2), given) as own, pytest.raises(NotImplementedError, match="meta"):
+            model.get_image_features(**{name: tensor for name, tensor in own.items() if name != "input_ids"})
+        with shared_tower(torch.nn.Identity(), SequenceGroup(2), given) as own:
+            assert {tensor.device for tensor in own.values()} == {meta}

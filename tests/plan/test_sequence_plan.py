@@ -103,7 +103,7 @@ def test_what_is_of_rows_shrinks_and_what_is_of_parameters_does_not(pair, shared
     the compared layers, and one layer's gathered keys and values with their gradients."""
     alone, found = memory(pair, A100, tokens), memory(with_settings(pair, {SHARED: shared}), A100, tokens)
     own = -(-tokens // (2 * shared)) * 2
-    assert all(found[name] == alone[name] for name in (*OF_PARAMETERS, "pictures"))
+    assert all(found[name] == alone[name] for name in OF_PARAMETERS)
     width, hidden, keys, size = 2, 3584, 4, 128
     in_part = memory(pair, A100, own)
     teacher_keys = 8
