@@ -89,6 +89,18 @@ def test_models_whose_rows_cannot_be_shared_are_refused_before_anything_is_loade
         build(config.load(recipe, words[2:-1]))
 
 
+def test_a_student_with_dropout_in_its_attention_is_not_shared(recipe, world, tmp_path, capsys):
+    student = shutil.copytree(world.student, tmp_path / "student")
+    tree = json.loads((student / "config.json").read_text())
+    tree["text_config"]["attention_dropout"] = 0.1
+    (student / "config.json").write_text(json.dumps(tree))
+    words = ["train", recipe, f"student.path={student}", "losses.match=0", "--dry-run"]
+    assert "attention_dropout is 0.1, and attention over rows that ranks share has none" in refused(capsys, *words, "sequence_parallel=2")
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main([str(word) for word in words])
+    assert exit_status.value.code == 0
+
+
 def test_the_dry_run_says_what_the_data_do_not_allow(recipe, tmp_path, capsys):
     haystack = Dataset.open(tmp_path / "shards").read(0)
     turns = tuple(replace(turn, needles=()) for turn in haystack.turns)

@@ -76,9 +76,15 @@ def build(run: Run) -> Training:
 
 def check_shared_rows(run: Run) -> None:
     """Raises ValueError where ranks are to share rows and one of the models cannot be run on a slice of them."""
-    for model in (run.student, run.teacher) if run.sequence_parallel > 1 else ():
-        if model is not None:
-            check_sliceable(config_of(model))
+    if run.sequence_parallel == 1:
+        return
+    for model in filter(None, (run.student, run.teacher)):
+        check_sliceable(config_of(model))
+    if dropout := getattr(config_of(run.student).get_text_config(), "attention_dropout", 0.0):
+        raise ValueError(
+            f"{run.student.path}: attention_dropout is {dropout}, and attention over rows that ranks share has none: set it to 0 in the"
+            " config, or sequence_parallel = 1"
+        )
 
 
 def build_student(run: Run, pairs: Pairs, vocabulary: int, group: SequenceGroup = ALONE) -> tuple[Any, Align | None]:

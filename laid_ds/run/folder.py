@@ -128,10 +128,11 @@ def _claim(run: Run, started: float) -> int | None:
 
 
 def _add_attempt(run: Run) -> None:
-    """Record that the run starts, or goes on: after which step, on how many ranks of which machine."""
+    """Record that the run starts, or goes on: after which step, on how many ranks of which machine, how many of them to a batch."""
     record = recorded(run.output)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    place = {"ranks": distributed.world_size(), "host": socket.gethostname(), "device": device}
+    ranks = {"ranks": distributed.world_size(), "sequence_parallel": run.sequence_parallel}
+    place = ranks | {"host": socket.gethostname(), "device": device}
     attempt = {"after_step": _latest_step(run), "since": time.strftime("%F %T %z")} | place
     write_record(run, record | {"attempts": [*record.get("attempts", []), attempt]})
 

@@ -53,7 +53,8 @@ def train(run: Run, stop: StopRequest) -> None:
     with working("looking for a checkpoint and loading it", active=active):
         saved = checkpoint.latest(run.output)
         first = _resume(run, training, saved) if saved else 0
-    reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks, output {run.output}")
+    together = f", {run.sequence_parallel} to a batch" if run.sequence_parallel > 1 else ""
+    reporter.say(f"{run.name}: step {first} of {run.steps}, {distributed.world_size()} ranks{together}, output {run.output}")
     if steps_before:
         reporter.say(prolonged(run, steps_before, first))
     for note in notes:

@@ -46,7 +46,7 @@ def test_each_attempt_is_recorded_with_its_ranks_and_machine(world, tmp_path):
     for _ in range(2):
         open_output(run, 0.0)
     attempts = json.loads((run.output / "run.json").read_text())["attempts"]
-    assert [(one["after_step"], one["ranks"]) for one in attempts] == [(0, 1), (0, 1)]
+    assert [(one["after_step"], one["ranks"], one["sequence_parallel"]) for one in attempts] == [(0, 1, 1), (0, 1, 1)]
     assert all(one["since"] and one["host"] and one["device"] for one in attempts)
 
 
