@@ -28,7 +28,7 @@ from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import responder
 from laid_ds.models.sizes import model_sizes, read_config
 from laid_ds.plan.advice import CHECKPOINTING, STUDENT, TEACHER, with_settings
-from laid_ds.plan.flops import model_flops, step_flops
+from laid_ds.plan.flops import batch_flops, model_flops, step_flops
 from laid_ds.plan.lengths import build_packing, read_lengths
 from laid_ds.plan.memory import memory, peak_bytes
 from laid_ds.plan.pair import Machine, added_parameters, align_parameters, read_pair, trained_parameters
@@ -354,6 +354,53 @@ def test_lengths_are_those_that_the_stream_makes(world, tmp_path, data, gpus):
     assert found.mean == pytest.approx(sum(sums) / len(sums), rel=0.03)
     assert found.longest >= 0.99 * max(sums)
     assert "as the processor of" in found.counted_by
+
+
+NEEDLES = {"losses": {"align": 0.0, "match": 0.0}}
+
+
+@pytest.mark.parametrize("distractors", [0, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_teacher_that_sees_the_needles_is_planned_with_the_rows_that_it_reads(world, tmp_path, packed, distractors):
+    """Its tokens in all are those of the batches that the stream makes, within 5 %, and its forward pass is that of rows so long."""
+    data = {"images": [2, 6], "questions": None, "micro_batch": 1 if packed else 3} | ({"tokens_per_pack": 300} if packed else {})
+    teacher = {"sees": "needles", "distractors": distractors}
+    run = world.run(tmp_path / "run", data=data, teacher=teacher, steps=12, **NEEDLES)
+    prepare = build_prepare(run, build_renderer(run, load_processor(run.student.path)), run.data.micro_batch)
+    dataset = Dataset.open(list(run.data.shards))
+    packing = build_packing(run, dataset, prepare.render, 1) if packed else None
+    stream = iter(Stream(dataset, micro_batch=run.data.micro_batch, rank=0, world_size=1, seed=run.seed, prepare=prepare, packing=packing))
+    batches = [next(stream) for _ in range(run.steps)]
+    real = [batch.taught.segments.numel() for batch in batches]
+    found = read_lengths(run, dataset, 1)
+    assert sum(map(sum, found.taught)) == pytest.approx(sum(real), rel=0.05)
+    assert found.taught_longest >= max(real) * 0.97
+    assert all(read <= all_of for pair in zip(found.taught, found.micro_batches, strict=True) for read, all_of in zip(*pair, strict=True))
+    assert sum(map(sum, found.taught)) < sum(map(sum, found.micro_batches))
+    if packed:
+        assert [len(pack) for pack in found.taught] == [len(batch.keys) for batch in batches]
+    pair, counts = read_pair(run), [batch.counts() for batch in batches]
+    assert [count["teacher_tokens"] for count in counts] == [int((batch.taught.segments >= 0).sum()) for batch in batches]
+    each, alone = plan(pair, A100), replace(pair, run=world.run(tmp_path / "run", data=data, steps=12, **NEEDLES))
+    assert each.teacher_mean_tokens == pytest.approx(sum(map(sum, found.taught)) / len(found.taught), rel=0.1)  # other ranks, other places
+    assert each.step_flops < plan(alone, A100).step_flops
+    assert "of these the teacher reads" in each.as_text()
+    assert "of these the teacher reads" not in plan(alone, A100).as_text()
+    assert "told by the shards" in plan(pair, A100, 500).as_text()
+    lessons = replace(pair, run=world.run(tmp_path / "run", data=data, teacher=teacher | {"lessons": tmp_path}, **NEEDLES))
+    read = batch_flops(pair, (120.0,)) - batch_flops(lessons, (120.0,))
+    assert batch_flops(pair, (500.0,), (120.0,)) == pytest.approx(batch_flops(lessons, (500.0,)) + read)
+    assert model_flops(pair, 3, 1500, 360) == pytest.approx(3 * batch_flops(pair, (500.0,), (120.0,)))
+
+
+def test_fewer_rows_of_the_teacher_are_fewer_that_it_shows(pair):
+    """The head's factors of no more rows than it reads; nothing else of the peak follows from its rows, since its pass keeps nothing."""
+    run = paper("losses.align=0", "losses.match=0", "teacher.sees=needles")
+    both = replace(pair, run=run)
+    whole, less = memory(both, A100, 50_000), memory(both, A100, 50_000, 1_000)
+    assert whole["logits_chunk"] - less["logits_chunk"] == 2 * ((50_000 + 152_064) * 5120 - 1_000 * 152_064)
+    assert {name for name in whole if whole[name] != less[name]} == {"logits_chunk"}
+    assert memory(both, A100, 500, 1_000) == memory(both, A100, 500), "it cannot read more than is there"
 
 
 def test_without_a_processor_the_index_is_believed(world, tmp_path):

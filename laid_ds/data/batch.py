@@ -102,9 +102,11 @@ class Batch:
         return self.labels != IGNORED
 
     def counts(self) -> dict[str, int]:
-        """What the sums of this micro-batch are divided by, once per optimizer step; and its size with padding ("places")."""
+        """What the sums of this micro-batch are divided by, once per optimizer step; and its size with padding ("places"). Where the
+        teacher reads other rows, their tokens, too."""
         counted = {"rows": int(self.supervised.sum()), "tokens": int((self.segments >= 0).sum()), "samples": len(self.keys)}
-        return counted | {"images": self.num_images, "places": self.segments.numel()}
+        taught = {} if self.taught is None else {"teacher_tokens": int((self.taught.segments >= 0).sum())}
+        return counted | {"images": self.num_images, "places": self.segments.numel()} | taught
 
     def longest(self) -> dict[str, int]:
         """Tokens and images of the samples that have most of them."""

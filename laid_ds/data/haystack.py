@@ -147,7 +147,7 @@ def draw_window(sample: Windowed, images: int, questions: int | None, seed: tupl
     return _led(sample, asked, kept) if _images_lead(sample) else _renumbered(sample, _in_place(sample, asked, kept))
 
 
-def evidence(window: Sample, distractors: int, seed: tuple[object, ...]) -> Sample:
+def evidence(window: Windowed, distractors: int, seed: tuple[object, ...]) -> Windowed:
     """The same turns with only the images that the questions need, `fixed` ones, and `distractors` others drawn by `seed`, in their order.
 
     Raises DataError for a sample that may not lose images, or of which a question records no needles.

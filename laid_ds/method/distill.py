@@ -269,7 +269,7 @@ def _longest(batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def _step_counts(batches: Sequence[Batch], group: SequenceGroup) -> dict[str, float]:
-    """Supervised rows, tokens, samples, images and places of the step, over all ranks; those that share a batch count it once."""
+    """What `Batch.counts` counts, of the step, over all ranks; those that share a batch count it once."""
     per_batch = [batch.counts() for batch in batches]
     names = list(per_batch[0])
     totals = distributed.add(group.leads * sum(counts[name] for counts in per_batch) for name in names)

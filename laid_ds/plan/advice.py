@@ -33,16 +33,16 @@ def with_settings(pair: Pair, settings: Settings) -> Pair:
     return replace(pair, run=run, student_zero=zero, teacher_zero=teacher_zero)
 
 
-def windows(pair: Pair, machine: Machine) -> dict[int, int]:
+def windows(pair: Pair, machine: Machine, taught: int | None = None) -> dict[int, int]:
     """The tokens of a micro-batch that fit, by the number of GPUs that share it: that of the recipe, and those that it might have."""
     ours = pair.run.sequence_parallel
     numbers = {ours, *(shared for shared in SHARES if pair.sliceable and machine.gpus % shared == 0)}
-    return {shared: tokens_that_fit(with_settings(pair, {SHARED: shared}), machine) for shared in sorted(numbers)}
+    return {shared: tokens_that_fit(with_settings(pair, {SHARED: shared}), machine, taught) for shared in sorted(numbers)}
 
 
-def suggestion(pair: Pair, machine: Machine, tokens: int) -> str:
+def suggestion(pair: Pair, machine: Machine, tokens: int, taught: int | None = None) -> str:
     """The first change that makes T tokens fit: checkpointing, the teacher on the CPU, checkpoints there too, more GPUs for each
-    micro-batch, more GPUs, the optimizer on the CPU too; else fewer tokens."""
+    micro-batch, more GPUs, the optimizer on the CPU too; else fewer tokens. taught: as for `memory`."""
     ours, accumulation = pair.run.sequence_parallel, pair.run.optimizer.accumulation
     waiting = {CHECKPOINTING: "offload", TEACHER: TEACHER_OFFLOAD}
     changes: list[tuple[str, Settings, int]] = [
@@ -78,10 +78,10 @@ def suggestion(pair: Pair, machine: Machine, tokens: int) -> str:
     ]
     for sentence, settings, gpus in changes:
         changed, other = with_settings(pair, settings), replace(machine, gpus=gpus)
-        if peak_bytes(memory(changed, other, tokens)) <= machine.gpu_bytes:
-            return f"{sentence}; then {tokens_that_fit(changed, other):,} tokens fit"
+        if peak_bytes(memory(changed, other, tokens, taught)) <= machine.gpu_bytes:
+            return f"{sentence}; then {tokens_that_fit(changed, other, taught):,} tokens fit"
     every, most = with_settings(pair, waiting), MORE_GPUS[-1] // ours * ours
-    fitting = {gpus: tokens_that_fit(every, replace(machine, gpus=gpus)) for gpus in (machine.gpus, most)}
+    fitting = {gpus: tokens_that_fit(every, replace(machine, gpus=gpus), taught) for gpus in (machine.gpus, most)}
     return (
         f"no single change is enough; with the teacher and checkpointed activations on the CPU {fitting[machine.gpus]:,} tokens fit on "
         f"{machine.gpus} GPUs and {fitting[most]:,} on {most}: use shorter samples"

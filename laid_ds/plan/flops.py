@@ -19,16 +19,19 @@ def step_flops(pair: Pair, tokens: int) -> float:
     return pair.run.optimizer.accumulation * batch_flops(pair, [tokens / rows] * rows) / ranks
 
 
-def batch_flops(pair: Pair, lengths: Sequence[float]) -> float:
+def batch_flops(pair: Pair, lengths: Sequence[float], taught: Sequence[float] | None = None) -> float:
     """Of one micro-batch, of all ranks that share it: the tokens of each of its rows or, of a pack, of each of its samples, which do not
-    see each other."""
+    see each other; taught: of those that the teacher reads, where these are others."""
     passes = 4 if pair.run.student.gradient_checkpointing else 3
-    return sum(_row_flops(pair, length, passes, pair.run.sequence_parallel) for length in lengths)
+    ranks = pair.run.sequence_parallel
+    learning = sum(_learning_flops(pair, length, passes, ranks) for length in lengths)
+    return learning + sum(_teaching_flops(pair, length, ranks) for length in taught or lengths)
 
 
-def model_flops(pair: Pair, samples: float, tokens: float) -> float:
-    """Of one optimizer step over all ranks as MFU counts them, without recomputation; all samples are taken to have the mean length."""
-    return samples * _row_flops(pair, tokens / samples, 3)
+def model_flops(pair: Pair, samples: float, tokens: float, taught: float | None = None) -> float:
+    """Of one optimizer step over all ranks as MFU counts them, without recomputation; all samples are taken to have the mean length.
+    taught: tokens that the teacher reads, where these are others."""
+    return samples * (_learning_flops(pair, tokens / samples, 3) + _teaching_flops(pair, (taught or tokens) / samples))
 
 
 def sent_bytes(pair: Pair, tokens: int) -> dict[str, int]:
@@ -45,14 +48,18 @@ def sent_bytes(pair: Pair, tokens: int) -> dict[str, int]:
     return {who: times[who] * once(sizes, model.dtype) for who, (sizes, model) in models.items()}
 
 
-def _row_flops(pair: Pair, tokens: float, passes: int, ranks: int = 1) -> float:
-    """Of one row: products forward, twice that backward (3 passes), once more for a recomputation (4); on so many ranks that share it,
-    each of which encodes its images where a family cannot share them out."""
+def _learning_flops(pair: Pair, tokens: float, passes: int, ranks: int = 1) -> float:
+    """Of one row of the student: products forward, twice that backward (3 passes), once more for a recomputation (4); on so many ranks that
+    share it, each of which encodes its images where a family cannot share them out."""
     seen = passes if moves(pair.run, vision=True) else 1
     student = passes * _forward_flops(pair.student, tokens) + seen * _vision_flops(pair.student, tokens, ranks)
+    return student + _matching_flops(pair, tokens)
+
+
+def _teaching_flops(pair: Pair, tokens: float, ranks: int = 1) -> float:
+    """Of one row of the teacher, which is only read."""
     live = pair.teacher is not None and not reads_lessons(pair.run)
-    teacher = _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens, ranks) if live else 0
-    return student + teacher + _matching_flops(pair, tokens)
+    return _forward_flops(pair.teacher, tokens) + _vision_flops(pair.teacher, tokens, ranks) if live else 0
 
 
 def _forward_flops(model: Sizes, tokens: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from laid_ds.config import Run
 from laid_ds.data.dataset import Dataset, LocalFolder
-from laid_ds.data.haystack import draw_window, images_drawn
+from laid_ds.data.haystack import draw_window, evidence, images_drawn
 from laid_ds.data.images import Pixels
 from laid_ds.data.index import ESTIMATE
 from laid_ds.data.order import Packing
@@ -39,6 +39,9 @@ class Lengths:
     """Tokens to be expected of each row, padding included, or of each sample of a pack."""
     longest: int
     """Tokens of a micro-batch, on the safe side."""
+    taught: tuple[tuple[int, ...], ...]
+    """The same of the teacher's rows, which are shorter where it sees the needles alone."""
+    taught_longest: int
     samples: float
     """Samples of one micro-batch, in the mean."""
     data_samples: int
@@ -69,24 +72,30 @@ def read_lengths(run: Run, dataset: Dataset, groups: int) -> Lengths:
     source_of = np.repeat(range(len(curves)), [int(sizes.sum()) for sizes in dataset.source_shard_sizes])
     per_step = data.micro_batch * groups * run.optimizer.accumulation
 
-    def length(position: int, index: int) -> tuple[float, float]:
-        """Tokens that are to be expected of a place of the stream, and the most."""
+    def length(position: int, index: int) -> tuple[float, ...]:
+        """Tokens that are to be expected of a place of the stream, and the most; and of what the teacher reads of it."""
         bounds = image_range(position // per_step, run.steps, data) if data.tokens_per_pack is None else data.images
         images = images_drawn(run.seed, position, bounds) if bounds else 0
         curve = curves[source_of[index]]
-        return planned[index] * np.interp(images, curve.images, curve.mean), planned[index] * np.interp(images, curve.images, curve.most)
+        own = tuple(planned[index] * np.interp(images, curve.images, of) for of in (curve.mean, curve.most))
+        if curve.taught is None:
+            return own + own
+        return own + tuple(min(all_of, np.interp(images, curve.images, of)) for all_of, of in zip(own, curve.taught, strict=True))
 
     packing = build_packing(run, dataset, renderer, per_step, [i for indices in looked_at for i in indices])
     alone = {"rank": 0, "world_size": 1, "micro_batch": 1, "prepare": list}
     stream = Stream(dataset, **alone, seed=run.seed, shuffle=data.shuffle, weights=data.weights, packing=packing)
     needed = run.steps * per_step
     slots = list(islice(_slots(stream), min(needed, max(per_step, MOST_SLOTS // per_step * per_step))))
-    both = [[length(*place) for place in slot] for slot in slots]
-    expected, most = ([[round(pair[i]) for pair in slot] for slot in both] for i in (0, 1))
-    longest = max(map(sum, _micro_batches(most, data.micro_batch, packing is not None)))
+    found = [[length(*place) for place in slot] for slot in slots]
+    by_kind = ([[round(lengths[kind]) for lengths in slot] for slot in found] for kind in range(4))
+    expected, most, taught, taught_most = (tuple(_micro_batches(each, data.micro_batch, packing is not None)) for each in by_kind)
+    longest, taught_longest = (max(map(sum, each)) for each in (most, taught_most))
     return Lengths(
-        micro_batches=tuple(_micro_batches(expected, data.micro_batch, packing is not None)),
+        micro_batches=expected,
         longest=longest if packing is None else min(longest, packing.budget),
+        taught=taught,
+        taught_longest=taught_longest if packing is None else min(taught_longest, packing.budget),
         samples=data.micro_batch * sum(map(len, slots)) / len(slots),
         data_samples=len(dataset),
         every=len(slots) == needed,
@@ -101,6 +110,8 @@ class _Curve:
     images: list[int]
     mean: list[float]
     most: list[float]
+    taught: tuple[list[float], list[float]] | None
+    """Tokens of what the teacher reads of such a window, in the mean and the most; None where it reads all, or nobody has looked."""
 
 
 def _curve(run: Run, dataset: Dataset, renderer: Renderer | None, planned: np.ndarray, indices: list[int]) -> _Curve:
@@ -109,16 +120,20 @@ def _curve(run: Run, dataset: Dataset, renderer: Renderer | None, planned: np.nd
     images = sorted({round(size) for size in np.linspace(*bounds, KNOTS)}) if bounds else [0]
     if not indices:
         share = [1.0 if bounds is None else min(1.0, size / max(1.0, float(dataset.num_images.mean()))) for size in images]
-        return _Curve(images, share, share)
-    found = [
-        [
-            _count(renderer, dataset, i, draw_window(dataset.record(i), size, run.data.questions, (run.seed, i)) if bounds else None)
-            for size in images
-        ]
-        for i in indices
-    ]
-    totals, whole = np.array([[total for total, _ in row] for row in found]), planned[indices]
-    return _Curve(images, (totals.sum(0) / whole.sum()).tolist(), (totals / whole[:, None]).max(0).tolist())
+        return _Curve(images, share, share, None)
+    records = {i: dataset.record(i) for i in indices}
+    drawn = {i: [draw_window(r, size, run.data.questions, (run.seed, i)) if bounds else r for size in images] for i, r in records.items()}
+    totals, whole, taught = _totals(renderer, dataset, drawn), planned[indices], None
+    if run.taught and run.teacher.sees == "needles":
+        seen = {i: [evidence(window, run.teacher.distractors, (run.seed, i)) for window in windows] for i, windows in drawn.items()}
+        needles = _totals(renderer, dataset, seen)
+        taught = needles.mean(0).tolist(), [int(needles.max())] * len(images)  # which hardly depends on the images of the window
+    return _Curve(images, (totals.sum(0) / whole.sum()).tolist(), (totals / whole[:, None]).max(0).tolist(), taught)
+
+
+def _totals(renderer: Renderer | None, dataset: Dataset, windows: Mapping[int, list[Record]]) -> np.ndarray:
+    """Tokens [samples, windows of each]."""
+    return np.array([[_count(renderer, dataset, i, window)[0] for window in drawn] for i, drawn in windows.items()])
 
 
 def _slots(stream: Stream) -> Iterator[Slot]:

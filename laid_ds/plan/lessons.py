@@ -48,16 +48,22 @@ class LessonPlan:
 
 
 def plan_lessons(
-    pair: Pair, machine: Machine, tokens: int, micro_batches: float, mean_rows: tuple[float, ...], epoch_share: float | None
+    pair: Pair,
+    machine: Machine,
+    longest: tuple[int, int],
+    micro_batches: float,
+    mean_rows: tuple[float, ...],
+    taught_rows: tuple[float, ...],
+    epoch_share: float | None,
 ) -> LessonPlan | None:
-    """tokens: of the longest micro-batch, padding included; micro_batches: of the run on all GPUs; mean_rows: tokens of a typical one's
-    rows; epoch_share: epochs / run. None without a teacher."""
+    """longest: tokens of the longest micro-batch, padding included, and of what the teacher reads; micro_batches: of the run on all GPUs;
+    mean_rows, taught_rows: tokens of a typical one's rows, and of the teacher's; epoch_share: epochs / run. None without a teacher."""
     if pair.teacher is None:
         return None
     run, folder = pair.run, Path("lessons")
     live, read = (replace(pair, run=_with(pair, lessons)) for lessons in (None, folder))
-    peaks = [peak_bytes(memory(each, machine, tokens)) for each in (live, read)]
-    flops = [batch_flops(each, mean_rows) for each in (live, read)]
+    peaks = [peak_bytes(memory(each, machine, *longest)) for each in (live, read)]
+    flops = [batch_flops(each, mean_rows, taught_rows) for each in (live, read)]
     per_token, per_answer = _sizes(pair)
     step = run.optimizer.accumulation * run.groups(machine.gpus)
     of_run = per_token * sum(mean_rows) * micro_batches

@@ -42,8 +42,9 @@ BUCKET = 500_000_000
 MOST_TOKENS = 1 << 24  # where the search for the tokens that fit ends
 
 
-def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
-    """Bytes on each GPU, by term."""
+def memory(pair: Pair, machine: Machine, tokens: int, taught: int | None = None) -> dict[str, int]:
+    """Bytes on each GPU, by term. taught: tokens of the teacher's rows, where these are others than the student's: no more of them can be
+    answers."""
     run, student, ranks = pair.run, pair.student, machine.gpus
     zero, width = pair.student_zero, BYTES[run.student.dtype]
     trained, stage = trained_parameters(pair), zero.get("stage", 0)
@@ -61,7 +62,7 @@ def memory(pair: Pair, machine: Machine, tokens: int) -> dict[str, int]:
         "tapped_qk": _tapped(pair, tokens),
         "layer_backward": _layer_backward(pair, tokens),
         "alignment": _compared(pair, tokens),
-        "logits_chunk": _logits(pair, tokens),
+        "logits_chunk": _logits(pair, tokens, min(tokens, taught or tokens)),
         "reserved": round(RESERVED * machine.gpu_bytes),
     }
 
@@ -77,9 +78,10 @@ def peak_bytes(terms: dict[str, int]) -> int:
     return sum(terms.values()) - min(terms["layer_backward"], terms["alignment"] + terms["logits_chunk"])
 
 
-def tokens_that_fit(pair: Pair, machine: Machine) -> int:
-    """The largest T of one micro-batch that fits, on one GPU or shared by n; 0 if none does."""
-    return bisect_right(range(1, MOST_TOKENS), machine.gpu_bytes, key=lambda tokens: peak_bytes(memory(pair, machine, tokens)))
+def tokens_that_fit(pair: Pair, machine: Machine, taught: int | None = None) -> int:
+    """The largest T of one micro-batch that fits, on one GPU or shared by n; 0 if none does. taught: of the teacher's rows, which do not
+    grow with T, where these are others."""
+    return bisect_right(range(1, MOST_TOKENS), machine.gpu_bytes, key=lambda tokens: peak_bytes(memory(pair, machine, tokens, taught)))
 
 
 def _held(sizes: list[int], ranks: int, zero: dict[str, Any]) -> int:
@@ -194,17 +196,17 @@ def _compared(pair: Pair, tokens: int) -> int:
     return kept + slice_of(pair.run, tokens) * passing
 
 
-def _logits(pair: Pair, tokens: int) -> int:
+def _logits(pair: Pair, tokens: int, taught: int) -> int:
     """Of one chunk of R rows (supposing so many are supervised): logits of both models, probabilities and the gradient in fp32, and a copy
     in the student's dtype; the gradients of the head; what the teacher shows of all rows, as logits or as the factors of them."""
     student, width, vocabulary = pair.student, BYTES[pair.run.student.dtype], pair.student.vocabulary
-    tokens = slice_of(pair.run, tokens)
+    tokens, taught = slice_of(pair.run, tokens), slice_of(pair.run, taught)
     rows = min(tokens, pair.run.losses.rows_per_chunk)
     own = rows * vocabulary * (4 * FP32 + (width if width != FP32 else 0)) + width * student.hidden * vocabulary
     if pair.teacher is None or pair.run.losses.kl == 0:
         return own
     copied = 0 if reads_lessons(pair.run) else vocabulary  # its head stands by itself then
-    shown = min(tokens * vocabulary, (tokens + copied) * pair.teacher.hidden)
+    shown = min(taught * vocabulary, (taught + copied) * pair.teacher.hidden)
     return own + BYTES[pair.run.teacher.dtype] * shown
 
 

@@ -43,6 +43,9 @@ class Plan:
     """Of a micro-batch: what the run's tokens are reckoned from."""
     tokens_from: str
     """"given", "shards" or "assumed"."""
+    teacher_tokens: int | None
+    """What the teacher reads of the longest micro-batch; None without a teacher."""
+    teacher_mean_tokens: float | None
     terms: dict[str, int]
     """Bytes on each GPU."""
     total_bytes: int
@@ -97,6 +100,9 @@ class Plan:
         shared = self.sequence_parallel
         place = "per GPU" if shared == 1 else f"on the {shared} GPUs that share a micro-batch"
         lines.append(f"\n{self.tokens:,} tokens {place} {fits}; at most {self.tokens_that_fit:,} do (of one micro-batch, padding included)")
+        if self.teacher_tokens is not None and self.teacher_tokens != self.tokens:
+            share = f"{self.teacher_mean_tokens:,.0f} in the mean, {self.teacher_mean_tokens / self.mean_tokens:.0%} of the student's"
+            lines.append(f"of these the teacher reads {self.teacher_tokens:,} ({share}), its needles and distractors alone")
         if len(self.windows) > 1:
             lines.append("longest by sequence_parallel: " + ", ".join(f"{n}: {tokens:,}" for n, tokens in self.windows.items()))
         if shared > 1:
@@ -127,24 +133,31 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
     micro_batches = found.micro_batches if found else _alike(pair, tokens or ASSUMED_TOKENS, groups)
     longest = found.longest if found else tokens or ASSUMED_TOKENS
     mean_tokens = found.mean if found else float(longest)
-    terms = memory(pair, machine, longest)
+    taught, taught_longest = (found.taught, found.taught_longest) if found else (micro_batches, longest)
+    taught_mean, fewer = sum(map(sum, taught)) / len(taught), taught_longest if found else None
+    terms = memory(pair, machine, longest, fewer)
     total = peak_bytes(terms)
     fits = total <= machine.gpu_bytes
-    mean_flops, most_flops = _flops(pair, micro_batches, groups)
+    mean_flops, most_flops = _flops(pair, list(zip(micro_batches, taught, strict=True)), groups)
     seconds = most_flops / (machine.peak_flops * machine.mfu)
     in_all = run.steps * run.optimizer.accumulation * groups  # micro-batches
-    longest_by = windows(pair, machine)
+    longest_by = windows(pair, machine, fewer)
     packs = run.data.tokens_per_pack is not None
     samples = in_all * found.samples if found else None if packs else float(in_all * run.data.micro_batch)
     epochs = samples / found.data_samples if found else None
     rows = max(1, round(found.samples)) if found else run.data.micro_batch
-    typical = (mean_tokens / rows,) * rows  # rows of a micro-batch, or samples of a pack
-    if run.taught and run.teacher.sees == "needles":
-        notes.append('the teacher is reckoned as if it read all; with teacher.sees = "needles" it reads less')
+    typical, typical_taught = (mean_tokens / rows,) * rows, (taught_mean / rows,) * rows  # rows of a micro-batch, or samples of a pack
+    if run.taught and run.teacher.sees == "needles" and not found:
+        notes.append(
+            'the teacher is reckoned as if it read all; with teacher.sees = "needles" it reads less, and how much is told by the shards'
+            " (without --tokens)"
+        )
     return Plan(
         tokens=longest,
         mean_tokens=mean_tokens,
         tokens_from="shards" if found else "given" if tokens else "assumed",
+        teacher_tokens=taught_longest if pair.teacher else None,
+        teacher_mean_tokens=taught_mean if pair.teacher else None,
         terms=terms,
         total_bytes=total,
         gpu_bytes=machine.gpu_bytes,
@@ -163,8 +176,8 @@ def plan(pair: Pair, machine: Machine, tokens: int | None = None) -> Plan:
         samples=samples,
         epochs=epochs,
         total_tokens=in_all * mean_tokens,
-        suggestion=None if fits else suggestion(pair, machine, longest),
-        lessons=plan_lessons(pair, machine, longest, in_all, typical, epochs),
+        suggestion=None if fits else suggestion(pair, machine, longest, fewer),
+        lessons=plan_lessons(pair, machine, (longest, taught_longest), in_all, typical, typical_taught, epochs),
         notes=tuple(notes),
     )
 
@@ -189,12 +202,10 @@ def _alike(pair: Pair, tokens: int, groups: int) -> tuple[tuple[float, ...], ...
     return ((tokens / rows,) * rows,) * groups
 
 
-def _flops(pair: Pair, micro_batches: tuple[tuple[float, ...], ...], groups: int) -> tuple[float, float]:
-    """Of one optimizer step: on a GPU in the mean, and on the GPU with most to do, since the others wait for it in each micro-batch."""
-    known: dict[tuple[float, ...], float] = {}
-    for rows in micro_batches:
-        if rows not in known:
-            known[rows] = batch_flops(pair, rows) / pair.run.sequence_parallel
-    each = [known[rows] for rows in micro_batches]
+def _flops(pair: Pair, micro_batches: list[tuple[tuple[float, ...], tuple[float, ...]]], groups: int) -> tuple[float, float]:
+    """Of one optimizer step: on a GPU in the mean, and on the GPU with most to do, since the others wait for it in each micro-batch.
+    micro_batches: rows of the student, and of the teacher."""
+    known = {both: batch_flops(pair, *both) / pair.run.sequence_parallel for both in dict.fromkeys(micro_batches)}
+    each = [known[both] for both in micro_batches]
     most = [max(each[first : first + groups]) for first in range(0, len(each), groups)]
     return pair.run.optimizer.accumulation * fmean(each), pair.run.optimizer.accumulation * fmean(most)

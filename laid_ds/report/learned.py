@@ -98,7 +98,8 @@ def _map(name: str, learned: Learned, kind: str, shelf: Shelf) -> str:
             say_numbers(axes, whole)
         if len(grids) > 1:
             every = -(-len(grids) // MOST_TICKS)
-            axes.set_yticks(firsts[::every], [str(layer) for layer in grids][::every])
+            middles = firsts + np.array([(len(grid) - 1) / 2 for grid in grids.values()])
+            axes.set_yticks(middles[::every], [str(layer) for layer in grids][::every])
             for first in firsts[1:] if len(grids) <= MOST_TICKS else ():
                 axes.axhline(first - 0.5, color="#ffffff", lw=0.6)
         axes.set(xlabel="rotary plane" if is_gain else "teacher head")

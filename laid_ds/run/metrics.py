@@ -35,9 +35,10 @@ class Reporter:
         options: Logging,
         active: bool,
         run: dict[str, Any],
-        flops: Callable[[float, float], float] | None = None,
+        flops: Callable[[float, float, float | None], float] | None = None,
     ):
-        """flops: of a step of so many samples and tokens over all ranks, for the MFU; None leaves it out."""
+        """flops: of a step of so many samples and tokens over all ranks, and tokens of a teacher that reads others, for the MFU; None
+        leaves it out."""
         self.output, self.steps, self.options, self.active, self.flops = output, steps, options, active, flops
         self.console = Console(quiet=not active)
         self.progress = _progress(self.console) if self.console.is_terminal else None
@@ -96,7 +97,8 @@ class Reporter:
         if self.flops is None:
             return {}
         peak = self.options.peak_tflops * 1e12 * distributed.world_size()
-        return {"mfu": round(self.flops(values["samples"], values["tokens"]) / seconds / peak, 4)}
+        computed = self.flops(values["samples"], values["tokens"], values.get("teacher_tokens"))
+        return {"mfu": round(computed / seconds / peak, 4)}
 
 
 def peak_bytes() -> int:

@@ -47,8 +47,13 @@ def make(world, output, shape="padded", ranks=1, lessons=None, repeat=False, **c
     return world.run(output, data=data, teacher=teacher | steps.pop("teacher", {}), optimizer={"accumulation": accumulation}, **steps)
 
 
+def records_of(result):
+    """The records of a run, without what only a teacher in memory reads."""
+    return [{name: value for name, value in record.items() if name != "teacher_tokens"} for record in result["records"]]
+
+
 def assert_same(found, expected):
-    assert found["records"] == expected["records"]
+    assert records_of(found) == records_of(expected)
     assert found["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         assert torch.equal(found["weights"][name], weight), name
@@ -82,7 +87,7 @@ def test_lessons_of_a_student_with_lora_that_teaches_itself(world, tmp_path, ran
     teacher = run.teacher.model_copy(update={"lessons": tmp_path / "lessons"})
     read = run_ranks(ranks, rank_steps, run.model_copy(update={"teacher": teacher}), 4, trained_weights)
     for found, expected in zip(read, live, strict=True):
-        assert found["records"] == expected["records"]
+        assert records_of(found) == records_of(expected)
         assert any("lora_A" in name for name in expected["looked"])
         assert all(torch.equal(found["looked"][name], weight) for name, weight in expected["looked"].items())
         first, *_, last = found["records"]
