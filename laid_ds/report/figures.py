@@ -147,10 +147,10 @@ def heat_map(axes: Axes, table: np.ndarray, limits: tuple[float | None, float | 
 
 
 def say_numbers(axes: Axes, table: np.ndarray, digits: str = ".2f") -> None:
-    """Write each number of a small heat map into its cell."""
-    top = np.nanmax(table) if np.isfinite(table).any() else 1
+    """Write each number of a small heat map into its cell, dark on what is bright."""
+    share = axes.images[0].norm
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
             axes.text(
-                column, row, format(value, digits), ha="center", va="center", size=7.5, color="#000000" if value > 0.6 * top else "#ffffff"
+                column, row, format(value, digits), ha="center", va="center", size=7.5, color="#000000" if share(value) > 0.6 else "#ffffff"
             )

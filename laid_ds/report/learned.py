@@ -16,7 +16,7 @@ from laid_ds.report.sources import RunFolder
 
 Grids = dict[int, np.ndarray]
 """Student layer -> [rows, columns]."""
-MOST_CELLS = 160  # of a map whose numbers are written in
+MOST_CELLS, MOST_COLUMNS = 80, 8  # of a map whose numbers are written in
 MOST_TICKS = 12
 ONE_HEAD = 0.5  # of a student head's weight on one teacher head: from there on it listens to that one
 KINDS = {"mixing": "mixture", "key_mixing": "mixture of keys", "gain": "gain"}
@@ -94,8 +94,8 @@ def _map(name: str, learned: Learned, kind: str, shelf: Shelf) -> str:
 
     def paint(axes: Axes) -> None:
         heat_map(axes, whole, _around_one(whole) if is_gain else _shares(whole))
-        if whole.size <= MOST_CELLS:
-            say_numbers(axes, whole)
+        if whole.size <= MOST_CELLS and width <= MOST_COLUMNS:
+            say_numbers(axes, whole, ".3f" if is_gain else ".2f")
         if len(grids) > 1:
             every = -(-len(grids) // MOST_TICKS)
             middles = firsts + np.array([(len(grid) - 1) / 2 for grid in grids.values()])
