@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 
+from data_tools import text_facts
 from laid_ds import cli
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
+from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation import heads
 from laid_ds.evaluation.haystack import window_of_size
 from laid_ds.evaluation.heads import CLEAR, Looks, Probe, read_probe, retrieving_heads
@@ -151,17 +153,23 @@ def test_a_student_that_is_lost_is_looked_at_among_fewer_images(world, looking_p
     assert (untrained.looks.images, untrained.looks.heads()) == (6, []), "it looks nowhere: the size that was asked"
 
 
-def test_a_head_that_looks_everywhere_alike_has_the_needles_share_of_what_it_sees(world, tmp_path, capsys):
-    """Its query is made zero, so that it attends uniformly: its mass is 1 / (tokens up to the answering row), an image being one token."""
+@pytest.fixture(scope="module")
+def flat(world, tmp_path_factory):
+    """The query of head 2 of layer 1 is made zero, so that it attends to all alike."""
     model, head, width = world.load("teacher"), 2, 16
     attention = model.model.language_model.layers[1].self_attn
     assert attention.head_dim == width
     with torch.no_grad():
         attention.q_proj.weight[head * width : (head + 1) * width] = 0
         attention.q_proj.bias[head * width : (head + 1) * width] = 0
-    flat = tmp_path / "flat"
-    shutil.copytree(world.teacher, flat)
-    model.save_pretrained(flat)
+    folder = tmp_path_factory.mktemp("flat") / "flat"
+    shutil.copytree(world.teacher, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_head_that_looks_everywhere_alike_has_the_needles_share_of_what_it_sees(world, flat, capsys):
+    """Its mass is 1 / (tokens up to the answering row), an image being one token."""
     with pytest.raises(SystemExit) as stopped:
         cli.main(["probe", str(flat), str(world.shards), "--images=3", "--haystacks=5", "--student", str(world.student), "--json"])
     assert stopped.value.code == 0
@@ -169,11 +177,31 @@ def test_a_head_that_looks_everywhere_alike_has_the_needles_share_of_what_it_see
     renderer, dataset = Renderer(load_processor(flat), Pixels()), Dataset.open(world.shards)
     rows = [renderer(window_of_size(dataset.read(i), 3, 1)).supervised for i in range(5)]
     shares = [1 / int(torch.nonzero(supervised)[0]) for supervised in rows]  # the row before the answer sees all before the answer
-    assert said["mass"]["1"][head] == pytest.approx(sum(shares) / 5, rel=1e-5)
+    assert said["mass"]["1"][2] == pytest.approx(sum(shares) / 5, rel=1e-5)
     assert said["flat"] == pytest.approx(sum(shares) / 5, rel=1e-5)
     assert sorted(said["mass"]) == ["0", "1"]
     assert (said["pairs"], said["heads"]) == ([], []), "no head of an untrained model looks at the needle"
     assert "no head of" in said["why"]
+
+
+def test_a_text_among_texts_is_a_needle_too(world, flat, tmp_path, capsys):
+    """Its tokens are counted in what the tokenizer makes of the one line and of all before the answer."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        for sample in text_facts.haystacks("test", 4, 9, 2, seed=1):
+            writer.write(sample)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["probe", str(flat), str(tmp_path / "shards"), "--images=5", "--haystacks=4", "--student", str(world.student), "--json"])
+    assert stopped.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    renderer, dataset, shares = Renderer(load_processor(flat), Pixels()), Dataset.open(tmp_path / "shards"), []
+    for i in range(4):
+        window = window_of_size(dataset.read(i), 5, 1)
+        seen = int(torch.nonzero(renderer(window).supervised)[0])
+        line = window.turns[0].segments[window.turns[0].needles[0]]
+        shares.append(len(renderer.processor.tokenizer(line)["input_ids"]) / seen)
+    assert said["flat"] == pytest.approx(sum(shares) / 4, rel=0.15), "a token may straddle two lines"
+    assert said["mass"]["1"][2] == pytest.approx(said["flat"], rel=1e-5)
+    assert (said["images"], said["student"]["images"]) == (5, 5)
 
 
 @pytest.mark.parametrize(
