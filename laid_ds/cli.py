@@ -351,6 +351,8 @@ def probe(
     if student is not None:
         load_config(student)
     if out is not None:
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; name a file in it, as {out / 'probe.json'}")
         with writing(out.parent, out.name):
             out.parent.mkdir(parents=True, exist_ok=True)
     with working(f"looking where {model} looks"):

@@ -206,10 +206,20 @@ def test_a_text_among_texts_is_a_needle_too(world, flat, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "change, sentence",
-    [("--images=7", "has 6 images"), ("--haystacks=99", "99 haystacks asked for"), ("--student=nowhere", "no model at nowhere")],
+    [
+        ("--images=7", "has 6 images"),
+        ("--haystacks=99", "99 haystacks asked for"),
+        ("--student=nowhere", "no model at nowhere"),
+        ("--out=FOLDER", "is a folder; name a file in it, as "),
+        ("--out=FOLDER/file/probe.json", "file: File exists"),
+    ],
 )
-def test_what_cannot_be_measured_is_one_sentence(world, capsys, change, sentence):
+def test_what_cannot_be_measured_is_one_sentence(world, tmp_path, capsys, change, sentence):
+    (tmp_path / "file").write_text("x")
+    change = change.replace("FOLDER", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["probe", str(world.teacher), str(world.shards), "--images", "3", "--haystacks", "4", change])
     assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1
