@@ -57,6 +57,18 @@ def test_a_one_hot_start_spreads_over_the_teacher_s_heads(student, teacher):
     assert rows.max(-1).values.min() > 0.999
 
 
+def test_named_couples_start_where_they_say_and_the_others_by_share():
+    options = Options(start=[[(1, 5), (0, 2)]], mixing="separate", start_logit=7.0)
+    align = Align(options, [(0, 0)], (4, 2, 4), (8, 4, 4), {}, torch.float64)
+    assert align.mixing["0"].argmax(-1).tolist() == [2, 5, 4, 6]
+    assert align.mixing["0"].max(-1).values.tolist() == [7.0] * 4
+    assert align.key_mixing["0"].argmax(-1).tolist() == [2, 2], "head 1 comes first: its key head 0 starts on that of head 5"
+    with pytest.raises(ValueError, match=r"align.start: \[4, 0\] does not exist; the models have 4 and 8 heads"):
+        Align(Options(start=[[(4, 0)]]), [(0, 0)], (4, 2, 4), (8, 4, 4), {})
+    with pytest.raises(ValueError, match="a student layer twice, which has one mixture"):
+        Align(Options(start=[[(0, 0)], [(1, 1)]]), [(0, 0), (0, 1)], (4, 2, 4), (8, 4, 4), {})
+
+
 def test_a_uniform_start_is_the_mean_of_all_heads():
     assert torch.allclose(start_mixing(3, 5, Options(start="uniform")).softmax(-1), torch.full((3, 5), 0.2))
     assert torch.allclose(start_mixing(3, 5, Options(start="uniform", weights="free")), torch.full((3, 5), 0.2))
