@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study study-world study-small qwen3 real clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study study-world study-small qwen3 qwen3-world real clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -137,7 +137,8 @@ bench: install
 STUDY := runs/study
 WORLD := $(STUDY)/worlds/made_qwen2_5
 SEEDS := 1 2 3 4 5 101
-SHARED := captions short long models/teacher models/teacher-short
+PAIR := $(DEMO)
+FAMILY :=
 ARGUMENTS_study_test := --split test --samples 64 --images 256 --questions 4 --seed 41
 ARGUMENTS_study_validation := --split test --samples 32 --images 128 --questions 4 --seed 42
 
@@ -156,9 +157,10 @@ study-small: install $(DEMO)/models/teacher/config.json $(DEMO)/models/student/c
 	$(BIN)/laid study recipes/study/small.toml --world $(DEMO) --results $(STUDY)/small.jsonl
 	$(BIN)/laid study recipes/study/small.toml --results $(STUDY)/small.jsonl --report $(STUDY)/small.md
 
-$(WORLD)/shared: $(DEMO)/models/teacher/config.json $(DEMO)/models/teacher-short/config.json | $(BIN)/laid
+$(WORLD)/shared: $(PAIR)/models/teacher/config.json $(PAIR)/models/teacher-short/config.json | $(BIN)/laid
 	mkdir -p $(WORLD)/models
-	for part in $(SHARED); do ln -sfn $(CURDIR)/$(DEMO)/$$part $(WORLD)/$$part; done
+	for part in captions short long; do ln -sfn $(CURDIR)/$(DEMO)/$$part $(WORLD)/$$part; done
+	for part in teacher teacher-short; do ln -sfn $(CURDIR)/$(PAIR)/models/$$part $(WORLD)/models/$$part; done
 	touch $@
 
 $(WORLD)/test/dataset.json $(WORLD)/validation/dataset.json: $(WORLD)/%/dataset.json: | $(BIN)/laid
@@ -169,7 +171,7 @@ $(WORLD)/test/dataset.json $(WORLD)/validation/dataset.json: $(WORLD)/%/dataset.
 
 $(WORLD)/starts/%/config.json: $(WORLD)/shared
 	rm -rf $(@D)
-	$(BIN)/laid init recipes/demo_$(firstword $(subst -, ,$*))_model.json $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short \
+	$(BIN)/laid init recipes/demo_$(FAMILY)$(firstword $(subst -, ,$*))_model.json $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short \
 	  --seed $(subst two,2,$(lastword $(subst -, ,$*)))
 
 $(WORLD)/pretraining/student-%/done.json: $(WORLD)/starts/student-%/config.json
@@ -187,8 +189,11 @@ $(WORLD)/models/%/config.json: $(WORLD)/pretraining/%/done.json
 	$(BIN)/laid export $(<D) $(@D)
 
 # The demo's pair in a second family: Qwen3-VL normalises queries and keys, and has no sliding window that puts retrieval into the last layer.
-# The same pictures, recipes and commands as the demo, other model files.
+# The same pictures, recipes and commands as the demo, other model files; `make qwen3-world` makes of it what the study asks for.
 QWEN3 := runs/demo_qwen3
+qwen3-world: qwen3
+	$(MAKE) study-world WORLD=$(STUDY)/worlds/made_qwen3 PAIR=$(QWEN3) FAMILY=qwen3_
+
 qwen3: $(QWEN3)/models/teacher/config.json $(QWEN3)/models/student/config.json $(DEMO)/test/dataset.json
 
 $(QWEN3)/models/%-start/config.json: recipes/demo_qwen3_%_model.json $(DEMO)/captions/dataset.json $(DEMO)/short/dataset.json
