@@ -67,8 +67,12 @@ def test_a_minute_after_the_last_line_there_is_another(tmp_path, capsys):
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/9"]
 
 
+def computed(samples, tokens, taught):
+    return samples * (tokens if taught is None else taught) * 1e10
+
+
 def test_memory_and_the_share_of_the_peak_are_said(tmp_path, capsys):
-    reporter = Reporter(tmp_path, 9, Logging(peak_tflops=2), True, {}, flops=lambda samples, tokens: samples * tokens * 1e10)
+    reporter = Reporter(tmp_path, 9, Logging(peak_tflops=2), True, {}, flops=computed)
     reporter.start(0)
     reporter.last -= 4.0  # a step of four seconds
     reporter.step(1, VALUES)
@@ -77,6 +81,10 @@ def test_memory_and_the_share_of_the_peak_are_said(tmp_path, capsys):
     assert 1e7 < record["peak_bytes"] < 1e11
     line = capsys.readouterr().out
     assert f"{record['peak_bytes'] / 2**30:.2f} GiB  MFU 2.5%" in line
+    reporter.last -= 4.0
+    reporter.step(2, VALUES | {"teacher_tokens": 5})
+    fewer = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert fewer["mfu"] == pytest.approx(2 * 5 * 1e10 / 4 / 2e12, rel=0.01), "a teacher that reads less computes less"
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
