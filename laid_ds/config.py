@@ -88,6 +88,10 @@ class Student(Model):
     """Leave the vision tower as it is.
 
     To save its optimizer states, where what is to be learned is where to look and not what is seen."""
+    freeze_embeddings: bool = False
+    """Leave the embeddings of tokens as they are, and with them a head that is tied to them.
+
+    true for short runs on few words: Adam moves every row of a large vocabulary by as much as those that the data speak of."""
     gradient_checkpointing: bool | Literal["offload"] = True
     """Keep only each layer's input for the backward pass, which computes the rest again; "offload" keeps it in the CPU's memory.
 

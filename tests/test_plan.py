@@ -254,7 +254,7 @@ def tiny_pair(row, folder, **student):
 def test_every_row_is_planned(row, tmp_path):
     """What is trained is what a run would train, to the element: the student's own parameters, mixtures and gains."""
     freeze = row.model_type != "phi4_multimodal"
-    run = tiny_pair(row, tmp_path, freeze_vision=freeze)
+    run = tiny_pair(row, tmp_path, freeze_vision=freeze, freeze_embeddings=freeze)
     pair = read_pair(run)
     found = plan(pair, A100)
     assert found.fits
@@ -264,6 +264,7 @@ def test_every_row_is_planned(row, tmp_path):
     student = tiny_model(row.model_type, row.decoder)
     if freeze:
         vision_tower(student).requires_grad_(False)
+        student.get_input_embeddings().requires_grad_(False)
     align = build_align(run, build_pairs(run), student)
     trained = [parameter for parameter in (*student.parameters(), *align.parameters()) if parameter.requires_grad]
     assert sum(trained_parameters(pair)) == sum(parameter.numel() for parameter in trained)

@@ -40,6 +40,8 @@ class Sizes:
     """Names of the parameters that student.freeze_vision freezes; None where it finds no vision tower."""
     constant: frozenset[str]
     """Names of the parameters that no run trains (biases that a router moves by itself)."""
+    embedding: str
+    """Name of the table that student.freeze_embeddings freezes."""
     images: int
     """Elements that only images pass: the vision tower and what joins it to the decoder."""
     linear: tuple[tuple[str, int, int], ...]
@@ -108,6 +110,7 @@ def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:
         parameters={name: parameter.numel() for name, parameter in model.named_parameters()},
         vision=_tower_names(model),
         constant=frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
+        embedding=next(name for name, parameter in model.named_parameters() if parameter is model.get_input_embeddings().weight),
         images=sum(
             parameter.numel() for name, parameter in model.named_parameters() if id(parameter) not in language and "audio" not in name
         ),

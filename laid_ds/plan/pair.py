@@ -91,7 +91,8 @@ def moves(run: Run, vision: bool) -> bool:
 def trained_parameters(pair: Pair) -> list[int]:
     """Elements of each parameter that the optimizer moves."""
     vision = pair.student.vision or frozenset()
-    own = {name: size for name, size in pair.student.parameters.items() if name not in pair.student.constant}
+    still = pair.student.constant | ({pair.student.embedding} if pair.run.student.freeze_embeddings else set())
+    own = {name: size for name, size in pair.student.parameters.items() if name not in still}
     return [size for name, size in own.items() if moves(pair.run, name in vision)] + added_parameters(pair)
 
 

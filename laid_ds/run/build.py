@@ -95,6 +95,8 @@ def build_student(run: Run, pairs: Pairs, vocabulary: int, group: SequenceGroup 
         enable_checkpointing(model, offload=run.student.gradient_checkpointing == "offload")
     if run.student.freeze_vision:
         vision_tower(model).requires_grad_(False)
+    if run.student.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     if run.student.lora is not None:
         add_lora(model, run.student.lora, run.seed)
     align = build_align(run, pairs, model) if run.teacher is not None else None

@@ -150,6 +150,7 @@ def _elements(run: Run, student: PreTrainedModel) -> tuple[int, int]:
     if run.student.lora is not None:
         return factor_elements(student, run.student.lora), total
     frozen = vision_tower(student).num_parameters() if run.student.freeze_vision else 0
+    frozen += student.get_input_embeddings().weight.numel() if run.student.freeze_embeddings else 0
     return total - frozen, frozen
 
 

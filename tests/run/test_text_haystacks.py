@@ -16,6 +16,7 @@ from laid_ds.data.record import num_pieces
 from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation.haystack import window_of_size
 from laid_ds.evaluation.window import curve
+from laid_ds.models.load import load_model
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.run.check import check
 from laid_ds.run.loop import train
@@ -52,6 +53,7 @@ def test_text_is_distilled_exported_and_asked_by_number_of_facts(worlds, shards,
     run = worlds(family).run(
         tmp_path / "run",
         steps=STEPS,
+        student={"freeze_embeddings": family == "idefics3"},
         data={"shards": [str(shards)], "images": [2, 6], "questions": 3},
         match={"rows_from": "answers"},
         evaluation={"shards": str(shards), "every_steps": STEPS, "sizes": [1, 4], "haystacks": 3, "questions": 2},
@@ -66,6 +68,10 @@ def test_text_is_distilled_exported_and_asked_by_number_of_facts(worlds, shards,
 
     command("export", tmp_path / "run", tmp_path / "student")
     capsys.readouterr()
+    before, after = load_model(worlds(family).student), load_model(tmp_path / "student")
+    moved = [not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    table = before.get_input_embeddings().weight.equal(after.get_input_embeddings().weight)
+    assert (table, any(moved)) == (family == "idefics3", True)
     out, sizes = tmp_path / "e" / "evaluation.json", ["--sizes=1,3,8", "--haystacks=5", "--questions=4", "--json"]
     command("eval", shards, f"laid={tmp_path / 'student'}", "--out", out, *sizes, capsys=capsys)
     answers = [json.loads(line) for line in out.with_name("evaluation.answers.jsonl").read_text().splitlines()[1:]]
