@@ -223,7 +223,7 @@ FACTS_train_long := --samples 2048 --facts 64 --questions 8 --seed 3
 FACTS_train_teacher := --samples 2048 --facts 24 --questions 24 --seed 1
 FACTS_test := --split test --samples 64 --facts 800 --questions 16
 FACTS_validation := --split test --samples 64 --facts 800 --questions 16 --seed 1
-# Of the teacher's 30 layers: without those that retrieve (17 to 19), and with them.
+# Of 30 layers: without those that retrieve (17 to 19), and with them.
 LAYERS_student := 0,1,2,4,6,8,10,11,13,15,16,20,22,26,29
 LAYERS_control := 0,1,2,5,8,11,13,16,17,18,19,20,22,26,29
 
@@ -247,14 +247,19 @@ $(REAL)/stock/config.json: | $(SMOLLM2)
 $(REAL)/runs/teacher/done.json: $(REAL)/stock/config.json $(REAL)/train_teacher/dataset.json
 	$(BIN)/laid train recipes/study/real/teacher.toml --ranks 1 output=$(@D)
 
-$(REAL)/student-cut/config.json $(REAL)/control-cut/config.json: $(REAL)/%-cut/config.json: $(REAL)/teacher/config.json
+# What students are cut from: the teacher's recipe, 20 steps on 2 to 4 facts.
+$(REAL)/runs/first/done.json: $(REAL)/stock/config.json $(REAL)/train/dataset.json
+	$(BIN)/laid train recipes/study/real/teacher.toml --ranks 1 name="real first" steps=20 data.images='[2, 4]' \
+	  'data.shards=["$(REAL)/train"]' output=$(@D)
+
+$(REAL)/student-cut/config.json $(REAL)/control-cut/config.json: $(REAL)/%-cut/config.json: $(REAL)/first/config.json
 	rm -rf $(@D)
-	$(BIN)/laid init $(REAL)/teacher $(@D) --layers $(LAYERS_$*)
+	$(BIN)/laid init $(REAL)/first $(@D) --layers $(LAYERS_$*)
 
 $(REAL)/runs/student/done.json $(REAL)/runs/control/done.json: $(REAL)/runs/%/done.json: $(REAL)/%-cut/config.json $(REAL)/train/dataset.json
 	$(BIN)/laid train recipes/study/real/student.toml --ranks 1 name="real $*" student.path=$(REAL)/$*-cut output=$(@D)
 
-$(REAL)/teacher/config.json $(REAL)/student/config.json $(REAL)/control/config.json: $(REAL)/%/config.json: $(REAL)/runs/%/done.json
+$(REAL)/first/config.json $(REAL)/teacher/config.json $(REAL)/student/config.json $(REAL)/control/config.json: $(REAL)/%/config.json: $(REAL)/runs/%/done.json
 	rm -rf $(@D)
 	$(BIN)/laid export $(REAL)/runs/$* $(@D)
 
