@@ -16,7 +16,16 @@ from laid_ds.models import backends
 HEADS, KEY_HEADS, DIM, TOKENS = 8, 2, 64, 300
 BOUNDS = (0, 170, 171, 300)  # three samples in a row, one of them a single token
 WINDOW = 40
-MASKS = {"causal": ((0, TOKENS), None), "windowed": ((0, TOKENS), WINDOW), "packed": (BOUNDS, None), "packed, windowed": (BOUNDS, WINDOW)}
+MASKS = {
+    "causal": ((0, TOKENS), None, 0),
+    "windowed": ((0, TOKENS), WINDOW, 0),
+    "packed": (BOUNDS, None, 0),
+    "packed, windowed": (BOUNDS, WINDOW, 0),
+    "shared": (BOUNDS, None, 120),
+    "shared, windowed": (BOUNDS, WINDOW, 171),
+    "shared, whole": ((0, TOKENS), None, 299),
+}
+"""Bounds of samples, window, and how many keys stand before the first query: rows that ranks share begin inside a sample."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float, int | None], backends.Result]
 """(query, key, value, bounds, scale, window) as backends.attend means them."""
@@ -44,10 +53,10 @@ def attention(device: torch.device) -> Room:
 
 
 def compared(check: str, attend: Attend, device: torch.device, dtype: torch.dtype) -> Line:
-    """The largest difference over causal, windowed and packed rows, and where it is."""
+    """The largest difference over causal, windowed, packed and shared rows, and where it is."""
     shares, tolerance = {}, TOLERANCES[dtype]
-    for mask, (bounds, window) in MASKS.items():
-        inputs = drawn(device, dtype)
+    for mask, (bounds, window, before) in MASKS.items():
+        inputs = drawn(device, dtype, before)
         exact = [x.detach().float().requires_grad_() for x in inputs]
         found = results(partial(attend, bounds=torch.tensor(bounds, dtype=torch.int32), scale=DIM**-0.5, window=window), inputs)
         wanted = results(partial(defined, bounds=bounds, scale=DIM**-0.5, window=window), exact)
@@ -62,10 +71,10 @@ def compared(check: str, attend: Attend, device: torch.device, dtype: torch.dtyp
     return Line(check, OK, found, "", {"largest_difference": shares[worst]})
 
 
-def drawn(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """query [1, H, T, D], key and value [1, K, T, D], laid out as transformers has them: heads beside each other in a token."""
+def drawn(device: torch.device, dtype: torch.dtype, before: int = 0) -> list[Tensor]:
+    """query [1, H, T - before, D], key and value [1, K, T, D], laid out as transformers has them: heads beside each other in a token."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, TOKENS, heads, DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    shapes = [(1, tokens, heads, DIM) for tokens, heads in ((TOKENS - before, HEADS), (TOKENS, KEY_HEADS), (TOKENS, KEY_HEADS))]
     drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     return [x.transpose(1, 2).detach().requires_grad_() for x in drawn]
 
@@ -80,13 +89,13 @@ def results(attend: Callable[..., backends.Result], inputs: list[Tensor]) -> dic
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None) -> backends.Result:
-    """Every pair written out."""
-    token = torch.arange(query.shape[2], device=query.device)
+    """Every pair written out; the queries are those of the last keys."""
+    token, before = torch.arange(key.shape[2], device=query.device), key.shape[2] - query.shape[2]
     sample = torch.cat([torch.full((stop - start,), n) for n, (start, stop) in enumerate(pairwise(bounds))]).to(query.device)
     distance = token[:, None] - token
     seen = (sample[:, None] == sample) & (distance >= 0) & (distance < (window or len(token)))
     groups = query.shape[1] // key.shape[1]
-    scores = (query @ key.repeat_interleave(groups, 1).mT * scale).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.repeat_interleave(groups, 1).mT * scale).masked_fill(~seen[before:], -torch.inf)
     return scores.softmax(-1) @ value.repeat_interleave(groups, 1), scores.logsumexp(-1)
 
 

@@ -22,9 +22,9 @@ KERNELS = backends.varlen_kernels(torch.cuda.get_device_capability()[0]) if HAS_
 def test_outputs_log_sum_exps_and_gradients(name, dtype, mask):
     if isinstance(KERNELS[name], str):
         pytest.skip(f"{name}: {KERNELS[name]}")
-    bounds, window = MASKS[mask]
+    bounds, window, before = MASKS[mask]
     how = {"scale": DIM**-0.5, "window": window}
-    inputs = drawn(DEVICE, dtype)
+    inputs = drawn(DEVICE, dtype, before)
     found = results(partial(backends.varlen, KERNELS[name], bounds=torch.tensor(bounds, dtype=torch.int32), **how), inputs)
     wanted = results(partial(defined, bounds=bounds, **how), [x.detach().double().requires_grad_() for x in inputs])
     wrong = mismatch(found, wanted, TOLERANCES[dtype])
@@ -35,9 +35,9 @@ def test_outputs_log_sum_exps_and_gradients(name, dtype, mask):
 @pytest.mark.parametrize("mask", MASKS)
 def test_attend_takes_a_kernel_that_is_right(mask, dtype):
     """Whatever `attend` chooses, by device and dtype."""
-    bounds, window = MASKS[mask]
-    inputs = drawn(DEVICE, dtype)
-    packed = None if mask == "causal" else torch.tensor(bounds, dtype=torch.int32)
+    bounds, window, before = MASKS[mask]
+    inputs = drawn(DEVICE, dtype, before)
+    packed = None if mask in ("causal", "shared, whole") else torch.tensor(bounds, dtype=torch.int32)
     found = results(partial(backends.attend, mask=packed, scale=DIM**-0.5, window=window), inputs)
     wanted = results(
         partial(defined, bounds=bounds, scale=DIM**-0.5, window=window), [x.detach().double().requires_grad_() for x in inputs]
