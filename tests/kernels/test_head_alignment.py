@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from laid_ds.kernels.head_alignment import head_alignment
+from laid_ds.sequence import SequenceGroup
 
 
 def case(T=13, B=1, Hs=4, Ks=2, Ht=6, Kt=3, Ds=8, Dt=8, seed=0):
@@ -128,3 +129,33 @@ def test_bad_input_is_named(name):
     options, change = BAD[name]
     with pytest.raises(ValueError, match=rf"^{name}.*expected"):
         head_alignment(*change(list(case())), **{"mixing": weights("tied softmax")} | options)
+
+
+@pytest.mark.parametrize("reduction", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["tied softmax", "separate softmax"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_share_rows_add_up_to_one(reduction, kind, size):
+    """Packed rows, padding and a sample over several stretches; what ranks add is given to each as it would have come."""
+    tensors, mixing = case(T=24, B=2), weights(kind)
+    segments = torch.tensor([[0] * 3 + [1] * 14 + [2] * 5 + [-1] * 2, [0] * 20 + [-1] * 4])
+    loss, count = head_alignment(*tensors, mixing, reduction=reduction, segments=segments)
+    learned = [*tensors[:2], *([mixing] if torch.is_tensor(mixing) else mixing)]
+
+    def part(place, add):
+        group = SequenceGroup(size, place, add=add)
+        own = [group.own(x, 2) for x in tensors]
+        return head_alignment(*own, mixing, reduction=reduction, segments=segments, group=group)
+
+    told = [[] for _ in range(size)]
+    for place in range(size):
+        part(place, lambda norm, place=place: told[place].append(norm) or norm)
+    parts = []
+    for place in range(size):
+        norms = iter([sum(same) for same in zip(*told, strict=True)])
+        parts.append(part(place, lambda norm, norms=norms: next(norms)))
+    assert len(told[0]) == (2 if reduction == "relative" else 0)
+    assert [one for _, one in parts] == [count] * size
+    whole = sum(one for one, _ in parts)
+    torch.testing.assert_close(whole, loss)
+    for got, wanted in zip(torch.autograd.grad(whole, learned), torch.autograd.grad(loss, learned), strict=True):
+        torch.testing.assert_close(got, wanted)
