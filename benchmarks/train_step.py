@@ -157,16 +157,16 @@ class PlainEngine:
     """The least that train_step needs of an engine: one process, AdamW, the gradient clipped."""
 
     def __init__(self, student: torch.nn.Module) -> None:
-        self.student, self.optimizer = student.train(), torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0)
+        self.module, self.optimizer = student.train(), torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0)
 
     def __call__(self, *arguments):
-        return self.student(*arguments)
+        return self.module(*arguments)
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
         loss.backward()
 
     def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -105,11 +105,11 @@ class _Plain:
     """The least that train_step needs of an engine."""
 
     def __init__(self, student: Student, run: Run) -> None:
-        self.student, self.clip, self.norm = student.train(), run.optimizer.clip, 0.0
+        self.module, self.clip, self.norm = student.train(), run.optimizer.clip, 0.0
         self.optimizer = torch.optim.AdamW(engine.parameter_groups(student, run), betas=run.optimizer.betas)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.student(*arguments)
+        return self.module(*arguments)
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
         loss.backward()
