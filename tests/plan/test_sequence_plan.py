@@ -16,7 +16,7 @@ from laid_ds.data.stream import Stream
 from laid_ds.method.distill import Ask, Student, Teacher
 from laid_ds.method.schedule import omega
 from laid_ds.models.attention import Tap, enable_checkpointing, listen
-from laid_ds.models.load import load_model
+from laid_ds.models.load import load_config, load_model
 from laid_ds.models.processor import load_processor
 from laid_ds.models.rope_gain import responder
 from laid_ds.plan.advice import SHARED, suggestion, windows, with_settings
@@ -94,6 +94,19 @@ def test_activations_of_a_rank_are_those_of_a_real_step(world, tmp_path, checkpo
     for measured, planned in run_ranks(2, rank_peak, world, run, checkpointing):
         print(f"planned / measured = {planned / measured:.3f} of {measured / 2**20:.0f} MiB")
         assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava"])
+def test_pictures_are_the_pixels_of_real_batches(worlds, tmp_path, family):
+    """Were all tokens images': for those that are, a batch holds so many bytes. All of a step are on the GPU; of ranks that share them, one
+    at a time, each rank's own images'."""
+    world = worlds(family)
+    batch, pair = world.batch(), read_pair(world.run(tmp_path / "run", optimizer={"accumulation": 3}))
+    of_images = (batch.inputs["input_ids"] == load_config(world.student).image_token_id).sum().item()
+    held = batch.inputs["pixel_values"].nbytes
+    assert held > 0
+    assert memory(pair, A100, of_images)["pictures"] == 3 * held
+    assert memory(with_settings(pair, {SHARED: 2}), A100, of_images)["pictures"] == pytest.approx(held / 2)
 
 
 @pytest.mark.parametrize("tokens", [64_000, 64_001, 64_015])
