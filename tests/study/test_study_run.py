@@ -134,6 +134,7 @@ def test_what_cannot_be_run_is_one_sentence(world, tmp_path):
     assert refused([tmp_path / "none.toml", "--world", world.folder]) == f"laid: no study at {tmp_path / 'none.toml'}"
     assert "give one study and its --world" in refused([path])
     assert "is no folder" in refused([path, "--world", tmp_path / "nowhere"])
+    assert "--seeds 'x': give whole numbers" in refused([path, "--world", world.folder, "--seeds", "x"])
     assert "has no arm 'laid'; there are before, kl+sft, sft, align" in refused([path, "--world", world.folder, "--only", "laid"])
 
 
