@@ -129,6 +129,7 @@ bench: install
 	$(BIN)/python -m benchmarks.attention_matching --step
 	$(BIN)/python -m benchmarks.chosen_heads
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.sequence
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for tokens in 1024 2048 4096; do $(BIN)/python -m benchmarks.train_step --tokens $$tokens || exit 1; done
 
