@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -195,8 +194,7 @@ def test_status_130_and_143_of_what_was_interrupted(number, status, tmp_path):
     """A build that waits for its source, which is a pipe; -15 is what a shell calls 143."""
     os.mkfifo(tmp_path / "entries.json")
     command = [sys.executable, "-m", "data_tools.cli", "build", "llava", tmp_path / "entries.json", tmp_path / "out", "--images", tmp_path]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell has its background jobs ignore
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pipe = opened(tmp_path / "entries.json", process)
     out, err = ended_by(number, process)
     os.close(pipe)

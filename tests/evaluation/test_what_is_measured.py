@@ -23,6 +23,7 @@ from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey
 from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.report.write import write_report
+from laid_ds.sequence import ALONE
 
 
 @pytest.fixture
@@ -146,11 +147,13 @@ def test_one_batch_and_one_haystack_are_in_memory(samples, monkeypatch):
     many = [replace(samples[0], key=f"h-{i}") for i in range(40)]
     batches = []
 
-    def collated(rows, keys, pad):
+    def collated(rows, keys, pad, multiple):
+        assert multiple == 1
         batches.append(list(keys))
-        return type("Batch", (), {"keys": tuple(keys), "to": lambda self, device: self})()
+        return type("Batch", (), {"keys": tuple(keys), "to": lambda self, device, waiting: self})()
 
     monkeypatch.setattr(asking, "collate", collated)
+    monkeypatch.setattr(asking, "group_of", lambda model: ALONE)
     monkeypatch.setattr(asking, "force", lambda model, batch: [[([], 1)]] * len(batch.keys))
     renderer = type("Renderer", (), {"__call__": lambda self, sample: FakeRow(sample)})()
     renderer.processor = type("P", (), {"tokenizer": type("T", (), {"pad_token_id": 0})})
