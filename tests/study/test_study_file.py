@@ -48,7 +48,10 @@ def test_what_is_not_understood_is_refused_by_name(world, tmp_path, changes, sen
     assert len(str(refused.value).splitlines()) == 1
 
 
-def listed(world, folder: Path, lines=(), wanted=Wanted(), **changes):  # noqa: B008
+ALL = Wanted()
+
+
+def listed(world, folder: Path, lines=(), wanted=ALL, **changes):
     path = write_study(world, folder, **changes)
     study = read_study(path)
     return study, jobs(study, path, world.folder, folder / "out", lines, wanted)
