@@ -35,9 +35,9 @@ import json
 import torch
 folders, sizes, declare, output = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "declare", sys.argv[4]
 if declare:
-    operators = torch.library.Library("torchvision", "DEF")
+    from torch import library as operators
     for name in ("nms", "qnms"):
-        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import numpy as np
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline

@@ -77,7 +77,7 @@ def test_what_a_decoder_takes_beside_its_rows_is_refused():
 
 class Encoder(torch.nn.Module):
     def get_image_features(self, pixel_values, image_sizes=None):
-        raise NotImplementedError(str(pixel_values.device))
+        raise RuntimeError(str(pixel_values.device))
 
 
 def test_pixels_that_wait_on_the_cpu_come_to_the_tokens():
@@ -88,7 +88,7 @@ def test_pixels_that_wait_on_the_cpu_come_to_the_tokens():
         {"pixel_values": torch.empty(2, 2, 3, 28, 28), "image_sizes": torch.ones(2, 2)},
     ):
         model, given = Encoder(), row | {"input_ids": torch.empty(1, 8, device=meta)}
-        with shared_tower(model, SequenceGroup(2), given) as own, pytest.raises(NotImplementedError, match="meta"):
+        with shared_tower(model, SequenceGroup(2), given) as own, pytest.raises(RuntimeError, match="meta"):
             model.get_image_features(**{name: tensor for name, tensor in own.items() if name != "input_ids"})
         with shared_tower(torch.nn.Identity(), SequenceGroup(2), given) as own:
             assert {tensor.device for tensor in own.values()} == {meta}
