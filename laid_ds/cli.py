@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from laid_ds.files import own_or_shipped
+from laid_ds.parent import end
 from laid_ds.terminal import next_step, print_facts, print_json, print_table, run_app, say, track, with_version, working
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -611,7 +612,12 @@ def _checkpoints(run: Path) -> list:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Launchers may put --local_rank before the words of a rank."""
-    run_app(app, "laid", [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")])
+    try:
+        run_app(app, "laid", [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")])
+    except SystemExit as leaving:
+        if arguments is None and "RANK" in os.environ:
+            end(leaving.code)
+        raise
 
 
 def _named(models: list[str]) -> dict[str, Path]:

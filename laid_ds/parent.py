@@ -1,10 +1,14 @@
-"""Processes that end when the one that started them is gone, however it ended. Linux sees to it (prctl): nothing polls, nothing is left."""
+"""How processes end: when the one that started them is gone, however it ended (Linux sees to it, by prctl: nothing polls, nothing is left),
+and with the status they have, whatever their libraries would do at the last moment."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
+import sys
+from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -23,6 +27,15 @@ def end_with(parent: int) -> None:
 def adopt_orphans() -> None:
     """From now on processes below this one whose parent ends become its own children, so that it can find them."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end(status: int) -> NoReturn:
+    """End this process with `status`: what was registered for its exit is done, and nothing is torn down after it. A rank's native threads
+    may abort a process that is tearing down ("terminate called without an active exception"), and -6 would take the place of `status`."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from laid_ds.parent import end
 from laid_ds.runtime import environment
 from laid_ds.runtime.launchers import end_with_launchers, leave
 from laid_ds.runtime.stop import StopRequest, ignore_signals
@@ -83,4 +84,4 @@ if __name__ == "__main__":
     if status == LOST:  # what Python and the libraries would tear down may wait for the dead
         sys.stdout.flush()
         os._exit(status)
-    sys.exit(status)
+    end(status)
