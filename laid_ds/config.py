@@ -20,6 +20,8 @@ from laid_ds.keys import find, meant
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AboveMinusOne = Annotated[float, Field(gt=-1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Logit = Annotated[float, Field(gt=0), PlainSerializer(lambda x: "inf" if math.isinf(x) else x, when_used="json")]  # JSON has no inf
 Count = Annotated[int, Field(ge=1)]
 
@@ -376,10 +378,10 @@ class Match(Section):
     """The weight of a distance: all alike; more beyond a frontier that moves outwards; or a power of it that grows.
 
     "uniform" is the plain control: no distance weighting was seen to help (docs/log.md)."""
-    gamma: NonNegative = 4.0
+    gamma: AboveMinusOne = 4.0
     """How much more than 1 the far side of the frontier weighs, before all weights are scaled to mean 1.
 
-    With omega = "frontier" only."""
+    With omega = "frontier" only; below 0 the far side weighs less."""
     frontier_tokens: tuple[NonNegative, NonNegative] = (64.0, 4096.0)
     """The frontier moves from the first to the second distance, in tokens, over the run.
 
@@ -392,10 +394,10 @@ class Match(Section):
     """The distance, in tokens, from which on the power counts.
 
     With omega = "power" only."""
-    alpha: NonNegative = 1.0
-    """The exponent at the end of the run; it grows from 0.
+    alpha: Finite = 1.0
+    """The exponent at the end of the run; it moves there from 0.
 
-    With omega = "power" only."""
+    With omega = "power" only; below 0 it favours near keys."""
     rows: Count | None = None
     """Compare this many sampled rows per sample instead of all (an unbiased estimate).
 

@@ -15,6 +15,7 @@ from benchmarks import measure
 from laid_ds.kernels.attention_matching import Omega, attention_matching
 
 OMEGAS = [Omega(), Omega("frontier", gamma=3.0, frontier=9.0, width=4.0), Omega("power", delta_0=5.0, alpha=1.5)]
+NEARER = [Omega("frontier", gamma=-0.9, frontier=9.0, width=4.0), Omega("power", delta_0=5.0, alpha=-1.5)]
 NAMES = ["student_query", "student_key", "mixing_logits"]
 
 
@@ -154,7 +155,7 @@ def options_of(situation, x):
     return options | {name: value for name, value in masks(x).items() if name in use}
 
 
-@pytest.mark.parametrize("omega", OMEGAS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("omega", [*OMEGAS, *NEARER], ids=["uniform", "frontier", "power", "near frontier", "near power"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_reference_is_the_definition(situation, omega):
     x = case(T=11, S=14, dtype=torch.float64)
@@ -172,6 +173,15 @@ def test_every_implementation_is_the_reference(situation, omega, implementation)
     options = options_of(situation, x) | {"omega": omega}
     want = run(x, **options, implementation="reference")
     assert_same(run(x, **options, chunk_size=8, implementation=implementation), want)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("omega", NEARER, ids=lambda o: o.kind)
+@pytest.mark.parametrize("situation", ["everything", "one hot"])
+def test_near_keys_may_weigh_more(situation, omega, implementation):
+    x = case(S=45)
+    options = options_of(situation, x) | {"omega": omega}
+    assert_same(run(x, **options, chunk_size=8, implementation=implementation), run(x, **options, implementation="reference"))
 
 
 @pytest.mark.parametrize("T, implementation", LENGTHS)
