@@ -138,13 +138,14 @@ bench: install
 STUDY := runs/study
 WORLD := $(STUDY)/worlds/made_qwen2_5
 SEEDS := 1 2 3 4 5 101
+BASE_SEEDS := 1 2
 PAIR := $(DEMO)
 FAMILY :=
 ARGUMENTS_study_test := --split test --samples 64 --images 256 --questions 4 --seed 41
 ARGUMENTS_study_validation := --split test --samples 32 --images 128 --questions 4 --seed 42
 
-study: study-world
-	$(BIN)/laid study recipes/study/made.toml --world $(WORLD)
+study: study-world $(BASE_SEEDS:%=$(WORLD)/models/base-%/config.json)
+	for part in made distance_long distance_base; do $(BIN)/laid study recipes/study/$$part.toml --world $(WORLD) || exit; done
 	$(BIN)/laid study recipes/study/*.toml --report docs/study.md
 
 study-world: $(SEEDS:%=$(WORLD)/models/student-%/config.json) $(SEEDS:%=$(WORLD)/probe-%.json) $(WORLD)/models/teacher-two/config.json \
@@ -175,7 +176,14 @@ $(WORLD)/starts/%/config.json: $(WORLD)/shared
 	$(BIN)/laid init recipes/demo_$(FAMILY)$(firstword $(subst -, ,$*))_model.json $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short \
 	  --seed $(subst two,2,$(lastword $(subst -, ,$*)))
 
+$(WORLD)/starts/base-%/config.json: $(WORLD)/shared
+	rm -rf $(@D)
+	$(BIN)/laid init recipes/study/base_student_model.json $(@D) --corpus $(DEMO)/captions --corpus $(DEMO)/short --seed $*
+
 $(WORLD)/pretraining/student-%/done.json: $(WORLD)/starts/student-%/config.json
+	$(BIN)/laid train recipes/demo_student.toml --ranks 1 seed=$* student.path=$(<D) data.micro_batch=32 output=$(@D)
+
+$(WORLD)/pretraining/base-%/done.json: $(WORLD)/starts/base-%/config.json
 	$(BIN)/laid train recipes/demo_student.toml --ranks 1 seed=$* student.path=$(<D) data.micro_batch=32 output=$(@D)
 
 # The second teacher: another start and other seeds.
