@@ -32,7 +32,7 @@ def train(
 
     run = config.load(recipe, overrides or [])
     if not dry_run:  # whose stdout is the run as JSON
-        print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
+        print(f"{run}; first a look at its models, data and disk", flush=True)
         if run.align.probe is not None:
             print(f"by {run.align.probe}: {config.probed_words(run.align)}", flush=True)
     with working("looking at models, data and disk"):  # the imports among it: torch, transformers and DeepSpeed take seconds

@@ -287,14 +287,14 @@ class Optimizer(Section):
 class Losses(Section):
     """Weights of the terms of the loss (docs/method.md). The paper prints no values; these are ours."""
 
-    align: NonNegative = 1.0
+    align: NonNegative = 0.0
     """Weight of head-level alignment: the student's queries and keys as a mixture of the teacher's (Paper).
 
-    0 unless it beats KL + SFT in [evaluation]; 10 in the demo, at lr 3e-3 (docs/choosing.md, Weights and rates)."""
-    match: NonNegative = 1.0
+    Above 0 where it beats KL + SFT in [evaluation]; 10 in the demo, at lr 3e-3 (docs/choosing.md, Weights and rates)."""
+    match: NonNegative = 0.0
     """Weight of attention matching: the student looks where the teacher looks (ours).
 
-    0 for families whose image tokens see each other both ways, and unless it beats KL + SFT in [evaluation]."""
+    Above 0 where it beats KL + SFT in [evaluation]: 1 on the heads that retrieve, at the answers (docs/choosing.md)."""
     kl: NonNegative = 1.0
     """Weight of the divergence from the teacher's distribution over the answer tokens (Paper).
 
@@ -319,6 +319,11 @@ class Losses(Section):
     """Answer tokens whose logits exist at one time. It changes memory and speed, and no number beyond rounding.
 
     Smaller for large vocabularies on full GPUs."""
+
+    def __str__(self) -> str:
+        """The terms that are learned, with their weights."""
+        weights = {name: getattr(self, name) for name in ("sft", "kl", "align", "match")}
+        return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
 
     @property
     def listens(self) -> bool:
@@ -374,10 +379,10 @@ class Align(Section):
 class Match(Section):
     """How attention matching weighs distances (docs/method.md, 2). Ours throughout."""
 
-    omega: Literal["uniform", "frontier", "power"] = "frontier"
+    omega: Literal["uniform", "frontier", "power"] = "uniform"
     """The weight of a distance: all alike; more beyond a frontier that moves outwards; or a power of it that grows.
 
-    "uniform" is the plain control: no distance weighting was seen to help (docs/log.md)."""
+    The others where your held-out window says so: here no distance weighting helped (docs/study.md)."""
     gamma: AboveMinusOne = 4.0
     """How much more than 1 the far side of the frontier weighs, before all weights are scaled to mean 1.
 
@@ -411,10 +416,11 @@ class Match(Section):
 class Gain(Section):
     """The RoPE response gain (docs/method.md, 3). Ours."""
 
-    enabled: bool = True
+    enabled: bool = False
     """Learn a factor for each rotary plane of the student's heads; it folds into the exported weights.
 
-    false for families where nothing folds (docs/families.md), and in baselines."""
+    true where your held-out window says so: over seeds it did nothing here (docs/study.md). Not for families where nothing folds
+    (docs/families.md)."""
 
 
 class Checkpoint(Section):
@@ -537,6 +543,9 @@ class Run(Section):
     evaluation: Evaluation | None = None
     stop: Stop = Stop()
     logging: Logging = Logging()
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.steps} steps of {self.losses} into {self.output}"
 
     @property
     def taught(self) -> bool:

@@ -46,7 +46,7 @@ def local(
     from laid_ds import config
 
     run = config.load(recipe, overrides or [])
-    print(f"{run.name}: {run.steps} steps into {run.output}; first a look at its models, data and disk", flush=True)
+    print(f"{run}; first a look at its models, data and disk", flush=True)
     _check(run)
     import torch
 

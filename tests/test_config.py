@@ -33,13 +33,13 @@ def recipe(tmp_path):
 
 
 def test_overrides_are_typed_and_dotted(recipe):
-    words = ["optimizer.lr=2e-3", "data.images=[2, 8]", "student.path=/a b/c", "align.pairs=[[0, 1]]", "gain.enabled=false"]
+    words = ["optimizer.lr=2e-3", "data.images=[2, 8]", "student.path=/a b/c", "align.pairs=[[0, 1]]", "gain.enabled=true"]
     run = config.load(recipe, words)
     assert run.optimizer.lr == 2e-3
     assert run.data.images == (2, 8)
     assert run.student.path == Path("/a b/c")
     assert run.align.pairs == ((0, 1),)
-    assert not run.gain.enabled
+    assert run.gain.enabled
 
 
 def test_what_is_wrong_with_one_key_is_one_line(recipe):
@@ -104,7 +104,7 @@ def test_a_section_can_be_removed(recipe):
         (["data.grow_from=4"], "grow_from=4 must lie inside images=None"),
         (["teacher=none"], "need a [teacher]"),
         (["teacher=none", "losses.align=0", "losses.match=0", "losses.kl=0", "losses.sft=0"], "every loss weight is 0"),
-        (["align.weights=free"], "gives no distribution to match"),
+        (["align.weights=free", "losses.match=1"], "gives no distribution to match"),
         (["steps"], "override 'steps' is not of the form section.key=value"),
         (["steps.a=1"], "'steps' is a value, not a section"),
     ],

@@ -339,7 +339,8 @@ main({[*words, str(recipe)]!r})
 """
     found = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, cwd=ROOT)
     lines = found.stdout.splitlines()
-    assert lines[0] == f"tiny: 4 steps into {tmp_path / 'run'}; first a look at its models, data and disk", found.stderr
+    terms = "1 sft + 1 kl + 1 align + 1 match"
+    assert lines[0] == f"tiny: 4 steps of {terms} into {tmp_path / 'run'}; first a look at its models, data and disk", found.stderr
     assert lines[1].startswith("HEAVY ")
 
 

@@ -51,7 +51,9 @@ class World:
             "teacher": {"path": self.teacher, "dtype": "float32", "deepspeed": ENGINE, "check_answers": False},
             "data": {"shards": [str(self.shards)], "images": [1, 4], "questions": 2, "micro_batch": 2},
             "optimizer": {"lr": 1e-3, "mixing_lr": 1e-3, "gain_lr": 1e-3},
-            "match": {"frontier_tokens": [2, 20], "width_tokens": 4},
+            "losses": {"align": 1.0, "match": 1.0},
+            "match": {"omega": "frontier", "frontier_tokens": [2, 20], "width_tokens": 4},
+            "gain": {"enabled": True},
             "checkpoint": {"every_steps": 2},
         }
         for name, value in changes.items():
