@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -30,8 +31,10 @@ def adopt_orphans() -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this process with `status`: what was registered for its exit is done, and nothing is torn down after it. A rank's native threads
-    may abort a process that is tearing down ("terminate called without an active exception"), and -6 would take the place of `status`."""
+    """End this process with `status`: as Python does it, its threads are waited for, and what was registered for its exit is done; but
+    nothing is torn down after that. A rank's native threads may abort a process that is tearing down ("terminate called without an active
+    exception"), and -6 would take the place of `status`."""
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ABORTS = """
-import atexit, os, sys
+import atexit, os, sys, threading, time
 from laid_ds.parent import end
 class Native:
     def __del__(self):
         os.abort()
 native = Native()
 atexit.register(print, "done at exit")
+threading.Thread(target=lambda: (time.sleep(0.3), print("a thread, too"))).start()
 """
 
 
@@ -26,7 +27,7 @@ def test_nothing_that_is_torn_down_takes_the_place_of_the_status(status):
     torn = subprocess.run([sys.executable, "-c", f"{ABORTS}sys.exit({status})"], capture_output=True, text=True)
     ended = subprocess.run([sys.executable, "-c", f"{ABORTS}end({status})"], capture_output=True, text=True)
     assert (torn.returncode, ended.returncode) == (-6, status)
-    assert ended.stdout == "done at exit\n"
+    assert ended.stdout == torn.stdout == "a thread, too\ndone at exit\n"
 
 
 @pytest.mark.parametrize("words", [["laid_ds.train"], ["laid_ds.cli", "eval", "nothing", "a=b", "--out", "c"]])
