@@ -124,7 +124,8 @@ def rank(ranks: int, tokens: int, steps: int) -> dict:
     place = {"path": "random", "dtype": "float32", "deepspeed": ENGINE}
     run = Run.model_validate(
         {"name": "bench", "output": "none", "steps": steps, "student": place, "teacher": place, "data": {"shards": ["none"]}}
-        | {"align": {"pairs": "proportional"}, "sequence_parallel": ranks}
+        | {"align": {"pairs": "proportional"}, "losses": {"align": 1.0, "match": 1.0}, "sequence_parallel": ranks}
+        | {"match": {"omega": "frontier"}, "gain": {"enabled": True}}
     )
     pupil, master = model("student"), model("teacher")
     pairs = layer_pairs("proportional", LAYERS, LAYERS)

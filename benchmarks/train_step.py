@@ -115,7 +115,8 @@ def laid(tokens: int, steps: int, engines: bool) -> dict:
     optimizer = {"lr": LR, "mixing_lr": LR, "gain_lr": LR, "betas": (0.9, 0.999), "clip": CLIP}
     run = Run.model_validate(
         {"name": "bench", "output": "none", "steps": steps, "student": place, "teacher": place, "data": {"shards": ["none"]}}
-        | {"optimizer": optimizer, "align": {"pairs": "proportional"}}
+        | {"optimizer": optimizer, "align": {"pairs": "proportional"}, "losses": {"align": 1.0, "match": 1.0}}
+        | {"match": {"omega": "frontier"}, "gain": {"enabled": True}}
     )
     pupil, master = model("student"), model("teacher")
     pairs = layer_pairs("proportional", LAYERS, LAYERS)

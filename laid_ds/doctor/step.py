@@ -59,7 +59,8 @@ def _run(folder: Path, dtype: str) -> Run:
     student, teacher = ({"path": folder / who, "dtype": dtype, "deepspeed": mechanics} for who in ("student", "teacher"))
     rates = {"lr": 1e-3, "mixing_lr": 1e-3, "gain_lr": 1e-3}
     tree = {"name": "doctor", "output": folder, "steps": STEPS, "student": student, "teacher": teacher, "data": {"shards": ["none"]}}
-    return Run.model_validate(tree | {"optimizer": rates, "match": {"frontier_tokens": [4, 40], "width_tokens": 8}})
+    everything = {"losses": {"align": 1.0, "match": 1.0}, "match": {"omega": "frontier", "frontier_tokens": [4, 40], "width_tokens": 8}}
+    return Run.model_validate(tree | {"optimizer": rates, "gain": {"enabled": True}} | everything)
 
 
 def _modules(run: Run, dtype: str, device: torch.device, mechanics: Sequence[Any]) -> tuple[Student, Teacher, Align]:
