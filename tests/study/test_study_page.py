@@ -77,3 +77,20 @@ def test_lines_that_cannot_stand_together_are_refused(world, tmp_path):
         page_of(world, tmp_path, [made_up("before", 1, 9), made_up("sft", 1, 9, fingerprint="g" * 64)])
     with pytest.raises(ValueError, match="line 1: no result of `laid study`"):
         page_of(world, tmp_path, [{"arm": "sft"}])
+
+
+def test_the_readme_and_the_guide_say_what_the_page_says():
+    """Rows that begin with a world and an arm in code type have the page's window and ratios."""
+    sections = (ROOT / "docs" / "study.md").read_text().split("\n## ")
+    quoted = 0
+    for document in (ROOT / "README.md", ROOT / "docs" / "choosing.md"):
+        for line in document.read_text().splitlines():
+            found = [cell.strip() for cell in line.strip("|").split("|")]
+            if not (line.startswith("| `") and len(found) > 5 and found[1].startswith("`")):
+                continue
+            world, arm = found[0].strip("`"), found[1].strip("`")
+            section = next(text for text in sections if text.splitlines()[0].endswith(f": {world}"))
+            page = cells(section, arm if f"| {arm} |" in section else f"{arm}, one")
+            assert found[-3:] == page[-3:], f"{document.name} says of {arm}: {found[-3:]}"
+            quoted += 1
+    assert quoted > 5
