@@ -246,7 +246,8 @@ def tiny_pair(row, folder, **student):
     AutoConfig.for_model(row.model_type, **(TOKENS | TINY[row.model_type, row.decoder])).save_pretrained(folder / "model")
     engine_file = {"path": folder / "model", "deepspeed": ROOT / "ds_configs" / "zero3_cpu.json"}
     tree = {"name": "tiny", "output": folder / "run", "steps": 10, "data": {"shards": [str(folder / "none")]}, "teacher": engine_file}
-    tree |= {"student": engine_file | student, "gain": {"enabled": row.gain != "none"}, "losses": {"align": 1.0, "match": float(not row.image_blocks)}}
+    losses = {"align": 1.0, "match": float(not row.image_blocks)}
+    tree |= {"student": engine_file | student, "gain": {"enabled": row.gain != "none"}, "losses": losses}
     return config.Run.model_validate(tree)
 
 
