@@ -87,5 +87,5 @@ def test_the_readme_says_what_the_page_says():
     assert len(quoted) > 5
     for row, world in quoted:
         section, arm = sections[world], row[1].strip("`")
-        page = cells(section, arm if f"| {arm} |" in section else f"{arm}, one")
+        page = cells(section, arm if f"\n| {arm} |" in section else f"{arm}, one")
         assert row[-4:] == [page[2], *page[-3:]], f"README says of {arm} in {world}: {row[-4:]}"
