@@ -47,7 +47,8 @@ def window_of_size(sample: Sample, size: int, questions: int) -> Sample:
 def read_haystacks(dataset: Dataset, haystacks: int) -> Haystacks:
     """The first samples of a data set. Raises ValueError when it has too few."""
     if haystacks > len(dataset):
-        raise ValueError(f"{haystacks} haystacks asked for, the data set has {len(dataset)}")
+        place = ", ".join(map(str, dataset.folders))
+        raise ValueError(f"{haystacks} haystacks asked for, the data set {place} has {len(dataset)}")
     return Haystacks(dataset, range(haystacks))
 
 

@@ -73,6 +73,10 @@ class Sweep(Section):
     """None of the seeds of the study."""
     shards: str
     """Haystacks to choose by, not those of [asked]."""
+    sizes: tuple[Count, ...] | None = None
+    """Numbers of images to choose by; without it those of [asked]."""
+    haystacks: Count | None = None
+    """Haystacks at each size to choose by; without it as many as in [asked]."""
     set: tuple[str, ...] = ()
     """Changes of the sweep's runs alone, such as fewer steps; they come last."""
 
@@ -124,6 +128,13 @@ class Study(Section):
         if self.arms[self.before].model is None:
             raise ValueError(f"the arm {self.before!r} is the student before: give it a model")
         return self
+
+    @property
+    def chosen_by(self) -> Asked:
+        """What the models of the sweep are asked."""
+        assert self.sweep is not None
+        own = {name: value for name in ("sizes", "haystacks") if (value := getattr(self.sweep, name)) is not None}
+        return self.asked.model_copy(update={"shards": self.sweep.shards, **own})
 
     @model_validator(mode="after")
     def _chooses_elsewhere(self) -> Study:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from laid_ds import config
+from laid_ds.data.dataset import Dataset
+from laid_ds.evaluation.haystack import survey
+from laid_ds.evaluation.window import notes_on
 from laid_ds.files import read_toml
-from laid_ds.study.file import Arm, Study, recipe_of
+from laid_ds.study.file import Arm, Asked, Study, recipe_of
 
 Line = dict[str, Any]
 BEFORE, SWEEP, TEST = "before", "sweep", "test"
@@ -34,7 +37,7 @@ class Job:
     places: Mapping[str, str]
     """What stands for {world}, {teacher} and {seed}."""
     spec: Arm
-    shards: str
+    asked: Asked
     folder: Path
 
     @property
@@ -75,18 +78,18 @@ def key_of(line: Line) -> tuple[Any, ...]:
     return (line["role"], line["arm"], line["teacher"], line["seed"], value)
 
 
-def made_with(job: Job, study: Study) -> dict[str, Any]:
+def made_with(job: Job) -> dict[str, Any]:
     """What must be the same for a line to stand for a job: not where anything lies."""
     how = {"model": job.spec.model, "yarn": job.spec.yarn, "self_extend": job.spec.self_extend and list(job.spec.self_extend)}
     base = json.dumps(read_toml(job.recipe), sort_keys=True, default=str).encode()  # what it says, not how it is written
     trained = {"recipe": hashlib.sha256(base).hexdigest()[:12], "changes": list(job.changes)}
-    asked = {"shards": job.shards, "sizes": list(study.asked.sizes), "haystacks": study.asked.haystacks, "questions": study.asked.questions}
-    return {"asked": asked, **(trained if job.spec.model is None else {name: value for name, value in how.items() if value is not None})}
+    made = trained if job.spec.model is None else {name: value for name, value in how.items() if value is not None}
+    return {"asked": job.asked.model_dump(mode="json"), **made}
 
 
-def next_command(job: Job, study: Study) -> list[str] | None:
+def next_command(job: Job) -> list[str] | None:
     """The words behind `laid` of what is to be done next; None when the answers are there."""
-    asked = study.asked
+    asked = job.asked
     if job.results.is_file() and job.arm in json.loads(job.results.read_text())["models"]:
         return None
     if not (job.model / "config.json").is_file():
@@ -100,7 +103,15 @@ def next_command(job: Job, study: Study) -> list[str] | None:
     extended = ["--self-extend", f"{job.arm}={job.spec.self_extend[0]},{job.spec.self_extend[1]}"] if job.spec.self_extend else []
     sizes = ["--sizes", ",".join(map(str, asked.sizes)), "--haystacks", str(asked.haystacks), "--questions", str(asked.questions)]
     how = ["--dtype", "float32", "--workers", "0", *extended]
-    return ["eval", job.placed(job.shards), f"{job.arm}={job.model}", "--out", str(job.results), *sizes, *how]
+    return ["eval", job.placed(asked.shards), f"{job.arm}={job.model}", "--out", str(job.results), *sizes, *how]
+
+
+def check_asked(jobs: Iterable[Job]) -> None:
+    """Raises ValueError where haystacks that will be asked are too few or too small for it: before anything is trained."""
+    for place, asked in {job.placed(job.asked.shards): job.asked for job in jobs}.items():
+        left_out = survey(Dataset.open(place), asked.haystacks, asked.sizes).left_out
+        if left_out:
+            raise ValueError(f"{place} cannot be asked as the study says: {'; '.join(notes_on(left_out))}")
 
 
 def let_go(job: Job) -> None:
@@ -195,7 +206,7 @@ def _job(
     folder = study.teachers[teacher] if teacher else next(iter(study.teachers.values()), "")
     places["teacher"] = _placed(folder, places)
     rates = [f"{key}={value!r}" for key in study.sweep.keys] if value is not None else []
-    shards = study.sweep.shards if role == SWEEP else study.asked.shards
+    asked = study.chosen_by if role == SWEEP else study.asked
     place = "-".join(filter(None, [name, teacher, f"seed{seed}", f"value{value:g}" if role == SWEEP else ""]))
     changes = (*study.set, *arm.set, *rates, *(study.sweep.set if role == SWEEP else ())) if arm.model is None else ()
-    return Job(role, name, teacher, seed, value, changes, recipe, places, arm, shards, out / ("sweep" if role == SWEEP else "arms") / place)
+    return Job(role, name, teacher, seed, value, changes, recipe, places, arm, asked, out / ("sweep" if role == SWEEP else "arms") / place)

@@ -36,12 +36,12 @@ def of_world(lines: Sequence[Line], study: str, world: str) -> list[Line]:
     return [line for line in lines if (line["study"], line["world"]) == (study, world)]
 
 
-def is_done(job: Job, study: Study, lines: Sequence[Line]) -> bool:
+def is_done(job: Job, lines: Sequence[Line]) -> bool:
     """Whether a job has its line. Raises ValueError for a line that was made otherwise."""
     line = next((line for line in lines if key_of(line) == job.key), None)
     if line is None:
         return False
-    wanted, found = made_with(job, study), {name: line.get(name) for name in made_with(job, study)}
+    wanted, found = made_with(job), {name: line.get(name) for name in made_with(job)}
     differing = [name for name in wanted if _deciding(wanted[name]) != _deciding(found[name])]
     if differing:
         name = differing[0]
@@ -74,7 +74,7 @@ def line_of(job: Job, study: Study, name: str, world: str, lines: Sequence[Line]
         "seed": job.seed,
         "value": job.value,
     }
-    found |= made_with(job, study) | {"chance": 1 / setting["choices"], "fingerprint": setting["fingerprint"]}
+    found |= made_with(job) | {"chance": 1 / setting["choices"], "fingerprint": setting["fingerprint"]}
     found |= {"accuracy": {str(size): round(share, 6) for size, share in curve(answers).items()}, "right": right, "of": _short(of)}
     if job.role != SWEEP:
         first = curve(answers) if job.role == BEFORE else _before(study, job, lines)

@@ -49,7 +49,7 @@ class Work:
     def open_jobs(self) -> list[Job]:
         """Those without a line."""
         lines = self.lines()
-        return [job for job in self.jobs() if waits_for_sweep(self.study, job) or not results.is_done(job, self.study, lines)]
+        return [job for job in self.jobs() if waits_for_sweep(self.study, job) or not results.is_done(job, lines)]
 
 
 @dataclass
@@ -101,7 +101,7 @@ def run(work: Work, at_once: int, threads: int, advance: Callable[[int], None]) 
 
 def _go_on(work: Work, job: Job, threads: int, running: list[Running], advance: Callable[[int], None]) -> None:
     """Start the next command of a job, or write its line if there is none left."""
-    words = next_command(job, work.study)
+    words = next_command(job)
     if words is not None:
         running.append(_started(job, words, threads))
         return

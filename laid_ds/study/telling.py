@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from laid_ds.study.jobs import Job, next_command
+from laid_ds.study.jobs import Job, check_asked, next_command
 from laid_ds.study.runner import Work, expected_seconds
 
 
@@ -47,8 +47,9 @@ class Plan:
 
 
 def told(work: Work, at_once: int) -> Plan:
-    """Raises ValueError for what the study cannot be, and for lines that were made otherwise."""
+    """Raises ValueError for what the study cannot be, for lines that were made otherwise, and for haystacks that cannot be asked so."""
     todo = work.open_jobs()
+    check_asked(todo)
     rows = [
         {"job": job.name, "next": _next(work, job), "cpu_seconds": expected_seconds(work, job), "changes": list(job.changes)}
         for job in todo
@@ -58,7 +59,7 @@ def told(work: Work, at_once: int) -> Plan:
 
 def _next(work: Work, job: Job) -> str:
     """The command that a job comes to next: one that was interrupted may have its training behind it."""
-    words = next_command(job, work.study)
+    words = next_command(job)
     return "nothing" if words is None else words[0]
 
 

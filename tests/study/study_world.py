@@ -10,6 +10,8 @@ import tomli_w
 
 from tests.support.recipes import write_recipe
 
+ASKED = {"shards": "{world}/shards", "sizes": [1, 2, 4], "haystacks": 6, "questions": 2}
+
 
 def write_study(world: Any, folder: Path, **changes: Any) -> Path:
     """STUDY.toml and its base recipe in a folder; `changes` replace keys of its top, None removes one."""
@@ -21,7 +23,7 @@ def write_study(world: Any, folder: Path, **changes: Any) -> Path:
         "seeds": [1, 2],
         "teachers": {"one": "{world}/teacher"},
         "set": ["student.path={world}/student", "teacher.path={teacher}", 'data.shards=["{world}/shards"]'],
-        "asked": {"shards": "{world}/shards", "sizes": [1, 2, 4], "haystacks": 6, "questions": 2},
+        "asked": ASKED,
         "arms": {
             "before": {"model": "{world}/student"},
             "kl+sft": {"set": answers},

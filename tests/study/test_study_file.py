@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from laid_ds import config
 from laid_ds.study import results
 from laid_ds.study.file import read_study, recipe_of
-from laid_ds.study.jobs import Wanted, chosen, jobs, made_with, next_command
-from tests.study.study_world import made_up, write_study
+from laid_ds.study.jobs import Wanted, check_asked, chosen, jobs, made_with, next_command
+from tests.study.study_world import ASKED, made_up, write_study
 from tests.support.world import ROOT
 
 SHIPPED = sorted((ROOT / "recipes" / "study").glob("*.toml"))
@@ -89,15 +90,15 @@ def test_a_part_of_a_study_always_has_the_student_before(world, tmp_path):
 
 
 def test_a_job_is_the_recipe_with_the_changes_of_study_and_arm(world, tmp_path):
-    study, found = listed(world, tmp_path)
+    _, found = listed(world, tmp_path)
     job = next(job for job in found if (job.arm, job.seed) == ("sft", 2))
-    command = next_command(job, study)
+    command = next_command(job)
     assert command[0] == "train"
     run = config.load(command[1], command[2 : command.index("--ranks")])
     assert (run.seed, run.losses.kl, run.losses.sft, run.gain.enabled) == (2, 0, 1, False)
     assert run.student.path == world.student
     assert run.output == job.run
-    assert not any(str(world.folder) in text for text in made_with(job, study)["changes"])
+    assert not any(str(world.folder) in text for text in made_with(job)["changes"])
 
 
 def test_a_sweep_chooses_for_each_arm_by_mean_accuracy_and_arms_wait_for_it(world, tmp_path):
@@ -116,17 +117,39 @@ def test_a_sweep_chooses_for_each_arm_by_mean_accuracy_and_arms_wait_for_it(worl
     assert {job.role: job.value for job in found} == {"before": None, "test": 1e-3}
 
 
+def test_what_cannot_be_asked_so_is_said_before_anything_is_trained(world, tmp_path):
+    """12 haystacks of 6 images, whether it is the report or the sweep that asks for more."""
+    shutil.copytree(world.shards, tmp_path / "others")
+    more = SWEEP | {"shards": str(tmp_path / "others")}
+    check_asked(listed(world, tmp_path, sweep=more)[1])
+    check_asked(listed(world, tmp_path, asked=ASKED | {"sizes": [1, 6], "haystacks": 12}, sweep=more)[1])
+    for changes, sentence in (
+        ({"asked": ASKED | {"haystacks": 13}}, f"13 haystacks asked for, the data set {world.shards} has 12"),
+        ({"asked": ASKED | {"sizes": [1, 8]}}, f"{world.shards} cannot be asked as the study says: not measured at 8 images"),
+        ({"sweep": more | {"haystacks": 13}}, f"13 haystacks asked for, the data set {tmp_path / 'others'} has"),
+        ({"sweep": more | {"sizes": [8]}}, "nothing can be measured in .*others"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            check_asked(listed(world, tmp_path, **changes)[1])
+
+
+def test_a_sweep_may_ask_less_than_the_report(world, tmp_path):
+    _, found = listed(world, tmp_path, sweep=SWEEP | {"sizes": [1, 3], "haystacks": 4})
+    asked = {job.role: (job.asked.shards, job.asked.sizes, job.asked.haystacks, job.asked.questions) for job in found}
+    assert asked == {role: ("{world}/shards", (1, 2, 4), 6, 2) for role in ("before", "test")} | {"sweep": ("{world}/other", (1, 3), 4, 2)}
+
+
 def test_a_line_that_was_made_otherwise_is_refused_by_name(world, tmp_path):
-    study, found = listed(world, tmp_path)
+    _, found = listed(world, tmp_path)
     job = next(job for job in found if job.arm == "sft")
-    line = made_up("sft", 1, 9) | made_with(job, study)
-    assert results.is_done(job, study, [line])
-    assert not results.is_done(job, study, [line | {"seed": 2}])
+    line = made_up("sft", 1, 9) | made_with(job)
+    assert results.is_done(job, [line])
+    assert not results.is_done(job, [line | {"seed": 2}])
     with pytest.raises(ValueError, match="its line was made with other changes"):
-        results.is_done(job, study, [line | {"changes": ["steps=9"]}])
-    assert results.is_done(job, study, [line | {"changes": [*line["changes"], "evaluation.every_steps=7"]}])
+        results.is_done(job, [line | {"changes": ["steps=9"]}])
+    assert results.is_done(job, [line | {"changes": [*line["changes"], "evaluation.every_steps=7"]}])
     (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text() + "\n# a remark\n")
-    assert results.is_done(job, study, [line])
+    assert results.is_done(job, [line])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
