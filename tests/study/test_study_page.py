@@ -81,11 +81,12 @@ def test_lines_that_cannot_stand_together_are_refused(world, tmp_path):
 
 def test_the_readme_says_what_the_page_says():
     """Rows that begin with a world and an arm in code type have the page's window and ratios."""
-    sections = {text.splitlines()[0].split(": ")[-1]: text for text in (ROOT / "docs" / "study.md").read_text().split("\n## ")}
+    sections = {text.splitlines()[0]: text for text in (ROOT / "docs" / "study.md").read_text().split("\n## ")}
+    worlds = {name: f"The {kind} world: {name}" for kind, name in (("made", "made_qwen2_5"), ("made", "made_qwen3"), ("real", "real"))}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (ROOT / "README.md").read_text().splitlines()]
-    quoted = [(row, world) for row in rows if (world := row[0].strip("`")) in sections and row[1].startswith("`")]
+    quoted = [(row, world) for row in rows if (world := row[0].strip("`")) in worlds and row[1].startswith("`")]
     assert len(quoted) > 5
     for row, world in quoted:
-        section, arm = sections[world], row[1].strip("`")
+        section, arm = sections[worlds[world]], row[1].strip("`")
         page = cells(section, arm if f"\n| {arm} |" in section else f"{arm}, one")
         assert row[-4:] == [page[2], *page[-3:]], f"README says of {arm} in {world}: {row[-4:]}"
