@@ -83,7 +83,7 @@ def test_a_first_measurement_that_is_not_above_chance_sets_no_threshold(tmp_path
 
 
 def test_too_few_haystacks_are_refused_before_the_run(held_out):
-    with pytest.raises(ValueError, match="8 haystacks asked for, the data set .* has 7"):
+    with pytest.raises(ValueError, match=f"8 haystacks asked for, the data set {held_out} has 7"):
         progress.held_out(Evaluation(shards=str(held_out), haystacks=8))
 
 
