@@ -145,7 +145,7 @@ ARGUMENTS_study_test := --split test --samples 64 --images 256 --questions 4 --s
 ARGUMENTS_study_validation := --split test --samples 32 --images 128 --questions 4 --seed 42
 
 study: study-world $(BASE_SEEDS:%=$(WORLD)/models/base-%/config.json)
-	for part in made made_thrice distance_long distance_base; do $(BIN)/laid study recipes/study/$$part.toml --world $(WORLD) || exit; done
+	for part in made made_thrice made_long made_base; do $(BIN)/laid study recipes/study/$$part.toml --world $(WORLD) || exit; done
 	$(BIN)/laid study recipes/study/*.toml --report docs/study.md
 
 study-world: $(SEEDS:%=$(WORLD)/models/student-%/config.json) $(SEEDS:%=$(WORLD)/probe-%.json) $(WORLD)/models/teacher-two/config.json \
