@@ -24,6 +24,7 @@ STEPS = {"steps": 40, "checkpoint": {"every_steps": 10}}
 ALONE = {"steps": 80, "checkpoint": {"every_steps": 10}}
 TWO_NODES = ["--nodes=2"]
 LAUNCHERS = ["srun", "torchrun", "deepspeed"]
+ASKED = "USR1: the ranks are asked to save and stop"
 
 
 def warn(run: Evaluated | Submitted) -> None:
@@ -34,12 +35,13 @@ def warn(run: Evaluated | Submitted) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_nodes_of_two_ranks_by_each_launcher(cluster, launcher):
     changes = {"steps": 8, "checkpoint": {"every_steps": 5}}
-    run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], **changes)
+    run = Submitted(cluster, launcher, [*TWO_NODES, "--ranks-per-node=2", f"--launcher={launcher}"], slow=True, **changes)
     run.wait_for_step(3)
     places = [process.environ() for process in run.ranks(run.output / "launch" / "recipe.toml")]
     node_of = {int(place.get("RANK", place["SLURM_PROCID"])): int(place["SLURM_NODEID"]) for place in places}
     assert node_of == {0: 0, 1: 0, 2: 1, 3: 1}
     warn(run)
+    run.be_slow(False)
     run.wait_for_attempt(1)
     run.wait_for_status("done")
     assert "saved and stopped" in run.log()
@@ -53,7 +55,7 @@ def test_time_limit(cluster):
     run.wait_for_attempt(1)
     run.be_slow(False)
     run.wait_for_status("done")
-    assert "USR1: the ranks are asked to save and stop" in run.log()
+    assert ASKED in run.log()
     run.check("time limit", 1, **ALONE)
 
 
@@ -66,7 +68,7 @@ def test_preemption(clusters, proctrack, told, launcher):
     cluster.slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     run.wait_for_attempt(1)
     run.wait_for_status("done")
-    assert ("USR1: the ranks are asked" in run.log()) == told
+    assert (ASKED in run.log()) == told
     assert "saved and stopped" in run.log()
     run.check(f"preemption, {'told' if told else 'not told'}, {launcher}, {proctrack}", 2, **STEPS)
 
@@ -131,10 +133,14 @@ def test_signals_in_the_middle_of_a_save_and_after_the_end(cluster):
     cluster.slurm("scancel", "--signal=USR1", run.job)  # to the ranks themselves, too
     assert not (run.output / "checkpoints" / "latest").exists()
     run.wait_for_attempt(1)
+    (run.faults / "linger").touch()
     run.be_slow(False)
-    run.wait(lambda: (run.output / "done.json").is_file(), "the end")
+    run.wait(lambda: (run.output / "done.json").is_file(), "the last save")
+    warned = run.log().count(ASKED)
     warn(run)
     cluster.slurm("scancel", "--signal=TERM", run.job)
+    run.wait(lambda: run.log().count(ASKED) > warned, "the warning")
+    (run.faults / "linger").unlink()
     run.wait_for_status("done")
     run.wait_for_end()
     assert "JobState=COMPLETED" in cluster.slurm("scontrol", "show", "job", run.job)
@@ -153,11 +159,12 @@ def test_an_array_of_three(cluster):
 
 
 def test_a_chain_of_three(cluster):
-    run = Submitted(cluster, "chain", ["--chain=3", "--max-restarts=0"], **ALONE)
+    run = Submitted(cluster, "chain", ["--chain=3", "--max-restarts=0"], slow=True, **ALONE)
     for job in run.jobs[:2]:
         run.wait(lambda job=job: run.state()["job"] == job and run.state()["status"] == "running", f"job {job}")
         run.wait_for_step(run.observe() + 20)
         cluster.slurm("scancel", "--batch", "--signal=USR1", job)
+    run.be_slow(False)
     run.wait_for_status("done")
     assert run.state()["job"] == run.jobs[2]
     run.check("chain of three jobs", 1, **ALONE)
