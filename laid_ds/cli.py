@@ -18,6 +18,10 @@ from laid_ds.terminal import next_step, print_facts, print_json, print_table, ru
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.callback()(with_version)
 
+ImagePixels = Annotated[
+    str | None, typer.Option(metavar="LEAST,MOST", help="Show every picture within so many pixels; default: as the model's folder says.")
+]
+
 
 @app.command(epilog="Example: laid train recipes/demo.toml losses.match=0 --ranks 2")
 def train(
@@ -287,6 +291,7 @@ def evaluate(
     number_images: Annotated[
         bool | None, typer.Option("--number-images/--plain-images", help='Write "Image 7: " before the seventh; default: as trained.')
     ] = None,
+    image_pixels: ImagePixels = None,
     self_extend: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=GROUP,WINDOW", help="Ask this model with SelfExtend (a baseline); may be given more than once."),
@@ -307,9 +312,8 @@ def evaluate(
     wish = Wish(sizes and _sizes(sizes), haystacks, questions, depths, mode)
     limits = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch, "workers": _spare_cores(ranks, workers)}
     extended = _extended(self_extend or [], models)
-    how = How(
-        dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, number_images=number_images
-    )
+    shown = {"number_images": number_images, "image_pixels": _image_pixels(image_pixels)}
+    how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, **shown)
     if dry_run:
         tasks = check(folders, models, wish, how)
         print(f"nothing speaks against asking {', '.join(models)} about {', '.join(task.name for task in tasks)}")
@@ -336,6 +340,7 @@ def probe(
         int, typer.Option(min=1, help="Images in each haystack, or texts; a student that is lost there is shown half as many.")
     ] = 16,
     haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
+    image_pixels: ImagePixels = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON into this file: a recipe's align.probe.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -349,6 +354,7 @@ def probe(
     from laid_ds.runtime.engine import choose_accelerator
 
     choose_accelerator()
+    limits = _image_pixels(image_pixels)
     if student is not None:
         load_config(student)
     if out is not None:
@@ -357,11 +363,11 @@ def probe(
         with writing(out.parent, out.name):
             out.parent.mkdir(parents=True, exist_ok=True)
     with working(f"looking where {model} looks"):
-        found = measure(model, shards, images, haystacks, dtype)
+        found = measure(model, shards, images, haystacks, dtype, limits)
     tree, text = found.as_json(), [found.as_text()]
     if student is not None:
         with working(f"looking where {student} looks"):
-            other = measure_student(student, shards, images, haystacks, dtype)
+            other = measure_student(student, shards, images, haystacks, dtype, limits)
         choice = Probe(found.looks, other.looks).proposed()
         tree |= {"student": other.as_json()} | choice.as_json()
         text += [other.as_text(), choice.as_text(out)]
@@ -667,6 +673,15 @@ def _sizes(text: str) -> list[int]:
     if sizes[0] < 1:
         raise ValueError(f"--sizes {text!r}: sizes start at 1")
     return sizes
+
+
+def _image_pixels(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    limits = _numbers("--image-pixels", text)
+    if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+        raise ValueError(f"--image-pixels {text!r}: give the least and the most pixels of a picture, as 3136,200704")
+    return limits[0], limits[1]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from laid_ds.evaluation.telling import telling
 from laid_ds.evaluation.window import notes_on
 from laid_ds.models.attention import listen_to_windows
 from laid_ds.models.extension import self_extend
+from laid_ds.models.image_pixels import OPTION, Limits, limit_pixels, sizing_note
 from laid_ds.models.load import PreTrainedModel, load_config, load_model, open_model
 from laid_ds.models.numbering import numbering_note, numbers_images
-from laid_ds.models.processor import Renderer, load_processor
+from laid_ds.models.processor import ProcessorMixin, Renderer, load_processor
 from laid_ds.runtime import distributed, engine
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -53,6 +54,11 @@ class How:
     """Ask models that have changed since anew, which is refused otherwise."""
     number_images: bool | None = None
     """Whether "Image 7: " stands before the seventh image; None: as the model was trained."""
+    image_pixels: Limits | None = None
+    """Least and most pixels of each picture; None: as the model's folder says."""
+
+    def processor(self, folder: Path) -> ProcessorMixin:
+        return limit_pixels(load_processor(folder), self.image_pixels, OPTION)
 
     def numbers(self, folder: Path) -> bool:
         return numbers_images(folder) if self.number_images is None else self.number_images
@@ -61,7 +67,8 @@ class How:
         """A model as it is asked."""
         group_and_window = self.extended.get(name)
         extension = list(group_and_window) if group_and_window else None
-        return {"folder": str(folder), "self_extend": extension, "number_images": self.numbers(folder) or None}
+        pixels = list(self.image_pixels) if self.image_pixels else None
+        return {"folder": str(folder), "self_extend": extension, "number_images": self.numbers(folder) or None, "image_pixels": pixels}
 
 
 def evaluate_models(
@@ -80,6 +87,8 @@ def evaluate_models(
     with claimed(out) if first else nullcontext():
         notes = [note for task in tasks for note in notes_on(task.left_out)]
         notes += [numbering_note(name, numbers_images(folder), how.numbers(folder)) for name, folder in models.items()]
+        if first and len(models) > 1:
+            notes.append(sizing_note({name: how.processor(folder) for name, folder in models.items()}))
         for note in filter(None, notes) if first else ():
             print(note, file=sys.stderr)
         if first:
@@ -104,6 +113,8 @@ def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: 
         raise ValueError("give at least one folder of shards, and at least one model as NAME=FOLDER")
     for folder in models.values():
         load_config(folder)
+        if how.image_pixels is not None:
+            how.processor(folder)
     tasks = open_tasks(folders, wish)
     for task in tasks if how.attention else ():
         if task.mode != FORCED or task.depths is not None or len(tasks) > 1:
@@ -137,7 +148,7 @@ def _ask_model(name: str, folder: Path, tasks: Sequence[Task], out: Path, how: H
         listen_to_windows(model)
         if how.extended.get(name):
             self_extend(model, *how.extended[name])
-        renderer = Renderer(load_processor(folder), Pixels(), number_images=how.numbers(folder))
+        renderer = Renderer(how.processor(folder), Pixels(), number_images=how.numbers(folder))
         asker = Asker(model, renderer, device, how.max_new_tokens, how.tokens_per_batch, how.workers, in_step=sharded)
         append = stack.enter_context(appending(answers_file(out), rank))
         phases = _phases(pending)

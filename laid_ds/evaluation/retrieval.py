@@ -18,7 +18,9 @@ from laid_ds.evaluation.heads import CLEAR, MORE, Looks, as_tree
 from laid_ds.evaluation.spectra import check_needles, needle_profile
 from laid_ds.models.attention import attention_shape
 from laid_ds.models.identity import model_marks, read_whole
+from laid_ds.models.image_pixels import OPTION, Limits, limit_pixels
 from laid_ds.models.load import load_config, load_model
+from laid_ds.models.numbering import numbers_images
 from laid_ds.models.processor import Renderer, load_processor
 
 
@@ -72,17 +74,21 @@ class Retrieval:
         return "\n".join([*lines, f"{'haystacks':>12}" + "".join(f"{self.haystacks_at[n]:>8}" for n in there)])
 
 
-def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str) -> Retrieval:
-    """Look at the first haystacks of a set, drawn as `laid eval` draws them. Streams: no attention map is held.
+def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str, image_pixels: Limits | None = None) -> Retrieval:
+    """Look at the first haystacks of a set, drawn as `laid eval` draws them, pictures within `image_pixels` (None: as the folder says).
+    Streams: no attention map is held.
 
-    Raises ValueError where the folder is no model, where the set has fewer haystacks, cannot show this many images, or records no needles.
+    Raises ValueError where the folder is no model, where the set has fewer haystacks, cannot show this many images, or records no needles,
+    and where the family cannot keep the limits.
     """
     config, dataset = load_config(model), Dataset.open(shards)
     read_haystacks(dataset, haystacks)
     check_needles(dataset, haystacks)
+    processor = limit_pixels(load_processor(model), image_pixels, OPTION)
+    renderer = Renderer(processor, Pixels(), number_images=numbers_images(model))
     files = read_whole(model, model_marks(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, renderer = load_model(model, dtype).to(device).eval(), Renderer(load_processor(model), Pixels())
+    loaded = load_model(model, dtype).to(device).eval()
     profile = {int(layer): found for layer, found in needle_profile(loaded, renderer, dataset, size, haystacks).items()}
     any_layer = next(iter(profile.values()))
     looks = Looks(
@@ -99,13 +105,13 @@ def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str) ->
     return Retrieval(looks, any_layer["bins"], any_layer["needle_rows"], by_distance)
 
 
-def measure_student(model: Path, shards: Path, size: int, haystacks: int, dtype: str) -> Retrieval:
+def measure_student(model: Path, shards: Path, size: int, haystacks: int, dtype: str, image_pixels: Limits | None = None) -> Retrieval:
     """`measure`, of a model with a shorter window: where no head retrieves among `size` images, among half as many, and so on down to the
     fewest that the haystacks allow, and at least 2; the first size at which some head does, else `size`."""
     sizes = [size >> n for n in range(size.bit_length()) if size >> n >= 2] or [size]
     first = None
     for asked in survey(Dataset.open(shards), haystacks, sizes, scored=False).sizes:
-        found = measure(model, shards, asked, haystacks, dtype)
+        found = measure(model, shards, asked, haystacks, dtype, image_pixels)
         if found.looks.heads():
             return found
         first = first or found

@@ -5,7 +5,7 @@ settings of that processor: what is set here in a run is what the exported folde
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,18 @@ from laid_ds.files import read_json
 
 PATCHES = 512  # of those that become a token each: 640 x 480 takes 392 of 28 x 28, 300 of 32 x 32
 
+RECIPE, OPTION = "data.image_pixels = [{}, {}]", "--image-pixels {},{}"
+"""How limits are given."""
+SIZING = ("size", "min_patches", "max_patches", "min_pixels", "max_pixels", "crop_to_patches", "do_image_splitting", "image_grid_pinpoints")
+"""Settings of image processors that decide at what size a picture is seen."""
+
 Limits = tuple[int, int]
 Settings = dict[str, Any]
 
 
-def limit_pixels(processor: ProcessorMixin, limits: Limits | None) -> ProcessorMixin:
-    """The processor, changed so that every image that the model sees has an area within `limits`; None leaves it as it is.
+def limit_pixels(processor: ProcessorMixin, limits: Limits | None, said: str = RECIPE) -> ProcessorMixin:
+    """The processor, changed so that every image that the model sees has an area within `limits`; None leaves it as it is. said: how the
+    limits were given, as errors write them.
 
     Tiles of one image count together, a thumbnail beside them does not. As its family sizes: the picture is resized, its proportions
     kept, to whole patches (Qwen2-VL to Qwen3.5, GLM, Ernie, PaddleOCR, VideoLLaMA3: a strip thinner than a patch takes a whole one and
@@ -30,8 +36,21 @@ def limit_pixels(processor: ProcessorMixin, limits: Limits | None) -> ProcessorM
     """
     if limits is not None:
         images = processor.image_processor
-        processor.image_processor = type(images).from_dict(images.to_dict() | _settings(processor, limits))
+        processor.image_processor = type(images).from_dict(images.to_dict() | _settings(processor, limits, said))
     return processor
+
+
+def sizing_note(processors: Mapping[str, ProcessorMixin]) -> str:
+    """What a user should know where models, by name, of one way of sizing would see the same picture at other sizes; "" where none does."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, processor in processors.items():
+        settings = processor.image_processor.to_dict()
+        groups.setdefault((_kind(processor), json.dumps({key: settings.get(key) for key in SIZING}, default=dict)), []).append(name)
+    differing = [kind for kind in {kind for kind, _ in groups} if sum(kind == other for other, _ in groups) > 1]
+    said = [" and ".join(", ".join(names) for (other, _), names in groups.items() if other == kind) for kind in differing]
+    return "; ".join(
+        f"{names} see pictures at different sizes, as their folders say: --image-pixels asks all at the same" for names in said
+    )
 
 
 def write_limits(folder: Path, processor: ProcessorMixin, limits: Limits) -> None:
@@ -65,19 +84,19 @@ def _kind(processor: ProcessorMixin) -> str:
     return type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
 
 
-def _settings(processor: ProcessorMixin, limits: Limits) -> Settings:
+def _settings(processor: ProcessorMixin, limits: Limits, said: str = RECIPE) -> Settings:
     kind = _kind(processor)
     if kind not in RULES:
         raise ValueError(
-            f"data.image_pixels = {list(limits)}: how {kind} sizes images cannot be limited here; leave it out, and the limits of the"
+            f"{said.format(*limits)}: how {kind} sizes images cannot be limited here; leave it out, and the limits of the"
             " model's own processor hold"
         )
     least, most, settings = RULES[kind](processor, limits)
     if least < limits[0] or most > limits[1]:
         can = f"{least:,} pixels" if least == most else f"{least:,} to {most:,} pixels"
         raise ValueError(
-            f"data.image_pixels = {list(limits)}: {kind} would show the model {can} of an image at the nearest; give limits that include"
-            f" them (data.image_pixels = [{least}, {most}]), or leave it out"
+            f"{said.format(*limits)}: {kind} would show the model {can} of an image at the nearest; give limits that include"
+            f" them ({said.format(least, most)}), or leave it out"
         )
     return settings
 

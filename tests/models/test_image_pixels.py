@@ -32,6 +32,9 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import Sample, Turn, record_of
 from laid_ds.data.writer import ShardWriter
+from laid_ds.evaluation.evaluate import How, evaluate_models
+from laid_ds.evaluation.retrieval import measure
+from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.export import write_student
 from laid_ds.models.image_pixels import RULES, limit_pixels, write_limits
 from laid_ds.models.processor import Renderer, load_processor
@@ -222,3 +225,28 @@ def test_no_limits_leave_the_processor_as_it_is(world):
     processor = load_processor(world.student)
     before = processor.image_processor
     assert limit_pixels(processor, None).image_processor is before
+
+
+def test_models_are_asked_and_probed_within_limits_of_the_command(world, tmp_path, capsys):
+    """As if their folders said so; a folder that says otherwise than another is told of."""
+    limits, limited = (4 * 28 * 28, 9 * 28 * 28), tmp_path / "limited"
+    shutil.copytree(world.student, limited)
+    write_limits(limited, load_processor(limited), limits)
+    models, wish = {"plain": world.student, "limited": limited}, Wish(sizes=[1, 2], haystacks=3)
+    there = evaluate_models([world.shards], models, tmp_path / "a.json", wish)["models"]
+    assert "plain and limited see pictures at different sizes" in capsys.readouterr().err
+    asked = evaluate_models([world.shards], models, tmp_path / "b.json", wish, How(image_pixels=limits))["models"]
+    assert "different sizes" not in capsys.readouterr().err
+    said = [
+        (path.with_suffix(".answers.jsonl").read_text(), name)
+        for path, name in ((tmp_path / "a.json", "limited"), (tmp_path / "b.json", "plain"))
+    ]
+    of = [[record["said"] for record in map(json.loads, text.splitlines()) if record.get("model") == name] for text, name in said]
+    assert of[0] == of[1]
+    assert asked["plain"]["answers"] == asked["limited"]["answers"] == there["limited"]["answers"]
+    with pytest.raises(ValueError, match="other image_pixels"):
+        evaluate_models([world.shards], models, tmp_path / "a.json", wish, How(image_pixels=limits))
+    with pytest.raises(ValueError, match=r"--image-pixels 1,2: .* would show"):
+        evaluate_models([world.shards], models, tmp_path / "c.json", wish, How(image_pixels=(1, 2)))
+    within, without = (measure(world.student, world.shards, 2, 3, "float32", these) for these in (limits, None))
+    assert within.looks.mass == measure(limited, world.shards, 2, 3, "float32").looks.mass != without.looks.mass
