@@ -33,7 +33,8 @@ what to choose in [choosing.md](choosing.md).
 WORLD is a folder with the models and shards that the study names; how it is called is the world's name in the lines. Every arm is
 trained, exported and asked by the project's own commands, in float32, for equal steps, in one process of one thread; its seed decides
 the order of samples and windows, and may name the student that it starts from. Test haystacks are asked once, of finished arms; values
-that a study sweeps are chosen by other seeds and other haystacks, for every arm alike. **What has no line was not run (yet)**: a study is
+that a study sweeps are chosen by other seeds and other haystacks, each arm's in the same way; "(not swept)" is an arm that took the first
+value instead. **What has no line was not run (yet)**: a study is
 finished when every arm has all of its seeds.
 
 Ctrl-C, SIGTERM or kill -9: the same command goes on, each run from its newest checkpoint, and nothing of it stays behind. What an arm's
@@ -41,10 +42,12 @@ commands said is in `runs/study/STUDY/WORLD/arms/.../log.txt`, with its `run.jso
 models are removed when its line is written (`keep`). When an arm fails, the others are run all the same, and the status is 1.
 
 **Windows**: the largest size up to which accuracy stays above chance + 0.6 of what the student before knows above chance at the least
-size, interpolated on the logarithm of the size. Over seeds: the geometric mean. **Intervals**: 95 %, a bootstrap of {DRAWS:,} draws over
-seeds and over haystacks, crossed: the haystacks of a draw are the same for every seed and arm. Ratios are paired by seed and haystack; in
-bold where the interval leaves out 1. With few seeds such an interval is rough, with one it holds the haystacks alone. ">=": a window that
-goes on beyond the largest size that was asked; an end of an interval that such windows leave open has no bound.
+size, interpolated on the logarithm of the size; the threshold is not drawn anew. Over seeds: the geometric mean. **Intervals**: 95 %,
+Student's t of the mean over seeds, together with a bootstrap of {DRAWS:,} draws over haystacks, the same for every seed and arm (on
+logarithms; laid_ds/study/statistics.py). Ratios are paired by seed and haystack; in bold where the interval of several seeds leaves out 1.
+Two seeds are little evidence, and their intervals say so; with one seed it holds the haystacks alone, and says nothing of other seeds.
+">=": a window that goes on beyond the largest size that was asked, and counts as that size; an end of an interval that such windows leave
+open has no bound.
 """
 
 Group = tuple[str, str | None]
@@ -176,8 +179,8 @@ def _against(ours: Windows | None, theirs: Windows | None, same: bool) -> str:
 
 
 def _ratio(found: Estimate) -> str:
-    """In bold where the interval leaves 1 out."""
-    return f"**{found}**" if found.leaves_out_1 else str(found)
+    """In bold where the interval of several seeds leaves 1 out."""
+    return f"**{found}**" if found.leaves_out_1 and found.seeds > 1 else str(found)
 
 
 def _by_seed(part: Part, groups: Mapping[Group, list[Line]], measured: Mapping[Group, Windows]) -> str:
