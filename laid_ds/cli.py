@@ -133,7 +133,7 @@ def doctor(
 
 
 @app.command(
-    epilog="Examples: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/train;  "
+    epilog="Examples: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/short;  "
     "laid init recipes/study/real/model.json models/real --decoder SmolLM2.gguf --template recipes/study/real/chat.jinja;  "
     "laid init models/real models/half --layers 0,2,4,6"
 )
@@ -505,7 +505,7 @@ def study(
         print_json({"results": str(work.lines_file), "lines": len(work.lines()), "failed": failed})
     else:
         print(f"{work.lines_file}: {len(work.lines())} lines of {world.name}")
-        next_step("laid", "study", *studies, "--report", "docs/study.md")
+        next_step("laid", "study", path, *(["--results", results] if results else []), "--report", work.out / "study.md")
     raise typer.Exit(int(bool(failed)))
 
 

@@ -25,8 +25,9 @@ Paths are taken from where the command is started, `~` is your home folder, and 
 read, and under `engines` what stood in it. What to choose on a real pair is in [choosing.md](choosing.md), what the losses are in
 [method.md](method.md).
 
-A run that has begun goes on with the same recipe. Only `logging`, `checkpoint`, `evaluation`, `stop` and `data.workers` may change, and
-`data.micro_batch`, `optimizer.accumulation` and `sequence_parallel` as long as the samples per step stay the same.
+A run that has begun goes on with the same recipe. Only `logging`, `checkpoint`, `evaluation`, `stop`, `data.workers` and `align.probe` may
+change, `steps` may grow, and `data.micro_batch`, `optimizer.accumulation` and `sequence_parallel` may change where the samples per step
+stay the same.
 """
 
 

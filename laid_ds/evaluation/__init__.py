@@ -1,1 +1,1 @@
-"""Measuring a window: haystack (asks a model), window (numbers from answers), report (pictures from results files)."""
+"""Measuring a window: tasks (what is asked), asking and evaluate, answers and results (what is kept), window and scores (numbers)."""

@@ -1,1 +1,1 @@
-"""What we need of a transformers vision-language model; the only place besides data/batch that knows transformers."""
+"""What we need of a transformers vision-language model; the only place that imports transformers."""

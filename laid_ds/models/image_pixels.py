@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 
 from laid_ds.files import read_json
 
-PATCHES = 512  # of those that become a token each: 640 x 480 takes 392 of 28 x 28, 300 of 32 x 32
+PATCHES = 512  # of those that become a token each: 640 x 480 takes 391 of 28 x 28, 300 of 32 x 32
 
 RECIPE, OPTION = "data.image_pixels = [{}, {}]", "--image-pixels {},{}"
 """How limits are given."""
