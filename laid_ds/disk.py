@@ -6,10 +6,13 @@ import errno
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 REASONS = {
     errno.ENOSPC: "is full",
@@ -44,15 +47,31 @@ def writing(folder: Path, what: str, needed_bytes: int | None = None) -> Iterato
 
 @contextmanager
 def whole_folder(output: Path, what: str, needed_bytes: int | None = None) -> Iterator[Path]:
-    """A folder that appears whole or not at all: yields the place to write it. Raises DiskError as `writing`."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A folder that appears whole or not at all: yields the place to write it. Raises DiskError as `writing`, and ValueError where another
+    process has written the folder meanwhile.
+
+    The place is this process's own, hidden beside the folder; what a killed process of this machine has left there is removed.
+    """
+    mine = _place(output, os.getpid())
+    for left in output.parent.glob(_place(output, "*").name):
+        if left == mine or not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         with writing(output.parent, what, needed_bytes):
-            yield partial
-            os.replace(partial, output)
+            mine.mkdir(parents=True)
+            yield mine / output.name
+            try:
+                os.replace(mine / output.name, output)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise ValueError(f"{output} has been written by another process meanwhile; look at it, or choose another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # is gone by now where all went well
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+def _place(output: Path, process: int | str) -> Path:
+    return output.with_name(f".{output.name}.{socket.gethostname()}.{process}.partial")
 
 
 def _number_of(error: Exception) -> int | None:

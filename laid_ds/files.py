@@ -35,7 +35,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
-        line = int(place[1]) if place and place[1] else len(text.splitlines())
+        line = int(place[1]) if place and place[1] else len(_lines(text))
         reason = str(error)[: place.start()] if place else str(error)
         raise ValueError(f"{path} is not valid TOML, {_at(text, line)} ({_small(reason)})") from None
 
@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError, one sentence with the line, for another line that is no object.
     """
-    lines = read_text(path).splitlines() if path.is_file() and path.stat().st_size else []
+    lines = _lines(read_text(path)) if path.is_file() and path.stat().st_size else []
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -99,12 +99,17 @@ def read_text(path: Path, plain: bool = False) -> str:
 
 def line_of(text: str, key: str, last: bool = False) -> int:
     """The number of the line that names a key."""
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
+    lines = [number for number, line in enumerate(_lines(text), 1) if f'"{key}"' in line]
     return (lines[-1] if last else lines[0]) if lines else 1
 
 
+def _lines(text: str) -> list[str]:
+    """As JSON and TOML count them: `str.splitlines` also ends a line at characters that may stand in any text (U+2028)."""
+    return text.removesuffix("\n").split("\n")
+
+
 def _at(text: str, line: int) -> str:
-    lines = text.splitlines()
+    lines = _lines(text)
     there = lines[line - 1].strip() if 0 < line <= len(lines) else ""
     return f"line {line}: {there[:SHOWN_CHARACTERS]!r}"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from laid_ds.parent import end
@@ -15,7 +16,7 @@ from laid_ds.runtime.launchers import end_with_launchers, leave
 from laid_ds.runtime.stop import StopRequest, ignore_signals
 from laid_ds.terminal import working
 
-LOST = 1  # the status of a rank that goes because another process is gone
+LOST = 1  # the status of a rank that goes because another process is gone, or by an error of ours
 
 
 def read_teaching(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -80,8 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == LOST:  # what Python and the libraries would tear down may wait for the dead
+    try:
+        status = main()
+    except Exception:  # ours to mend
+        traceback.print_exc()
+        status = LOST
+    if (
+        status == LOST
+    ):  # what Python and the libraries would tear down may wait for the dead, or for data workers, which end with this process
         sys.stdout.flush()
         os._exit(status)
     end(status)

@@ -47,6 +47,33 @@ def test_what_is_not_the_disks_fault_is_passed_on(tmp_path, error):
     assert found.value is error
 
 
+def test_a_folder_that_is_made_beside_another_of_the_user_leaves_it_alone(tmp_path):
+    """Also where it is called as a partial folder might be; what a killed process left is removed, what a living one has is not."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine, left, living = tmp_path / "set.partial", disk._place(tmp_path / "set", dead.pid), disk._place(tmp_path / "set", os.getppid())
+    for folder in (mine, left, living):
+        folder.mkdir()
+        (folder / "notes.txt").write_text("precious")
+    with whole_folder(tmp_path / "set", "it") as partial:
+        partial.mkdir()
+        (partial / "file").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "set", "set.partial"])
+    assert (mine / "notes.txt").read_text() == "precious"
+
+
+def test_two_that_make_the_same_folder_are_told(tmp_path):
+    def write() -> None:
+        with whole_folder(tmp_path / "set", "it") as partial:
+            partial.mkdir()
+            (tmp_path / "set").mkdir()
+            (tmp_path / "set" / "file").write_text("the other's")
+
+    with pytest.raises(ValueError, match="set has been written by another process meanwhile"):
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["set", "file"]
+
+
 def test_room_is_looked_for(tmp_path):
     assert no_room(tmp_path, "it", 1) == ""
     assert "it (1,000,000,000.0 GB) cannot be written" in no_room(tmp_path, "it", 10**18)

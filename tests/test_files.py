@@ -73,6 +73,13 @@ def test_a_folder_in_a_files_place_is_said(tmp_path):
         read_json(tmp_path)
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Not what Unicode calls the end of a line or paragraph, which may stand in any answer."""
+    path, said = tmp_path / "answers.jsonl", {"said": "a\u2028b\u2029c\x85d\x0ce"}
+    path.write_text(json.dumps(said, ensure_ascii=False) + "\n" + json.dumps({"step": 2}) + "\n", encoding="utf-8")
+    assert read_json_lines(path) == [said, {"step": 2}]
+
+
 def test_a_line_that_was_cut_by_a_kill_is_left_out_and_another_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_json_lines(path) == []

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import islice
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from laid_ds.run.metrics import Reporter
 from laid_ds.runtime import distributed, engine
 from laid_ds.runtime.stop import SIGNALS, StopRequest
 from laid_ds.train import main
-from tests.support.processes import run_ranks, start_ranks
+from tests.support.processes import free_port, run_ranks, start_ranks
 from tests.support.recipes import write_recipe
 from tests.support.training import rank_steps
 
@@ -242,3 +243,25 @@ def test_rank_0_says_once_which_kernels_serve(world, tmp_path):
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("kernels")]
     assert said == ["kernels: attention by the CPU's flash attention, matching by chunked inside attention's backward pass"]
+
+
+FAILS = """
+import runpy
+from laid_ds.run import loop
+def train_step(*arguments, **named):
+    raise RuntimeError("nobody expects this")
+loop.train_step = train_step
+runpy.run_module("laid_ds.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_an_error_that_nobody_expects_ends_the_rank_with_its_data_workers(world, tmp_path):
+    """Which take no SIGTERM, so that they would be waited for for ever."""
+    run = world.run(tmp_path / "run", steps=2, data={"shards": [str(world.shards)], "workers": 2})
+    recipe = write_recipe(run, tmp_path / "run.toml")
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "-c", FAILS, str(recipe)]
+    found = subprocess.run(words, env=os.environ | rank, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1, found.stderr
+    assert "RuntimeError: nobody expects this" in found.stderr
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(recipe) in (p.info["cmdline"] or ())]

@@ -1,14 +1,20 @@
 """Shards are written whole or not at all, and the same samples give the same bytes."""
 
+import errno
+import fcntl
 import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from laid_ds.data.index import DATASET, INDEX, Row, ShardIndex, check_size, dataset_json
 from laid_ds.data.record import DataError, Sample, record_of
 from laid_ds.data.tar import BLOCK, END_OF_ARCHIVE, begins_as_ours, pack_sample
 from laid_ds.disk import DiskError, writing
+
+LOCK = ".writing"
+"""In a folder that is being written."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -32,6 +38,19 @@ def publish(temporary: Path, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _claim(folder: Path) -> IO[bytes]:
+    """Lock a folder for this process until the file is closed, however the process ends; where the file system has no locks, for nobody.
+    Raises DataError where another process writes there."""
+    file = open(folder / LOCK, "ab")  # noqa: SIM115 - open for as long as the set is written
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise DataError(f"{folder} is being written by another process; wait for its end, or give another folder") from None
+    return file
 
 
 def _is_ours(path: Path) -> bool:
@@ -60,15 +79,25 @@ class ShardWriter:
         self.folder, self.prefix = Path(folder), prefix
         self.samples_per_shard, self.bytes_per_shard = samples_per_shard, bytes_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _claim(self.folder)
+        try:
+            self.shards = self._begin(resume)
+        except BaseException:
+            self._let_go()
+            raise
+        self.keys = {key.decode() for shard in self.shards for key in shard.keys.tolist()}
+        self._rows: list[Row] = []  # of the shard that is being written
+        self._num_bytes = 0
+
+    def _begin(self, resume: bool) -> list[ShardIndex]:
+        """The shards that are there already."""
         if (self.folder / DATASET).exists():
             raise DataError(f"{self.folder} already holds a finished data set")
         if (self.folder / INDEX).exists() and not resume:
             raise DataError(f"{self.folder} holds an unfinished data set: resume it or remove it")
-        self.shards = self._whole_shards() if resume else []
-        self._refuse_files_in_the_way(resume)
-        self.keys = {key.decode() for shard in self.shards for key in shard.keys.tolist()}
-        self._rows: list[Row] = []  # of the shard that is being written
-        self._num_bytes = 0
+        shards = self._whole_shards() if resume else []
+        self._refuse_files_in_the_way({shard.name for shard in shards}, resume)
+        return shards
 
     @property
     def samples_done(self) -> int:
@@ -79,13 +108,16 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.close()
-        elif self._rows:
-            with suppress(OSError):  # on a full disk, of bytes that are thrown away anyway
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            self._rows = []
+        try:
+            if kind is None:
+                self.close()
+            elif self._rows:
+                with suppress(OSError):  # on a full disk, of bytes that are thrown away anyway
+                    self._file.close()
+                self._temporary.unlink(missing_ok=True)
+                self._rows = []
+        finally:
+            self._let_go()
 
     def write(self, sample: Sample) -> None:
         """Append a sample; its key must be new to the whole set. Raises DiskError when the disk takes no more."""
@@ -109,6 +141,12 @@ class ShardWriter:
         index = b"".join(shard.line() for shard in self.shards)
         write_whole(self.folder / INDEX, index)
         write_whole(self.folder / DATASET, dataset_json(self.shards, index))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if not self._lock.closed:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._lock.close()
 
     def _is_full(self, more_bytes: int) -> bool:
         return len(self._rows) >= self.samples_per_shard or self._num_bytes + more_bytes > self.bytes_per_shard
@@ -143,9 +181,8 @@ class ShardWriter:
             index.flush()
             os.fsync(index.fileno())
 
-    def _refuse_files_in_the_way(self, resume: bool) -> None:
+    def _refuse_files_in_the_way(self, whole: set[str], resume: bool) -> None:
         """A shard that no index names is written over only where an interrupted run of this writer left it."""
-        whole = {shard.name for shard in self.shards}
         for path in sorted(self.folder.glob(f"{self.prefix}-??????.tar")):
             if path.name not in whole and not (resume and _is_ours(path)):
                 raise DataError(f"{path} lies where a shard would be written; give a new folder")

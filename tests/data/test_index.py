@@ -16,7 +16,7 @@ from laid_ds.data.dataset import Dataset
 from laid_ds.data.index import DATASET, INDEX, ShardIndex
 from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.tar import parse_tar_header, tar_header
-from laid_ds.data.writer import ShardWriter
+from laid_ds.data.writer import LOCK, ShardWriter
 
 SAMPLES = [make_sample(i, i % 4) for i in range(25)]
 
@@ -171,7 +171,7 @@ def test_a_header_with_any_changed_byte_is_refused():
 WRITER = """
 import itertools, os, signal, sys; sys.path[:0] = [{tests!r}, {root!r}]
 from data_samples import make_sample
-from laid_ds.data.writer import ShardWriter
+from laid_ds.data.writer import LOCK, ShardWriter
 samples, calls = [make_sample(i, 1) for i in range(60)], itertools.count(1)
 def die_at_call(frame, event, argument):
     if next(calls) == {death}:
@@ -216,3 +216,20 @@ def test_a_writer_refuses_a_folder_in_use(dataset, tmp_path):
     (tmp_path / "set" / DATASET).unlink()
     with pytest.raises(DataError, match="unfinished data set"):
         ShardWriter(tmp_path / "set")
+
+
+def test_two_writers_of_one_folder_are_told(tmp_path):
+    """The lock is of a process: it ends with it, however it ends, and nothing stays in a finished set."""
+    hold = "\n".join(
+        (WRITER.split("def die")[0], f"writer = ShardWriter({str(tmp_path)!r})", "writer.write(samples[0])", "print(flush=True)", "input()")
+    )
+    code = hold.format(tests=os.path.dirname(__file__), root=os.getcwd())
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(DataError, match="is being written by another process"):
+            ShardWriter(tmp_path, resume=True)
+        other.kill()
+    with ShardWriter(tmp_path, resume=True) as writer:
+        writer.write(make_sample(0, 1))
+    assert not (tmp_path / LOCK).exists()
+    assert len(Dataset.open(tmp_path)) == 1

@@ -527,7 +527,7 @@ def test_an_interrupt_leaves_nothing_behind(root, tmp_path):
     more = ("--images", root / "pictures", "--rule", "class", "--train", tmp_path / "new" / "train", "--test", tmp_path / "new" / "test")
     words = [sys.executable, "-m", "data_tools.cli", "compose", "questions", lines, *more, "--samples", 1000, "--size", 100]
     process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("new/train.partial/*.tmp")) and process.poll() is None:
+    while not list(tmp_path.glob("new/.train.*.partial/train/*.tmp")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
