@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.console import track
 from data_tools.formats import documents, folder, llava, mm_niah, mmlongbench, visual_haystacks
-from data_tools.formats.fields import Entry
+from data_tools.formats.fields import Entry, without
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
 from data_tools.processor_check import check_with
@@ -183,7 +183,7 @@ def _make_reader(plan: Build, reader: Reader, root: ImageRoot) -> Callable[[tupl
             return Read(number, error=entry)
         key, images = f"{plan.prefix}-{number:08d}", root.anew()
         try:
-            sample = reader(_without(entry, plan.ignore) if plan.ignore else entry, key, images)
+            sample = reader(without(entry, plan.ignore), key, images)
             sample = replace(sample, source=plan.source_name or sample.source, licence=plan.licence or sample.licence)
             if plan.haystack:
                 sample = _as_haystack(sample)
@@ -204,15 +204,6 @@ def _as_haystack(sample: Sample) -> Sample:
     if reason:
         raise DataError(f"--haystack says that images may be left out and moved, and the sample {reason}; build it without --haystack")
     return said
-
-
-def _without(value: Any, ignored: Sequence[str], depth: int = 5) -> Any:
-    """An entry without these fields, nor its turns (in a list) and their parts (in a list of each turn)."""
-    if depth and isinstance(value, dict):
-        return {name: _without(inner, ignored, depth - 1) for name, inner in value.items() if name not in ignored}
-    if depth and isinstance(value, list):
-        return [_without(inner, ignored, depth - 1) for inner in value]
-    return value
 
 
 def _ordered(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator[Any]:

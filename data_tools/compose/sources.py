@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.compose.pool import Row
-from data_tools.formats.fields import check_fields, is_empty, take, take_images
-from data_tools.formats.llava import take_turns
+from data_tools.formats.fields import check_fields, is_empty, take, take_images, without
+from data_tools.formats.llava import is_learned, role_of, take_content, take_turns
 from data_tools.formats.marks import IMAGE_MARK, refuse_foreign_marks
 from data_tools.inputs import entries, read_json
 from laid_ds.data.dataset import Dataset
@@ -21,7 +21,6 @@ KNOWN = {"image", "images", "question", "answer", "choices", "about", "shows", "
 KNOWN_LLAVA = {"about", "shows", "caption", "choices"}
 SEPARATOR = "|"  # between several things in one cell of a table
 TABLES = (".csv", ".tsv")
-HUMAN, ASSISTANT = ("human", "user"), ("gpt", "assistant")
 
 
 def question_rows(path: Path, ignore: Sequence[str] = (), keep_going: bool = False) -> Iterator[Row | DataError]:
@@ -65,7 +64,7 @@ def _row(place: str, entry: Any, ignore: Sequence[str]) -> Row | DataError:
     try:
         if isinstance(entry, DataError):
             return entry
-        entry = {name: value for name, value in entry.items() if name not in ignore} if isinstance(entry, dict) else entry
+        entry = without(entry, ignore)
         question = take(entry, "question", str, "").removeprefix(IMAGE_MARK).strip()
         check_fields(entry, KNOWN)
         _refuse_marks(question)
@@ -119,16 +118,22 @@ def llava_rows(path: Path, ignore: Sequence[str] = (), keep_going: bool = False)
 
 
 def _llava_row(place: str, entry: Any, ignore: Sequence[str]) -> Row:
-    entry = {name: value for name, value in entry.items() if name not in ignore} if isinstance(entry, dict) else entry
+    entry = without(entry, ignore)
     take(entry, "image", (str, list, dict), "")
     own = {name: value for name, value in entry.items() if name in KNOWN_LLAVA}
     said = take_turns({name: value for name, value in entry.items() if name not in KNOWN_LLAVA})
-    texts = [(take(turn, "from", str, "") or take(turn, "role", str, ""), turn.get("value", turn.get("content"))) for turn in said]
-    if len(texts) < 2 or texts[0][0] not in HUMAN or texts[1][0] not in ASSISTANT or not all(isinstance(text, str) for _, text in texts):
+    roles, texts = [role_of(turn) for turn in said], [take_content(turn) for turn in said]
+    if roles[:2] != ["user", "assistant"] or not all(isinstance(text, str) for text in texts):
         raise DataError("a row to compose from is a question and its answer, as text")
-    question = texts[0][1].removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
+    learned = [is_learned(turn, role) for turn, role in zip(said, roles, strict=True)]
+    if not learned[1]:
+        raise DataError(f"the answer {texts[1][:40]!r} is not to be learned by its own word; leave the row out, or what says so (--ignore)")
+    relevant = take(entry, "relevant_images", list, [])
+    if relevant not in ([], [1]):
+        raise DataError(f"relevant_images {str(relevant)[:60]} must be [1]: the one picture of a row answers its question")
+    question = texts[0].removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
     _refuse_marks(question)
-    return Row(place, _one_image(entry), question, texts[1][1].strip(), **_known(own))
+    return Row(place, _one_image(entry), question, texts[1].strip(), **_known(own))
 
 
 def vqa_rows(paths: Sequence[Path], names: dict[int, str]) -> Iterator[Row | DataError]:

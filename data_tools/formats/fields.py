@@ -1,6 +1,6 @@
 """Fields of an entry, checked as they are taken. What says nothing about learning may stand beside them; the rest is refused by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from laid_ds.data.record import DataError
@@ -41,6 +41,15 @@ def check_fields(entry: Entry, known: Iterable[str], *, others: bool = False) ->
             raise DataError(f"field {name[:60]!r} says {SAYS_MORE[name]}, which this format cannot learn")
         if not (others or name.endswith("_id")):
             raise DataError(f"field {name[:60]!r} is not known and might change what is to be learned; remove it, or name it to --ignore")
+
+
+def without(value: Any, ignored: Sequence[str], depth: int = 5) -> Any:
+    """An entry without these fields, nor its turns (in a list) and their parts (in a list of each turn)."""
+    if depth and ignored and isinstance(value, dict):
+        return {name: without(inner, ignored, depth - 1) for name, inner in value.items() if name not in ignored}
+    if depth and ignored and isinstance(value, list):
+        return [without(inner, ignored, depth - 1) for inner in value]
+    return value
 
 
 def is_empty(value: Any) -> bool:

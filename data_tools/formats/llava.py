@@ -28,12 +28,12 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     `system` becomes a system turn; a turn with `loss`, `weight` or `train` of 0 is not learned; `relevant_images` (0/1 for each image)
     become the needles of each question."""
     said = take_turns(entry)
-    roles = [_role(turn) for turn in said]
+    roles = [role_of(turn) for turn in said]
     pieces = [_pieces(turn) for turn in said]
     images, segments = _show(roles, pieces, take_images(entry))
     needles = _relevant(entry, len(images))
     turns = [
-        Turn(role, part, needles if role == "user" else (), supervised=_is_learned(turn, role))
+        Turn(role, part, needles if role == "user" else (), supervised=is_learned(turn, role))
         for turn, role, part in zip(said, roles, segments, strict=True)
     ]
     return Sample(key, tuple(turns), root.read_all(images), meta=identity(entry))
@@ -49,12 +49,13 @@ def take_turns(entry: Entry) -> list[Any]:
     check_fields(entry, FIELDS)
     if not (system := take(entry, "system", str, "")):
         return said
-    if any(_role(turn) == "system" for turn in said):
+    if any(role_of(turn) == "system" for turn in said):
         raise DataError("field 'system' is given beside a system turn; one of them must go")
     return [{"role": "system", "content": system}, *said]
 
 
-def _role(turn: Any) -> str:
+def role_of(turn: Any) -> str:
+    """Whose turn it is, as records call it."""
     take(turn, "from", str, "")
     take(turn, "role", str, "")
     speaker = take_one_of(turn, ("from", "role")) or ""
@@ -63,7 +64,7 @@ def _role(turn: Any) -> str:
     return SPEAKERS[speaker]
 
 
-def _is_learned(turn: Entry, role: str) -> bool:
+def is_learned(turn: Entry, role: str) -> bool:
     """What a turn says of itself: true, 1 or nothing; false or 0."""
     said = {name: turn[name] for name in LOSS_FIELDS if turn.get(name) is not None}
     for name, value in said.items():
@@ -76,11 +77,16 @@ def _is_learned(turn: Entry, role: str) -> bool:
     return role != "assistant" or all(said.values())
 
 
-def _pieces(turn: Entry) -> list[Piece]:
+def take_content(turn: Entry) -> str | list[Any]:
+    """What a turn says, which must be all that it holds."""
     check_fields(turn, TURN_FIELDS)
     if not is_empty(turn.get("value")) and not is_empty(turn.get("content")):
         raise DataError("fields 'value' and 'content' of a turn are both given; one of them must go")
-    content = take(turn, "value" if is_empty(turn.get("content")) and "value" in turn else "content", (str, list))
+    return take(turn, "value" if is_empty(turn.get("content")) and "value" in turn else "content", (str, list))
+
+
+def _pieces(turn: Entry) -> list[Piece]:
+    content = take_content(turn)
     if isinstance(content, str):
         return _text(content)
     return [piece for part in content for piece in _part(part)]

@@ -472,6 +472,41 @@ def test_a_table_with_a_missing_cell_is_refused_by_line(laid_data, tmp_path, pic
     assert "mine.csv, line 3: the line has not as many cells" in refusal(laid_data, "questions", tmp_path / "mine.csv", *more)
 
 
+ASKED, ANSWERED = {"from": "human", "value": "<image>\nWhat colour is the dog?"}, {"from": "gpt", "value": "red"}
+BAD_CHATS = [
+    ([ASKED, {**ANSWERED, "loss": 0}], {}, "the answer 'red' is not to be learned by its own word"),
+    ([ASKED, {**ANSWERED, "weight": 0.5}], {}, "field 'weight' of a turn is '0.5'"),
+    ([{**ASKED, "train": True}, ANSWERED], {}, "field 'train' asks to learn a user turn"),
+    ([ASKED, {**ANSWERED, "reasoning_content": "hm"}], {}, "field 'reasoning_content' says a train of thought"),
+    ([ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}], {}, "field 'tool_calls' says the use of tools"),
+    ([ASKED, {**ANSWERED, "foo": 1}], {}, "field 'foo' is not known"),
+    ([ASKED, {**ANSWERED, "content": "blue"}], {}, "fields 'value' and 'content' of a turn are both given"),
+    ([ASKED, {**ANSWERED, "role": "assistant"}], {}, "fields 'from' and 'role' are both given"),
+    ([ASKED, ANSWERED], {"relevant_images": [0]}, "relevant_images [0] must be [1]"),
+    ([ANSWERED, ASKED], {}, "a row to compose from is a question and its answer, as text"),
+]
+
+
+@pytest.mark.parametrize("turns, more, sentence", BAD_CHATS, ids=[sentence[:40] for _, _, sentence in BAD_CHATS])
+def test_what_a_turn_says_of_itself_is_kept_or_refused(laid_data, tmp_path, pictures, turns, more, sentence):
+    row = {"image": "p0.jpg", "conversations": turns, "about": ["dog"], **more}
+    lines = write_lines(tmp_path / "chats.jsonl", [row])
+    options = ("--images", pictures, "--rule", "class", "--train", tmp_path / "set")
+    assert f"chats.jsonl, entry 0: {sentence}" in refusal(laid_data, "llava", lines, *options)
+
+
+def test_what_a_turn_says_of_itself_may_be_ignored(laid_data, tmp_path, pictures):
+    chats = [
+        {"image": f"p{n}.jpg", "conversations": [ASKED, {**ANSWERED, "loss": 0, "foo": 1}], "about": ["dog"], "relevant_images": [1]}
+        for n in range(2)
+    ]
+    rows = [*chats, *({"image": f"p{n}.jpg", "conversations": [ASKED, ANSWERED], "shows": ["dog"]} for n in (2, 3))]
+    rows += [{"image": "p4.jpg", "conversations": [{**ASKED, "value": "What colour is the cat?"}, ANSWERED], "shows": ["cat"]}]
+    lines = write_lines(tmp_path / "chats.jsonl", rows)
+    options = ("--images", pictures, "--rule", "class", "--train", tmp_path / "set", "--samples", 1, "--size", 2)
+    assert laid_data("compose", "llava", lines, *options, "--ignore", "loss", "--ignore", "foo").code == 0
+
+
 WRONG_USES = [
     ((), "say what tells the picture of a question from its distractors: --rule class"),
     (("--rule", "colour"), "--rule 'colour' is none of class, caption, question"),
