@@ -42,7 +42,7 @@ def _table(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            names = lines.fieldnames or []
+            names = [name.strip() for name in lines.fieldnames or ()]
             if len(set(names)) != len(names):
                 raise DataError(f"{path}: a column is named twice in its head ({', '.join(names)})")
             for line in lines:

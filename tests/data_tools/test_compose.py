@@ -472,6 +472,14 @@ def test_a_table_with_a_missing_cell_is_refused_by_line(laid_data, tmp_path, pic
     assert "mine.csv, line 3: the line has not as many cells" in refusal(laid_data, "questions", tmp_path / "mine.csv", *more)
 
 
+def test_a_table_whose_columns_differ_by_a_space_is_refused(laid_data, tmp_path, pictures):
+    (tmp_path / "mine.csv").write_text("image,question,answer, answer\np0.jpg,Which?,red,blue\n")
+    more = ("--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    assert "a column is named twice in its head (image, question, answer, answer)" in refusal(
+        laid_data, "questions", tmp_path / "mine.csv", *more
+    )
+
+
 ASKED, ANSWERED = {"from": "human", "value": "<image>\nWhat colour is the dog?"}, {"from": "gpt", "value": "red"}
 BAD_CHATS = [
     ([ASKED, {**ANSWERED, "loss": 0}], {}, "the answer 'red' is not to be learned by its own word"),
