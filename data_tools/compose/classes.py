@@ -27,24 +27,21 @@ WHICH = "Which of these is shown in one of the images: {classes}?"
 LEAST_PICTURES = 2  # of a class, in train and in test
 
 
-def read_instances(paths: Sequence[Path]) -> tuple[dict[str, set[str]], dict[int, str]]:
-    """(file name -> classes shown, image id -> file name) of COCO instances files. A picture without annotations shows no class."""
+def read_instances(paths: Sequence[Path]) -> tuple[dict[str, set[str]], dict[int, set[str]]]:
+    """(file name -> classes shown, image id -> its file names, of which several files may have others) of COCO instances files. A picture
+    without annotations shows no class."""
     shown: dict[str, set[str]] = {}
-    names: dict[int, str] = {}
+    names: dict[int, set[str]] = defaultdict(set)
     for path in paths:
         tree = _tree(path, "categories")
-        classes = {take(entry, "id", int): normal(take(entry, "name", str)) for entry in tree["categories"]}
-        here = {take(entry, "id", int): take(entry, "file_name", str) for entry in tree["images"]}
-        for name in here.values():
+        classes, here = _by_id(path, tree, "categories", "name"), _by_id(path, tree, "images", "file_name")
+        for number, name in here.items():
             shown.setdefault(name, set())
-        for entry in tree["annotations"]:
-            number, kind = take(entry, "image_id", int), take(entry, "category_id", int)
+            names[number].add(name)
+        for place, (number, kind) in enumerate(_fields(path, tree, "annotations", image_id=int, category_id=int)):
             if number not in here or kind not in classes:
-                raise DataError(
-                    f"{path}: annotation {entry.get('id')} names image {number} or category {kind}, which the file does not list"
-                )
-            shown[here[number]].add(classes[kind])
-        names |= here
+                raise DataError(f"{path}, annotations, entry {place}: the file does not list its image {number} or its category {kind}")
+            shown[here[number]].add(normal(classes[kind]))
     return shown, names
 
 
@@ -53,13 +50,32 @@ def read_captions(paths: Sequence[Path]) -> dict[str, list[str]]:
     said: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         tree = _tree(path)
-        here = {take(entry, "id", int): take(entry, "file_name", str) for entry in tree["images"]}
-        for entry in tree["annotations"]:
-            number = take(entry, "image_id", int)
+        here = _by_id(path, tree, "images", "file_name")
+        for place, (number, caption) in enumerate(_fields(path, tree, "annotations", image_id=int, caption=str)):
             if number not in here:
-                raise DataError(f"{path}: annotation {entry.get('id')} names image {number}, which the file does not list")
-            said[here[number]].append(take(entry, "caption", str))
+                raise DataError(f"{path}, annotations, entry {place}: the file does not list its image {number}")
+            said[here[number]].append(caption)
     return said
+
+
+def _by_id(path: Path, tree: dict[str, Any], part: str, field: str) -> dict[int, str]:
+    """id -> a field, of a list of a COCO file, in which an id names one thing."""
+    found: dict[int, str] = {}
+    for place, (number, value) in enumerate(_fields(path, tree, part, id=int, **{field: str})):
+        if number in found:
+            raise DataError(f"{path}, {part}, entry {place}: id {number} names {value[:60]!r} here and {found[number][:60]!r} before")
+        found[number] = value
+    return found
+
+
+def _fields(path: Path, tree: dict[str, Any], part: str, **kinds: type) -> Iterator[tuple[Any, ...]]:
+    """Fields of each entry of a list of a COCO file, by their types."""
+    for place, entry in enumerate(tree[part]):
+        try:
+            fields = tuple(take(entry, name, kind) for name, kind in kinds.items())
+        except DataError as error:
+            raise DataError(f"{path}, {part}, entry {place}: {error.reason}") from None
+        yield fields
 
 
 def _tree(path: Path, *more: str) -> dict[str, Any]:

@@ -158,7 +158,9 @@ def _pool_of_files(plan: Compose, read: Callable[[str], bytes]) -> Pool:
     if plan.format in ("coco", "vhs"):
         shown, _ = classes.read_instances(plan.files)
         return classes.coco_pool(shown, read, PROMPT if plan.format == "vhs" else "", plan.skip_bad, plan.jobs)
-    return pool_of(_rows(plan), read, str, _rules(plan))
+    left_out: Counter[str] = Counter()
+    pool = pool_of(_rows(plan, left_out), read, str, _rules(plan))
+    return replace(pool, left_out=pool.left_out | +left_out)
 
 
 def _one_folder(plan: Compose) -> Path:
@@ -181,11 +183,11 @@ def _rules(plan: Compose) -> Rules:
     return Rules(plan.rule, plan.lead, plan.answers, plan.choices, plan.skip_bad, plan.jobs)
 
 
-def _rows(plan: Compose) -> Iterable[Row | DataError]:
-    """The rows of the list formats, with what COCO files know of their pictures."""
+def _rows(plan: Compose, left_out: Counter[str]) -> Iterable[Row | DataError]:
+    """The rows of the list formats, with what COCO files know of their pictures. What is left out is counted."""
     shown, names = classes.read_instances(plan.instances)
     if plan.format == "vqa":
-        rows = sources.vqa_rows(plan.files, names)
+        rows = sources.vqa_rows(plan.files, names, left_out)
     else:
         read = sources.llava_rows if plan.format == "llava" else sources.question_rows
         rows = (row for path in plan.files for row in read(path, plan.ignore, plan.skip_bad))

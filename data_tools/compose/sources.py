@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,31 +137,50 @@ def _llava_row(place: str, entry: Any, ignore: Sequence[str]) -> Row:
     return Row(place, _one_image(entry), question, texts[1].strip(), **_known(own))
 
 
-def vqa_rows(paths: Sequence[Path], names: dict[int, str]) -> Iterator[Row | DataError]:
-    """Questions and annotations files of VQA (v2), in pairs; `names`: image id -> file name, where an instances file says it."""
+def vqa_rows(paths: Sequence[Path], names: Mapping[int, set[str]], left_out: Counter[str]) -> Iterator[Row | DataError]:
+    """Questions and annotations files of VQA (v2), in pairs; `names`: image id -> its file name, where an instances file says it; what is
+    left out is counted."""
     questions, annotations = {}, {}
     for path in paths:
         tree = read_json(path)
         for name, into in (("questions", questions), ("annotations", annotations)):
-            for entry in take(tree, name, list, []):
-                key = take(entry, "question_id", int)
+            for key, place, entry in _by_question(path, tree, name):
                 if key in into:
-                    raise DataError(f"{path.name}: question_id {key} is given twice")
-                into[key] = (path.name, entry, tree.get("data_subtype") or "")
+                    raise DataError(f"{place}: question_id {key} is given twice")
+                into[key] = (place, entry, tree.get("data_subtype") or "")
     if not questions or not annotations:
         lacking = "questions" if not questions else "annotations"
         raise DataError(f"none of {', '.join(map(str, paths))} holds {lacking}; give a VQA questions file and its annotations file")
-    for key, (name, entry, subtype) in questions.items():
-        place = f"{name}, question_id {key}"
+    left_out["annotations of questions that no file asks"] += len(annotations.keys() - questions.keys())
+    for key, (place, entry, subtype) in questions.items():
         try:
             if key not in annotations:
-                raise DataError("no annotation answers it")
-            number = take(entry, "image_id", int)
-            image = names.get(number) or f"COCO_{subtype}_{number:012d}.jpg"
-            answer = take(annotations[key][1], "multiple_choice_answer", str)
+                raise DataError(f"no annotation answers it (question_id {key})")
+            answered, annotation, _ = annotations[key]
+            number, answer = take(entry, "image_id", int), take(annotation, "multiple_choice_answer", str)
+            if (other := take(annotation, "image_id", int, number)) != number:
+                raise DataError(
+                    f"question_id {key} is of image {number} here and of image {other} at {answered}; give files that belong together"
+                )
+            if len(named := names.get(number, ())) > 1:
+                raise DataError(
+                    f"the --instances files call image {number} {' and '.join(map(repr, sorted(named)))}; give the file of these questions"
+                )
+            image = next(iter(named), None) or f"COCO_{subtype}_{number:012d}.jpg"
             yield Row(place, image, take(entry, "question", str).strip(), answer.strip())
         except DataError as error:
             yield DataError(f"{place}: {error.reason}")
+
+
+def _by_question(path: Path, tree: Any, name: str) -> Iterator[tuple[int, str, Any]]:
+    """(question_id, place for people, entry) of a list of a VQA file, if it has that list."""
+    place = str(path)
+    try:
+        for number, entry in enumerate(take(tree, name, list, [])):
+            place = f"{path.name}, {name}, entry {number}"
+            yield take(entry, "question_id", int), place, entry
+    except DataError as error:
+        raise DataError(f"{place}: {error.reason}") from None
 
 
 Place = tuple[int, int]

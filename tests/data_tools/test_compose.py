@@ -515,6 +515,79 @@ def test_what_a_turn_says_of_itself_may_be_ignored(laid_data, tmp_path, pictures
     assert laid_data("compose", "llava", lines, *options, "--ignore", "loss", "--ignore", "foo").code == 0
 
 
+COCO = {
+    "images": [{"id": 0, "file_name": "p0.jpg"}, {"id": 1, "file_name": "p1.jpg"}],
+    "annotations": [{"id": 7, "image_id": 0, "category_id": 0, "caption": "a cat"}],
+    "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+}
+BAD_COCO = [
+    ("images", {"id": 0, "file_name": "p2.jpg"}, ", images, entry 2: id 0 names 'p2.jpg' here and 'p0.jpg' before"),
+    ("images", {"id": "2", "file_name": "p2.jpg"}, ", images, entry 2: field 'id' is str; it must be int"),
+    ("categories", {"id": 1, "name": "cow"}, ", categories, entry 2: id 1 names 'cow' here and 'dog' before"),
+    ("annotations", {"image_id": 5, "category_id": 0, "caption": "x"}, ", annotations, entry 1: the file does not list its image 5"),
+    ("annotations", {"category_id": 0, "caption": "x"}, ", annotations, entry 1: field 'image_id' is missing"),
+]
+
+
+@pytest.mark.parametrize("part, entry, sentence", BAD_COCO)
+def test_an_id_of_a_coco_file_names_one_thing(laid_data, tmp_path, pictures, part, entry, sentence):
+    (tmp_path / "coco.json").write_text(json.dumps({**COCO, part: [*COCO[part], entry]}))
+    options = ("--images", pictures, "--train", tmp_path / "set")
+    assert f"coco.json{sentence}" in refusal(laid_data, "coco", tmp_path / "coco.json", *options)
+    if part != "categories":
+        lines = write_lines(tmp_path / "mine.jsonl", [GOOD])
+        more = (*options, "--rule", "caption", "--captions", tmp_path / "coco.json")
+        assert f"coco.json{sentence}" in refusal(laid_data, "questions", lines, *more)
+
+
+def vqa_files(folder: Path, questions: list[dict], annotations: list[dict]) -> tuple[Path, Path]:
+    """A questions file and its annotations file."""
+    (folder / "asked.json").write_text(json.dumps({"questions": questions}))
+    (folder / "answered.json").write_text(json.dumps({"annotations": annotations}))
+    return folder / "asked.json", folder / "answered.json"
+
+
+VQA = (
+    [{"question_id": n, "image_id": n, "question": "Which?"} for n in range(2)],
+    [{"question_id": n, "image_id": n, "multiple_choice_answer": answer} for n, answer in enumerate(("red", "blue"))],
+)
+BAD_VQA = [
+    (0, {"question_id": 1}, "asked.json, questions, entry 2: question_id 1 is given twice"),
+    (0, {"question_id": "2"}, "asked.json, questions, entry 2: field 'question_id' is str; it must be int"),
+    (0, {"question_id": 2, "image_id": 0, "question": "x"}, "asked.json, questions, entry 2: no annotation answers it (question_id 2)"),
+    (1, {"question_id": 1}, "answered.json, annotations, entry 2: question_id 1 is given twice"),
+]
+
+
+@pytest.mark.parametrize("part, entry, sentence", BAD_VQA)
+def test_an_entry_of_a_vqa_file_is_refused_by_file_and_place(laid_data, tmp_path, pictures, part, entry, sentence):
+    trees = [[*found, *([entry] if part == number else [])] for number, found in enumerate(VQA)]
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    more = ("--instances", tmp_path / "coco.json", "--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    assert sentence in refusal(laid_data, "vqa", *vqa_files(tmp_path, *trees), *more)
+
+
+def test_an_annotation_of_another_image_is_refused_and_one_without_a_question_is_counted(laid_data, tmp_path, pictures):
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    more = ("--instances", tmp_path / "coco.json", "--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    asked, answered = VQA
+    files = vqa_files(tmp_path, asked, [{**answered[0], "image_id": 1}, answered[1]])
+    sentence = "asked.json, questions, entry 0: question_id 0 is of image 0 here and of image 1 at answered.json, annotations, entry 0"
+    assert sentence in refusal(laid_data, "vqa", *files, *more)
+    files = vqa_files(tmp_path, asked, [*answered, {**answered[0], "question_id": 9}])
+    said = laid_data("compose", "vqa", *files, *more, "--size", 1, "--samples", 1, "--dry-run", "--json").json
+    assert said["left_out"] == {"annotations of questions that no file asks": 1}
+
+
+def test_an_image_id_that_two_instances_files_give_to_two_pictures_tells_no_picture_of_a_question(laid_data, tmp_path, pictures):
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    (tmp_path / "other.json").write_text(json.dumps({**COCO, "images": [{"id": 0, "file_name": "p2.jpg"}]}))
+    both = ("--instances", tmp_path / "coco.json", "--instances", tmp_path / "other.json")
+    more = (*both, "--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    sentence = "asked.json, questions, entry 0: the --instances files call image 0 'p0.jpg' and 'p2.jpg'"
+    assert sentence in refusal(laid_data, "vqa", *vqa_files(tmp_path, *VQA), *more)
+
+
 WRONG_USES = [
     ((), "say what tells the picture of a question from its distractors: --rule class"),
     (("--rule", "colour"), "--rule 'colour' is none of class, caption, question"),
