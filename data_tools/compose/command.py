@@ -136,6 +136,7 @@ def _next(train: Path | None, test: Path | None) -> list[list[str]]:
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The result for people."""
     lines = [f"pool: {result['pictures']} pictures, {result['questions_in_pool']} questions by their words"]
+    lines += [f"  {option}: lists {count} of the pictures" for option, count in result.get("listed", {}).items()]
     lines += [f"  left out: {count} {reason}" for reason, count in result.get("left_out", {}).items()]
     if "rejected" in result:
         lines.append(f"  refused: {result['rejected']} rows and pictures; rejected.jsonl names each")

@@ -87,6 +87,8 @@ def compose(plan: Compose, dry_run: bool = False) -> dict[str, Any]:
     if not free.all():
         pool.left_out["pictures of --apart-from"] = int((~free).sum())
     result: dict[str, Any] = {"format": plan.format, "pictures": len(pool.pictures), "questions_in_pool": len(pool.groups)}
+    if pool.listed:
+        result["listed"] = pool.listed
     if pool.left_out:
         result["left_out"] = pool.left_out
     if pool.rejected:
@@ -158,9 +160,9 @@ def _pool_of_files(plan: Compose, read: Callable[[str], bytes]) -> Pool:
     if plan.format in ("coco", "vhs"):
         shown, _ = classes.read_instances(plan.files)
         return classes.coco_pool(shown, read, PROMPT if plan.format == "vhs" else "", plan.skip_bad, plan.jobs)
-    left_out: Counter[str] = Counter()
-    pool = pool_of(_rows(plan, left_out), read, str, _rules(plan))
-    return replace(pool, left_out=pool.left_out | +left_out)
+    left_out, listed = Counter(), Counter()
+    pool = pool_of(_rows(plan, left_out, listed), read, str, _rules(plan))
+    return replace(pool, left_out=pool.left_out | +left_out, listed=dict(listed))
 
 
 def _one_folder(plan: Compose) -> Path:
@@ -183,8 +185,8 @@ def _rules(plan: Compose) -> Rules:
     return Rules(plan.rule, plan.lead, plan.answers, plan.choices, plan.skip_bad, plan.jobs)
 
 
-def _rows(plan: Compose, left_out: Counter[str]) -> Iterable[Row | DataError]:
-    """The rows of the list formats, with what COCO files know of their pictures. What is left out is counted."""
+def _rows(plan: Compose, left_out: Counter[str], listed: Counter[str]) -> Iterable[Row | DataError]:
+    """The rows of the list formats, with what COCO files know of their pictures. What is left out, and what they list, is counted."""
     shown, names = classes.read_instances(plan.instances)
     if plan.format == "vqa":
         rows = sources.vqa_rows(plan.files, names, left_out)
@@ -192,9 +194,9 @@ def _rows(plan: Compose, left_out: Counter[str]) -> Iterable[Row | DataError]:
         read = sources.llava_rows if plan.format == "llava" else sources.question_rows
         rows = (row for path in plan.files for row in read(path, plan.ignore, plan.skip_bad))
     if plan.instances:
-        rows = sources.with_instances(rows, shown)
+        rows = sources.with_instances(rows, shown, listed)
     if plan.captions:
-        rows = sources.with_captions(rows, classes.read_captions(plan.captions))
+        rows = sources.with_captions(rows, classes.read_captions(plan.captions), listed)
     return rows
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,21 +223,47 @@ class ShardPictures:
         return f"{self.dataset.keys[place[0]].decode()}.{place[1]:03d}"
 
 
-def with_instances(rows: Iterable[Row | DataError], classes: dict[str, set[str]]) -> Iterator[Row | DataError]:
-    """The rows with the classes that instances files record of their pictures (by file name, with or without its folders)."""
-    short = {re.sub(r".*/", "", name): shown for name, shown in classes.items()}
-    for row in rows:
-        if isinstance(row, Row) and isinstance(row.image, str):
-            shown = classes.get(row.image, short.get(re.sub(r".*/", "", row.image)))
-            row = row if shown is None else replace(row, shows=(*row.shows, *sorted(shown)), listed=True)
-        yield row
+def with_instances(rows: Iterable[Row | DataError], shown: Mapping[str, set[str]], listed: Counter[str]) -> Iterator[Row | DataError]:
+    """The rows with the classes that instances files record of their pictures."""
+    for row, classes in _beside(rows, shown, "--instances", listed):
+        yield row if classes is None else replace(row, shows=(*row.shows, *sorted(classes)), listed=True)
 
 
-def with_captions(rows: Iterable[Row | DataError], captions: dict[str, list[str]]) -> Iterator[Row | DataError]:
+def with_captions(rows: Iterable[Row | DataError], said: Mapping[str, list[str]], listed: Counter[str]) -> Iterator[Row | DataError]:
     """The rows with the captions that captions files record of their pictures."""
-    short = {re.sub(r".*/", "", name): said for name, said in captions.items()}
+    for row, captions in _beside(rows, said, "--captions", listed):
+        yield row if captions is None else replace(row, captions=(*row.captions, *captions))
+
+
+def _beside(
+    rows: Iterable[Row | DataError], facts: Mapping[str, Any], option: str, listed: Counter[str]
+) -> Iterator[tuple[Row | DataError, Any]]:
+    """Each row with what the files of an option say of its picture: by its name, or without folders where that can be one picture alone.
+    `listed` counts the pictures of which they say something; files that know none of them are others' files."""
+    rows = list(rows)
+    images = dict.fromkeys(row.image for row in rows if isinstance(row, Row) and isinstance(row.image, str))
+    by_name, in_rows = _without_folders(facts), _without_folders(images)
     for row in rows:
-        if isinstance(row, Row) and isinstance(row.image, str):
-            said = captions.get(row.image, short.get(re.sub(r".*/", "", row.image), []))
-            row = replace(row, captions=(*row.captions, *said))
-        yield row
+        if not isinstance(row, Row) or row.image not in images or row.image in facts:
+            yield row, facts.get(row.image) if isinstance(row, Row) else None
+            continue
+        name = row.image.rpartition("/")[2]
+        found, asking = by_name.get(name, []), in_rows[name]
+        if len(found) > 1 or (found and len(asking) > 1):
+            names = ", ".join(map(repr, [*found[:2], *asking[:2]]))
+            yield DataError(f"{row.place}: the {option} files list {name!r}, which may be any of {names}; give folders in both"), None
+        else:
+            yield row, facts[found[0]] if found else None
+    known = sum(image in facts or image.rpartition("/")[2] in by_name for image in images)
+    if images and not known:
+        ours, theirs = next(iter(images)), next(iter(facts), "")
+        raise DataError(f"the {option} files list none of the {len(images)} pictures of the rows: rows name {ours!r}, the files {theirs!r}")
+    listed[option] = known
+
+
+def _without_folders(names: Iterable[str]) -> dict[str, list[str]]:
+    """The last part of a name -> the names that end in it."""
+    found = defaultdict(list)
+    for name in names:
+        found[name.rpartition("/")[2]].append(name)
+    return found

@@ -588,6 +588,36 @@ def test_an_image_id_that_two_instances_files_give_to_two_pictures_tells_no_pict
     assert sentence in refusal(laid_data, "vqa", *vqa_files(tmp_path, *VQA), *more)
 
 
+def test_files_beside_the_rows_say_of_which_pictures(laid_data, tmp_path, pictures):
+    """By the name, or by its last part where that can be one picture alone; files that list none of the pictures are refused."""
+    (tmp_path / "images" / "d").mkdir(parents=True)
+    for number, name in enumerate(("p0.jpg", "d/p0.jpg", "p1.jpg", "p2.jpg")):
+        (tmp_path / "images" / name).write_bytes(picture(number))
+
+    def told(option: str, listed: list[str], rows: list[str]) -> tuple:
+        images = [{"id": number, "file_name": name} for number, name in enumerate(listed)]
+        annotations = [{"image_id": number, "category_id": 0, "caption": "a dog"} for number in range(len(listed))]
+        (tmp_path / "coco.json").write_text(json.dumps({**COCO, "images": images, "annotations": annotations}))
+        asked = {"question": "Which?", "answer": "red"}
+        lines = write_lines(tmp_path / "mine.jsonl", [{"image": name, **asked} for name in rows])
+        size = ("--size", 1, "--samples", 1, "--dry-run", "--train", tmp_path / "set")
+        more = ("--images", tmp_path / "images", "--rule", "question", *size)
+        return laid_data("compose", "questions", lines, *more, option, tmp_path / "coco.json")
+
+    for option in ("--instances", "--captions"):
+        for listed, rows, counted in ((["p0.jpg"], ["p0.jpg", "d/p0.jpg"], None), (["a/p1.jpg", "p2.jpg"], ["p1.jpg", "p2.jpg"], 2)):
+            outcome = told(option, listed, rows)
+            if counted is None:
+                assert f"entry 1: the {option} files list 'p0.jpg', which may be any of 'p0.jpg', 'p0.jpg', 'd/p0.jpg'" in outcome.err
+            else:
+                assert f"{option}: lists {counted} of the pictures" in outcome.out
+        two = told(option, ["a/p1.jpg", "b/p1.jpg"], ["p1.jpg"])
+        assert f"entry 0: the {option} files list 'p1.jpg', which may be any of 'a/p1.jpg', 'b/p1.jpg', 'p1.jpg'" in two.err
+        none = told(option, ["x.jpg"], ["p1.jpg", "p2.jpg"])
+        assert f"the {option} files list none of the 2 pictures of the rows: rows name 'p1.jpg', the files 'x.jpg'" in none.err
+        assert two.code == none.code == 2
+
+
 WRONG_USES = [
     ((), "say what tells the picture of a question from its distractors: --rule class"),
     (("--rule", "colour"), "--rule 'colour' is none of class, caption, question"),
