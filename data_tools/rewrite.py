@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.console import track
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.index import DATASET
+from laid_ds.data.index import DATASET, INDEX
 from laid_ds.data.order import permutation
 from laid_ds.data.record import DataError
 from laid_ds.data.writer import ShardWriter
@@ -28,7 +28,10 @@ class Bounds:
 def reshard(folder: str, out: Path, bounds: Bounds, tokens: str = "estimate", max_tokens: int | None = None) -> dict[str, Any]:
     """The same samples in other shards, without those that are longer than `max_tokens`."""
     dataset = Dataset.open(folder)
-    kept = np.arange(len(dataset)) if max_tokens is None else np.flatnonzero(dataset.token_counts(tokens) <= max_tokens)
+    counts = dataset.token_counts(tokens) if max_tokens is not None else None
+    kept = np.arange(len(dataset)) if counts is None else np.flatnonzero(counts <= max_tokens)
+    if not len(kept):
+        raise ValueError(f"--max-tokens {max_tokens} leaves no sample of {folder}, whose shortest has {counts.min()} tokens")
     return {**_rewrite(dataset, kept, out, bounds), "left_out": len(dataset) - len(kept)}
 
 
@@ -41,7 +44,10 @@ def merge(folders: list[str], out: Path, bounds: Bounds) -> dict[str, Any]:
 def split(folder: str, out: Path, bounds: Bounds, shares: str, seed: int) -> dict[str, Any]:
     """One data set as several, one folder each under `out`."""
     dataset = Dataset.open(folder)
-    return {name: _rewrite(dataset, part, out / name, bounds) for name, part in _parts(len(dataset), shares, seed).items()}
+    parts = _parts(len(dataset), shares, seed)
+    if not bounds.resume and (there := next((out / name for name in parts if (out / name / INDEX).exists()), None)):
+        raise ValueError(f"{there} already holds a data set; choose another folder, remove it, or go on with --resume")
+    return {name: _rewrite(dataset, part, out / name, bounds) for name, part in parts.items()}
 
 
 def shuffle(folder: str, out: Path, bounds: Bounds, seed: int) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def _refuse_other(dataset: Dataset, indices: Sequence[int], keys: list[str], out
 
 def _parts(num_samples: int, shares: str, seed: int) -> dict[str, np.ndarray]:
     """ "train=0.9,val=0.1" as indices: a random split whose parts keep the order of the set. Shares are exact to one sample."""
-    parts = dict(re.findall(r"([A-Za-z0-9_-]+)=([0-9.]+)(?:,|$)", shares))
+    parts = dict(re.findall(r"([A-Za-z0-9_-]+)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:,|$)", shares))
     if ",".join(f"{name}={share}" for name, share in parts.items()) != shares or not parts:
         raise ValueError(f"shares {shares!r} are not of the form train=0.9,val=0.1")
     weights = np.array([float(share) for share in parts.values()])
@@ -79,4 +85,7 @@ def _parts(num_samples: int, shares: str, seed: int) -> dict[str, np.ndarray]:
         raise ValueError(f"shares {shares!r} sum to {weights.sum():g}, not 1")
     bounds = np.rint(np.cumsum(weights) * num_samples).astype(int)
     order = permutation(seed, 0, 0, num_samples)
-    return {name: np.sort(part) for name, part in zip(parts, np.split(order, bounds[:-1]), strict=True)}
+    found = {name: np.sort(part) for name, part in zip(parts, np.split(order, bounds[:-1]), strict=True)}
+    if empty := next((name for name, part in found.items() if not len(part)), None):
+        raise ValueError(f"the share {empty}={parts[empty]} of {num_samples} samples is none; give it more")
+    return found

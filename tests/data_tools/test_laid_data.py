@@ -181,6 +181,10 @@ BAD = {
     ),
     "shares": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train=0.9"], "sum to 0.9"),
     "shares form": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train"], "not of the form"),
+    "shares of two points": (["split", "{tmp}/set", "{tmp}/new", "--shares", "train=1.0.0"], "not of the form"),
+    "empty share": (["split", "{tmp}/set", "{tmp}/new", "--shares", "new=0.99,val=0.01"], "the share val=0.01 of 25 samples is none"),
+    "nothing left": (["reshard", "{tmp}/set", "{tmp}/new", "--max-tokens", "1"], "--max-tokens 1 leaves no sample of"),
+    "a part that is there": (["split", "{tmp}/set", "{tmp}", "--shares", "new=0.5,set=0.5"], "/set already holds a data set"),
     "same set twice": (["merge", "{tmp}/set", "{tmp}/set", "--out", "{tmp}/new"], "the key is also in shard"),
     "budget too small": (["plan", "{tmp}/set", "--budget", "10"], "does not fit a budget of 10"),
     "shuffle": (["plan", "{tmp}/set", "--shuffle", "some"], "shuffle 'some' is neither"),
@@ -200,7 +204,13 @@ def test_bad_input_is_one_sentence(laid_data, folder, source, tmp_path, args, me
     assert message in outcome.err
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
-    assert not (tmp_path / "new" / "dataset.json").exists()
+    assert not list(tmp_path.glob("new/**/dataset.json"))
+
+
+@pytest.mark.parametrize("verb", [("split", "--shares", "train=0.99,val=0.01"), ("reshard", "--max-tokens", "1")])
+def test_a_part_without_samples_is_refused_before_anything_is_written(laid_data, folder, tmp_path, verb):
+    assert laid_data(verb[0], folder, tmp_path / "new", *verb[1:]).code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_but_the_result_is_printed_where_no_terminal_listens(laid_data, folder):
