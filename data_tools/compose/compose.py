@@ -116,8 +116,12 @@ def _check_plan(plan: Compose) -> None:
     for folder in (plan.train, plan.test):
         if folder is not None and folder.exists():
             raise ValueError(f"{folder} exists; choose another folder or remove it")
-    if plan.train and plan.test and plan.train.absolute() == plan.test.absolute():
-        raise ValueError(f"--train and --test are both {plan.train}; give two folders")
+    if plan.train and plan.test:
+        train, test = plan.train.resolve(), plan.test.resolve()
+        if train == test:
+            raise ValueError(f"--train and --test are both {plan.train}; give two folders")
+        if train.is_relative_to(test) or test.is_relative_to(train):
+            raise ValueError(f"of --train {plan.train} and --test {plan.test} one lies inside the other; give two folders side by side")
     if plan.rule is not None and plan.rule not in get_args(Rule):
         raise ValueError(f"--rule {plan.rule!r} is none of {', '.join(get_args(Rule))}")
     given = {

@@ -626,6 +626,10 @@ WRONG_USES = [
     (("--rule", "class", "--size", "1001"), "from 1 to 1000"),
     (("--rule", "class", "--size", "2", "--questions", "3"), "each needs a needle of its own"),
     (("--rule", "class", "--size", "400"), "needs 399 distractors, and its rule leaves"),
+    (("--rule", "class", "--test", "{tmp}/set"), "--train and --test are both"),
+    (("--rule", "class", "--test", "{tmp}/set/t"), "/set/t one lies inside the other"),
+    (("--rule", "class", "--test", "{tmp}"), "exists; choose another folder"),
+    (("--rule", "class", "--train", "{tmp}/set/t", "--test", "{tmp}/set"), "one lies inside the other"),
     (("--rule", "class", "--choices", "3"), "no question is left to ask"),
 ]
 
@@ -633,6 +637,7 @@ WRONG_USES = [
 @pytest.mark.parametrize("options, sentence", WRONG_USES)
 def test_what_cannot_be_meant_is_refused(laid_data, root, tmp_path, options, sentence):
     lines = write_lines(tmp_path / "mine.jsonl", colour_rows(root)[:200])
+    options = [word.replace("{tmp}", str(tmp_path)) for word in options]
     said = refusal(laid_data, "questions", lines, "--images", root / "pictures", "--train", tmp_path / "set", *options)
     assert sentence in said
     assert not list(tmp_path.glob("set*"))
