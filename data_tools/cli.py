@@ -148,13 +148,16 @@ def import_(
 
 @app.command()
 def export(format: Annotated[ExportFormat, argument("The benchmark's format.")], folder: Source, out: Out, json: Json = False) -> None:
-    """Write a data set as a benchmark's files with their images, or as a task folder for lmms-eval's --include_path.
+    """Write a data set as a benchmark's files with their images, or as a task folder for lmms-eval's --include_path; exit code 1 if they
+    cannot hold all of its samples.
 
     Example: laid-data export vhs shards/vhs20 exported;  laid-data export lmms-eval shards/vhs20 tasks/vhs20
     """
     from data_tools import benchmark_files
 
-    show(benchmark_files.export(format, folder, out), json)
+    written = benchmark_files.export(format, folder, out)
+    show(written, json)
+    raise typer.Exit(1 if any(count for name, count in written.items() if name.startswith("samples_without")) else 0)
 
 
 @app.command()

@@ -70,21 +70,32 @@ def _answer_text(entry: Entry, letters: tuple[str, ...]) -> str:
 
 def write_file(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
     """`annotations.jsonl` and the images under `out/images`. An imported sample gives its own line back."""
-    lines = []
+    lines: list[Entry] = []
+    left_out = 0
     for sample in samples:
-        names = write_images(sample, out / "images")
-        lines += [sample.meta["mm_niah"]] if "mm_niah" in sample.meta else _entries_of(sample, names, len(lines))
+        given_back = "mm_niah" in sample.meta
+        if not given_back and not _pairs(sample):
+            left_out += 1
+            continue
+        names = write_images(sample, out / "images", exact=given_back)
+        lines += [sample.meta["mm_niah"]] if given_back else _entries_of(sample, names, len(lines))
+    if not lines:
+        raise DataError(f"none of the {left_out} samples asks a question that is answered")
     out.mkdir(parents=True, exist_ok=True)
     (out / "annotations.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return {"folder": str(out), "entries": len(lines)}
+    return {"folder": str(out), "entries": len(lines), "samples_without_question": left_out}
+
+
+def _pairs(sample: Sample) -> list[tuple[Turn, Turn]]:
+    """Questions with their answers."""
+    pairs = zip(sample.turns, sample.turns[1:], strict=False)
+    return [(asked, said) for asked, said in pairs if (asked.role, said.role) == ("user", "assistant")]
 
 
 def _entries_of(sample: Sample, names: list[str], first_id: int) -> Iterable[Entry]:
     """A line for each question; images stand in the context, in their order."""
     record = record_of(sample)
-    for number, (question, answer) in enumerate(zip(sample.turns, sample.turns[1:], strict=False)):
-        if question.role != "user" or answer.role != "assistant":
-            continue
+    for number, (question, answer) in enumerate(_pairs(sample)):
         depths = [needle / max(len(names) - 1, 1) for needle in question.needles]
         image_tokens = sum(-(-info.width // 28) * -(-info.height // 28) for info in record.images)
         text_tokens = len(question.text) // 4

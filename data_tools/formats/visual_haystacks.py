@@ -21,6 +21,15 @@ from laid_ds.evaluation.visual_haystacks_rule import ANSWERS, is_compliant, is_e
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
 RESAMPLES = 100
+SUFFIXES = {
+    ".jpg": "jpg",
+    ".jpeg": "jpg",
+    ".png": "png",
+    ".gif": "gif",
+    ".webp": "webp",
+    **dict.fromkeys((".bmp", ".tif", ".tiff", ".avif"), ""),
+}
+"""The end of a picture's name -> its format, where we keep it."""
 
 
 def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth: float | None = None) -> Sample:
@@ -61,12 +70,15 @@ def write_files(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
     by_count: dict[str, list[Entry]] = {}
     left_out = 0
     for sample in samples:
-        names = write_images(sample, out / "images")
-        found = list(_entries_of(sample, names))
-        left_out += not found
-        for entry in found:
+        if "vhs" not in sample.meta and not _pairs(sample):
+            left_out += 1
+            continue
+        names = write_images(sample, out / "images", exact="vhs" in sample.meta)
+        for entry in _entries_of(sample, names):
             oracle = not entry["neg_image"]
             by_count.setdefault("oracle" if oracle else str(len(names)), []).append(entry)
+    if not by_count:
+        raise DataError(f"none of the {left_out} samples asks a question whose answer is yes or no, as Visual Haystacks does")
     for count, found in by_count.items():
         (out / f"visual_haystack_{count}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1))
     counts = {count: len(found) for count, found in sorted(by_count.items())}
@@ -77,9 +89,7 @@ def _entries_of(sample: Sample, names: list[str]) -> Iterable[Entry]:
     if "vhs" in sample.meta:
         yield sample.meta["vhs"]
         return
-    for question, answer in zip(sample.turns, sample.turns[1:], strict=False):
-        if question.role != "user" or answer.role != "assistant" or answer.text.lower() not in ANSWERS:
-            continue
+    for question, answer in _pairs(sample):
         yield {
             "conversations": [
                 {"from": "human", "value": question.text.removeprefix(PROMPT)},
@@ -90,19 +100,40 @@ def _entries_of(sample: Sample, names: list[str]) -> Iterable[Entry]:
         }
 
 
-def write_images(sample: Sample, folder: Path) -> list[str]:
-    """The images under the names they came with, or under the sample's key."""
+def _pairs(sample: Sample) -> list[tuple[Turn, Turn]]:
+    """Questions that are answered yes or no, with their answers."""
+    pairs = zip(sample.turns, sample.turns[1:], strict=False)
+    return [(asked, said) for asked, said in pairs if (asked.role, said.role) == ("user", "assistant") and said.text.lower() in ANSWERS]
+
+
+def write_images(sample: Sample, folder: Path, *, exact: bool = False) -> list[str]:
+    """The images under the names they came with, or under the sample's key where there are none, or where the name says another format or
+    is another picture's. `exact`: the names must stay, because an entry that is given back says them."""
     known = sample.meta.get("image_paths") or []
     names = []
     for index, image in enumerate(sample.images):
-        name = known[index] if len(known) == len(sample.images) else f"{sample.key}.{index:03d}.{describe(image).fmt}"
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise DataError(f"image name {name!r} leads out of {folder}", key=sample.key)
+        fmt = describe(image).fmt
+        own = f"{sample.key}.{index:03d}.{fmt}"
+        name = known[index] if len(known) == len(sample.images) else own
+        path = _inside(folder, name, sample.key)
+        taken = path.exists() and path.read_bytes() != image
+        if taken and exact:
+            raise DataError(
+                f"image {name!r} is another picture than an earlier sample's of that name; export such sets apart", key=sample.key
+            )
+        if not exact and (taken or SUFFIXES.get(path.suffix.lower(), fmt) != fmt):
+            name, path = own, _inside(folder, own, sample.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
         names.append(name)
     return names
+
+
+def _inside(folder: Path, name: str, key: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"image name {name!r} leads out of {folder}", key=key)
+    return path
 
 
 def score(folder: Path, seed: int = 0) -> dict[str, Any]:

@@ -130,6 +130,11 @@ def test_benchmarks_come_in_go_out_and_are_scored(laid_data, source, tmp_path):
     assert json.loads((tmp_path / "out" / "visual_haystack_3.json").read_text()) == [entry]
     assert laid_data("export", "mm-niah", tmp_path / "vhs", tmp_path / "niah", "--json").json["entries"] == 1
     assert laid_data("export", "vhs", tmp_path / "vhs", tmp_path / "out").code == 2
+    mixed = [{"images": "p0.jpg", "question": "?", "answer": answer} for answer in ("yes", "a dot")]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    assert laid_data("build", "folder", tmp_path / "mixed.jsonl", tmp_path / "mixed", "--images", images).code == 0
+    lost = laid_data("export", "vhs", tmp_path / "mixed", tmp_path / "some", "--json")
+    assert (lost.code, lost.json["samples_without_yes_or_no"]) == (1, 1)
     (tmp_path / "results" / "3_images").mkdir(parents=True)
     (tmp_path / "results" / "3_images" / "000.json").write_text(json.dumps({**entry, "result": {"response": "Yes."}}))
     assert laid_data("score", "vhs", tmp_path / "results", "--json").json["results"]["3"]["strict_accuracy"] == 1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from data_samples import picture
@@ -25,7 +26,9 @@ from format_examples import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from data_tools.build import FORMATS
 from data_tools.formats import mm_niah, visual_haystacks
 from data_tools.formats.marks import interleave
 from data_tools.image_root import ImageRoot
@@ -285,3 +288,43 @@ def test_an_export_says_how_many_samples_it_cannot_hold(tmp_path, pictures):
     dataset = build_set(tmp_path / "set", "folder", [FOLDER, {**FOLDER, "answer": "a dot", "choices": []}], pictures)
     report = visual_haystacks.write_files(dataset, tmp_path / "out")
     assert (report["entries"], report["samples_without_yes_or_no"]) == ({"2": 1}, 1)
+
+
+def two_roots(tmp_path) -> list[Path]:
+    """Two folders with another p0.jpg each, and bmp files."""
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p0.jpg").write_bytes(picture(number))
+        (tmp_path / name / "p1.jpg").write_bytes(picture(5))
+        Image.new("RGB", (8, 8 + number)).save(tmp_path / name / "b0.bmp")
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+@pytest.mark.parametrize("write", [visual_haystacks.write_files, mm_niah.write_file])
+def test_an_export_holds_each_picture_of_a_name(tmp_path, write):
+    """Two pictures of one name become two files, and a file's name says its format; names that an entry says must stay, or are refused."""
+    roots = two_roots(tmp_path)
+    asked = {**FOLDER, "images": ["p0.jpg", "p1.jpg", "b0.bmp"]}
+    paths = {"image_paths": asked["images"]}
+    ours = [replace(FORMATS["folder"](asked, f"key-{number}", ImageRoot(root)), meta=paths) for number, root in enumerate(roots)]
+    write(ours, tmp_path / "ours")
+    written = {str(path.relative_to(tmp_path / "ours" / "images")): path.read_bytes() for path in (tmp_path / "ours" / "images").iterdir()}
+    assert set(written) == {"p0.jpg", "p1.jpg", "key-0.002.png", "key-1.000.jpg", "key-1.002.png"}
+    assert set(written.values()) == {image for sample in ours for image in sample.images}
+    haystack, line = {**VHS, "neg_image": ["p1.jpg"]}, {**NIAH, "answer": "x", "meta": {"needles": ["p0.jpg"]}}
+    format, entry = ("vhs", haystack) if write is visual_haystacks.write_files else ("mm-niah", line)
+    given = [FORMATS[format](entry, f"key-{number}", ImageRoot(root)) for number, root in enumerate(roots)]
+    with pytest.raises(DataError, match=r"image 'p0.jpg' is another picture than an earlier sample's of that name"):
+        write(given, tmp_path / "given")
+    write([given[0], given[0]], tmp_path / "same")
+
+
+@pytest.mark.parametrize("write, count", [(visual_haystacks.write_files, "yes_or_no"), (mm_niah.write_file, "question")])
+def test_an_export_of_samples_that_it_cannot_hold_is_refused(tmp_path, pictures, write, count):
+    document = read("obelics", OBELICS, pictures)
+    with pytest.raises(DataError, match="none of the 2 samples asks a question"):
+        write([document, document], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = write([document, read("folder", FOLDER, pictures)], tmp_path / "out")
+    assert report[f"samples_without_{count}"] == 1
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["key.000.jpg", "key.001.jpg"]
