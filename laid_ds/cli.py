@@ -476,13 +476,15 @@ def study(
     if report is not None:
         from laid_ds.study.page import write_page
 
+        if results is not None and not results.is_file():
+            raise ValueError(f"--results {results} is no file; give the lines that the study wrote, or leave it out")
         with working("bootstrapping, drawing and writing"):
             found = write_page([(study, path, _results_of(path, results)) for path, study in read], report)
         print_json(found) if as_json else print(f"{report}: {found['lines']} lines of {len(read)} studies")
         return
     if len(read) > 1 or world is None:
         raise ValueError("give one study and its --world to run; several are for --report PAGE.md")
-    from laid_ds.study.jobs import Wanted
+    from laid_ds.study.jobs import Wanted, check_trained
     from laid_ds.study.runner import Work, run
     from laid_ds.study.telling import told
 
@@ -491,11 +493,12 @@ def study(
     if not world.is_dir():
         raise ValueError(f"--world {world} is no folder")
     places = (world, (out or Path("runs/study") / path.stem / world.name).resolve(), _results_of(path, results))
-    part = (tuple(only or ()), tuple(sorted(set(_numbers("--seeds", seeds))) if seeds else ()), tuple(teachers or ()))
+    part = (tuple(only or ()), tuple(sorted(set(_numbers("--seeds", seeds))) if seeds is not None else ()), tuple(teachers or ()))
     work = Work(one, path, *places, Wanted(*part, unswept))
     at_once = jobs or os.cpu_count() or 1
     plan = told(work, at_once)
     if dry_run:
+        check_trained(work.open_jobs())
         print_json(plan.as_json()) if as_json else print(plan.as_text())
         return
     say(plan.sentence())

@@ -11,13 +11,29 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from laid_ds.config import Count, Positive, Section
 from laid_ds.files import own_or_shipped, read_toml
 
 PLACES = ("world", "teacher", "seed")
 NAME = re.compile(r"[\w.+-]+")
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What is run or asked for each of its values."""
+    if not values:
+        raise ValueError("the list is empty; give at least one")
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands twice; give each once")
+    return values
+
+
+EachOnce = AfterValidator(_each_once)
+Seeds = Annotated[tuple[int, ...], EachOnce]
+Sizes = Annotated[tuple[Count, ...], EachOnce]
+Names = Annotated[tuple[str, ...], EachOnce]
 
 
 class Arm(Section):
@@ -29,13 +45,13 @@ class Arm(Section):
     """section.key=value, as `laid train RECIPE section.key=value` takes them; they come after those of the study."""
     model: str | None = None
     """A model folder that is asked as it is; nothing is trained."""
-    yarn: Annotated[float, Field(gt=1)] | None = None
+    yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Ask that model with its positions stretched by YaRN."""
     self_extend: tuple[Count, Count] | None = None
     """(group, window): ask that model with SelfExtend."""
-    teachers: tuple[str, ...] | None = None
+    teachers: Names | None = None
     """Some of the study's teachers; without it all."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     """Some of the study's seeds; without it all."""
     swept: bool = True
     """Whether [sweep] chooses its rate; false where `set` names it."""
@@ -54,7 +70,7 @@ class Asked(Section):
 
     shards: str
     """Test haystacks, which nothing was chosen by."""
-    sizes: tuple[Count, ...]
+    sizes: Sizes
     """Numbers of images (or of whatever a haystack consists of), the least first."""
     haystacks: Count = 64
     """Haystacks at each size; they are what the intervals are drawn from."""
@@ -65,15 +81,15 @@ class Asked(Section):
 class Sweep(Section):
     """Choose a rate for every arm alike, by other seeds and other haystacks than those that are reported."""
 
-    keys: tuple[str, ...] = ("optimizer.lr",)
+    keys: Names = ("optimizer.lr",)
     """Keys of the recipe that are all set to the value in turn."""
-    values: tuple[Positive, ...]
+    values: Annotated[tuple[Positive, ...], EachOnce]
     """Values to try. The one with the highest accuracy, as a mean over sizes and seeds, is taken; the first by `--unswept`."""
-    seeds: tuple[int, ...]
+    seeds: Seeds
     """None of the seeds of the study."""
     shards: str
     """Haystacks to choose by, not those of [asked]."""
-    sizes: tuple[Count, ...] | None = None
+    sizes: Sizes | None = None
     """Numbers of images to choose by; without it those of [asked]."""
     haystacks: Count | None = None
     """Haystacks at each size to choose by; without it as many as in [asked]."""
@@ -92,7 +108,7 @@ class Study(Section):
     """The base recipe, beside this file, or one that comes with the package (recipes/NAME)."""
     unit: str = "images"
     """What sizes and windows count, in the plural."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Seeds
     """Each is the run's `seed`, and {seed} in the texts."""
     teachers: dict[str, str] = Field(default={})
     """Name -> folder; arms that ask no teacher run once for all of them."""

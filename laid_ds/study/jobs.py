@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -114,6 +115,38 @@ def check_asked(jobs: Iterable[Job]) -> None:
             raise ValueError(f"{place} cannot be asked as the study says: {'; '.join(notes_on(left_out))}")
 
 
+def check_trained(jobs: Iterable[Job]) -> None:
+    """Raises ValueError for a job whose recipe does not load with its changes, and whose models or shards are not there: each would fail
+    with its first command. What `laid train` refuses beside that, it says when the job is run."""
+    models: dict[Path, Job] = {}
+    shards: dict[tuple[str, ...], Job] = {}
+    for job in jobs:
+        if job.spec.model is not None:
+            models.setdefault(Path(job.placed(job.spec.model)), job)
+            continue
+        recipe, *changes = job.words()
+        with _told_of(job):
+            run = config.load(recipe, changes)
+        for model in (run.student, *([run.teacher] if run.taught else [])):
+            models.setdefault(model.path, job)
+        for places in (run.data.shards, *([(run.evaluation.shards,)] if run.evaluation else [])):
+            shards.setdefault(places, job)
+    for model, job in models.items():
+        if not (model / "config.json").is_file():
+            raise ValueError(f"{job.name}: no model at {model}; --world must hold it")
+    for places, job in shards.items():
+        with _told_of(job):
+            Dataset.open(places)
+
+
+@contextmanager
+def _told_of(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{job.name}: {error}") from None
+
+
 def let_go(job: Job) -> None:
     """Remove what takes room, of a job whose answers are there: checkpoints and the model that was made."""
     shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
@@ -152,7 +185,13 @@ def jobs(study: Study, path: Path, world: Path, out: Path, lines: Sequence[Line]
                 found[role].append(_job(study, role, name, arm, teacher, seed, value, recipe, world, out))
             for seed in swept.seeds if swept is not None and not wanted.unswept else ():
                 found[SWEEP] += [_job(study, SWEEP, name, arm, teacher, seed, trial, recipe, world, out) for trial in swept.values]
-    return [job for role in found.values() for job in sorted(role, key=lambda job: job.seed)]
+    ordered = [job for role in found.values() for job in sorted(role, key=lambda job: job.seed)]
+    places: dict[Path, Job] = {}
+    for job in ordered:
+        other = places.setdefault(job.folder, job)
+        if other is not job:
+            raise ValueError(f"{path}: {other.name!r} and {job.name!r} would work in one folder, {job.folder}; name or number them apart")
+    return ordered
 
 
 def _swept(study: Study, arm: Arm) -> bool:

@@ -89,8 +89,13 @@ class Part:
 def write_page(studies: Sequence[tuple[Study, Path, Path]], page: Path) -> dict[str, Any]:
     """Write PAGE.md, and its figures into a folder beside it that is called as the page. studies: each with its file and its lines'.
 
-    Raises ValueError for lines of an arm that the study does not have, and for lines of one world that were asked different haystacks.
+    Raises ValueError for two studies of one name, for lines of an arm that the study does not have, and for lines of one world that were
+    asked different haystacks.
     """
+    names = [path.stem for _, path, _ in studies]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two studies are called {twice!r}, and lines and figures are kept by that name; give each once")
     parts = [part for study, path, lines in studies for part in _parts(study, path, lines)]
     folder = page.with_suffix("")
     with writing(page.parent, page.name):

@@ -21,13 +21,15 @@ TERMS = ("sft", "kl", "align", "match")
 WATCHING = ("evaluation", "logging.", "checkpoint.", "data.workers")
 AT_THE_END = 25  # steps whose mean is told as a loss at the end
 PARTS = 30  # of a run's steps, whose means are kept
+KINDS = {"study": str, "world": str, "role": str, "arm": str, "teacher": str | None, "seed": int, "value": float | int | None}
+KINDS |= dict.fromkeys(("asked", "accuracy", "right", "of", "cpu_seconds", "versions"), dict)  # of what stands in every line
 
 
 def read_lines(path: Path) -> list[Line]:
     """Raises ValueError for a file that holds something else."""
     lines = read_json_lines(path)
     for number, line in enumerate(lines, 1):
-        if not {"study", "world", "role", "arm", "teacher", "seed", "value", "right", "of"} <= line.keys():
+        if not isinstance(line, dict) or not all(name in line and isinstance(line[name], kind) for name, kind in KINDS.items()):
             raise ValueError(f"{path}, line {number}: no result of `laid study` of this version")
     return lines
 

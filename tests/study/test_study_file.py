@@ -10,7 +10,7 @@ import pytest
 from laid_ds import config
 from laid_ds.study import results
 from laid_ds.study.file import read_study, recipe_of
-from laid_ds.study.jobs import Wanted, check_asked, chosen, jobs, made_with, next_command
+from laid_ds.study.jobs import Wanted, check_asked, check_trained, chosen, jobs, made_with, next_command
 from tests.study.study_world import ASKED, made_up, write_study
 from tests.support.world import ROOT
 
@@ -38,6 +38,19 @@ SWEEP = {"values": [1e-3, 3e-3], "seeds": [9], "shards": "{world}/other", "set":
         ({"set": ["student.path={wrld}/student"]}, "set: {wrld} in 'student.path={wrld}/student' stands for nothing"),
         ({"teachers": None}, "set: {teacher} in 'teacher.path={teacher}', and [teachers] names none"),
         ({"sweep": SWEEP | {"seeds": [2]}}, "seed 2 is in seeds and in sweep.seeds"),
+        ({"seeds": []}, "seeds: the list is empty; give at least one"),
+        ({"seeds": [1, 2, 1]}, "seeds: 1 stands twice; give each once"),
+        ({"asked": {"shards": "x", "sizes": []}}, "asked.sizes: the list is empty"),
+        ({"asked": {"shards": "x", "sizes": [1, 1]}}, "asked.sizes: 1 stands twice"),
+        ({"sweep": SWEEP | {"values": []}}, "sweep.values: the list is empty"),
+        ({"sweep": SWEEP | {"values": [1e-3, 1e-3]}}, "sweep.values: 0.001 stands twice"),
+        ({"sweep": SWEEP | {"seeds": []}}, "sweep.seeds: the list is empty"),
+        ({"sweep": SWEEP | {"seeds": [9, 9]}}, "sweep.seeds: 9 stands twice"),
+        ({"sweep": SWEEP | {"keys": []}}, "sweep.keys: the list is empty"),
+        ({"sweep": SWEEP | {"sizes": []}}, "sweep.sizes: the list is empty"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"seeds": []}}}, "arms.kl+sft.seeds: the list is empty"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"teachers": ["one", "one"]}}}, "arms.kl+sft.teachers: 'one' stands twice"),
+        ({"arms": {"before": BEFORE, "kl+sft": {}, "y": BEFORE | {"yarn": float("inf")}}}, "arms.y.yarn: Input should be a finite number"),
         ({"sweep": SWEEP | {"shards": "{world}/shards"}}, "sweep.shards and asked.shards are both {world}/shards"),
     ],
 )
@@ -131,6 +144,41 @@ def test_what_cannot_be_asked_so_is_said_before_anything_is_trained(world, tmp_p
     ):
         with pytest.raises(ValueError, match=sentence):
             check_asked(listed(world, tmp_path, **changes)[1])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"sweep": SWEEP | {"values": [1e-3, 1.0000001e-3]}}, "'kl.sft, seed 9, one, 0.001 .sweep.*would work in one folder"),
+        (
+            {"arms": {"before": BEFORE, "kl+sft": {}, "a": {}, "a-b": {}}, "teachers": {"b-c": "{world}/teacher", "c": "{world}/teacher"}},
+            "one folder",
+        ),
+    ],
+)
+def test_two_jobs_never_share_a_folder(world, tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        listed(world, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"sweep": SWEEP | {"keys": ["optimizer.lrr"]}}, "kl.sft, seed 9, one, 0.001 .sweep.: .*unknown key 'optimizer.lrr'"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"set": ["stepz=1"]}}}, "unknown key 'stepz'"),
+        ({"teachers": {"one": "{world}/none"}}, "kl.sft, seed 1, one: no model at .*/none; --world must hold it"),
+        ({"arms": {"before": BEFORE, "kl+sft": {"set": ["student.path={world}/none"]}}}, "no model at .*/none"),
+        ({"arms": {"before": BEFORE, "kl+sft": {}, "y": {"model": "{world}/none", "yarn": 2.0}}}, "y, seed 1: no model at .*/none"),
+        (
+            {"arms": {"before": BEFORE, "kl+sft": {"set": ["data.shards=['nowhere']"]}}},
+            "kl.sft, seed 1, one: nowhere is no finished data set",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_a_jobs_first_command_would(world, tmp_path, changes, sentence):
+    check_trained(listed(world, tmp_path)[1])
+    with pytest.raises(ValueError, match=sentence):
+        check_trained(listed(world, tmp_path, **changes)[1])
 
 
 def test_a_sweep_may_ask_less_than_the_report(world, tmp_path):

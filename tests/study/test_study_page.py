@@ -77,6 +77,13 @@ def test_lines_that_cannot_stand_together_are_refused(world, tmp_path):
         page_of(world, tmp_path, [made_up("before", 1, 9), made_up("sft", 1, 9, fingerprint="g" * 64)])
     with pytest.raises(ValueError, match="line 1: no result of `laid study`"):
         page_of(world, tmp_path, [{"arm": "sft"}])
+    for line in ([], 5, made_up("sft", 1, 9) | {"seed": "1"}, made_up("sft", 1, 9, right=5)):
+        with pytest.raises(ValueError, match="line 1: no result of `laid study`"):
+            page_of(world, tmp_path, [line])
+    path = write_study(world, tmp_path)
+    path.with_suffix(".jsonl").write_text(json.dumps(made_up("before", 1, 9)) + "\n")
+    with pytest.raises(ValueError, match="two studies are called 'tiny'"):
+        write_page([(read_study(path), path, path.with_suffix(".jsonl"))] * 2, tmp_path / "page.md")
 
 
 def test_the_readme_says_what_the_page_says():

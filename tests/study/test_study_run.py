@@ -135,6 +135,13 @@ def test_what_cannot_be_run_is_one_sentence(world, tmp_path):
     assert "give one study and its --world" in refused([path])
     assert "is no folder" in refused([path, "--world", tmp_path / "nowhere"])
     assert "--seeds 'x': give whole numbers" in refused([path, "--world", world.folder, "--seeds", "x"])
+    assert "--seeds '': give whole numbers" in refused([path, "--world", world.folder, "--seeds", ""])
+    unknown = write_study(world, tmp_path, arms={"before": {"model": "{world}/student"}, "kl+sft": {"set": ["stepz=1", "losses.kl=0"]}})
+    assert "unknown key 'stepz'" in refused([unknown, "--world", world.folder, "--dry-run"])
+    write_study(world, tmp_path)
+    absent = ["--results", tmp_path / "none.jsonl", "--report", tmp_path / "page.md"]
+    assert f"--results {tmp_path / 'none.jsonl'} is no file; give the lines that the study wrote" in refused([path, *absent])
+    assert not (tmp_path / "page.md").exists()
     assert "has no arm 'laid'; there are before, kl+sft, sft, align" in refused([path, "--world", world.folder, "--only", "laid"])
 
 
