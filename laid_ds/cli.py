@@ -308,7 +308,7 @@ def evaluate(
     from laid_ds.evaluation.results import scores_of
     from laid_ds.evaluation.tasks import Wish
 
-    folders, models = [Path(word) for word in what if "=" not in word], _named([word for word in what if "=" in word])
+    folders, models = tasks_and_models(what)
     wish = Wish(sizes and _sizes(sizes), haystacks, questions, depths, mode)
     limits = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch, "workers": _spare_cores(ranks, workers)}
     extended = _extended(self_extend or [], models)
@@ -627,6 +627,15 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments is None and "RANK" in os.environ:
             end(leaving.code)
         raise
+
+
+def tasks_and_models(words: list[str]) -> tuple[list[Path], dict[str, Path]]:
+    """Folders of shards, and models by name: a word with = that is no folder itself. Raises ValueError where either is missing."""
+    named = [word for word in words if "=" in word and not Path(word).is_dir()]
+    folders, models = [Path(word) for word in words if word not in named], _named(named)
+    if not folders or not models:
+        raise ValueError("give at least one folder of shards, and at least one model as NAME=FOLDER")
+    return folders, models
 
 
 def _named(models: list[str]) -> dict[str, Path]:

@@ -31,6 +31,7 @@ app.callback()(with_version)
 Recipe = Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run (its recipe's `output`), or of a sweep.", show_default=False)]
+OF_A_RUN = ("launch", "run.json", "metrics.jsonl", "checkpoints")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -44,7 +45,10 @@ def local(
 ) -> None:
     """Run a recipe on this machine, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
+    from laid_ds.runtime.local import LAUNCHERS, launch
 
+    if launcher not in LAUNCHERS:
+        raise ValueError(f"launcher {launcher!r}: choose one of {', '.join(LAUNCHERS)}")
     run = config.load(recipe, overrides or [])
     print(f"{run}; first a look at its models, data and disk", flush=True)
     _check(run)
@@ -52,8 +56,6 @@ def local(
 
     run.groups(ranks or torch.cuda.device_count() or 1)
     print("nothing speaks against it; the ranks start", flush=True)
-    from laid_ds.runtime.local import launch
-
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port, launcher))
 
 
@@ -103,8 +105,14 @@ def slurm(
     given["sweep"] = [_words(text) for text in sweep] if sweep else None
     recipe = own_or_shipped(recipe)
     job = read_job(site, {name: value for name, value in given.items() if name in Job.model_fields})
+    if parallel is not None and not job.sweep:
+        raise ValueError(f"--parallel {parallel} counts elements of a --sweep, and there is none: leave it out, or give --sweep")
     run = config.load(recipe, overrides or [])
     run.groups(job.nodes * job.ranks)
+    elements = [(*element, f"output={run.output}/{i}") for i, element in enumerate(job.sweep)] or [()]
+    runs = [config.load(recipe, [*(overrides or []), *element]) for element in elements]
+    for one in runs:
+        one.groups(job.nodes * job.ranks)
     target = _target(run, recipe, overrides or [], job)
     script = render(job, target)
     if dry_run:
@@ -113,13 +121,9 @@ def slurm(
     if test_only:
         print(commands.test_only(script))
         return
-    elements = [(*element, f"output={run.output}/{i}") for i, element in enumerate(job.sweep)] or [()]
-    runs = [config.load(recipe, [*(overrides or []), *element]) for element in elements]
     commands.check_free(target.run)
-    for one in runs:
-        one.groups(job.nodes * job.ranks)
-        if check:
-            _check(one)
+    for one in runs if check else ():
+        _check(one)
     write_record(target, recipe, config.as_tree(run), script, os.environ)
     for one in runs:
         reopen(one)
@@ -184,6 +188,8 @@ def evaluate(
     folder = out.with_name(out.name.removesuffix(".json") + ".job")
     target = Target(f"eval {out.stem}", folder, Path.cwd(), words, _python(job), EVALUATION)
     script = render(job, target)
+    if dry_run or test_only or not check:
+        _check_words(words)
     if dry_run:
         sys.stdout.write(script)
         return
@@ -279,6 +285,17 @@ def _python(job: Job) -> str:
     return job.python or (sys.executable if job.container == "none" else "python3")
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Whether `laid eval` understands its words, shards and models unseen: they may be on the cluster alone."""
+    from typer.main import get_command
+
+    from laid_ds.cli import app as laid
+    from laid_ds.cli import tasks_and_models
+
+    command = get_command(laid).commands["eval"]
+    tasks_and_models(command.make_context("laid eval", list(words)).params["what"])
+
+
 def _check_evaluation(words: Sequence[str]) -> None:
     """What `laid eval` refuses, with its own sentence and status, before any job waits in a queue."""
     with working("looking at tasks and models"):
@@ -300,8 +317,12 @@ def _check(run: Run) -> None:
 
 
 def _must_exist(run: Path) -> None:
+    from launch.slurm import runs_of
+
     if not run.is_dir():
         raise ValueError(f"no run folder at {run}")
+    if not any((folder / name).exists() for folder in (run, *runs_of(run)) for name in OF_A_RUN):
+        raise ValueError(f"{run} is no folder of a run: it holds none of {', '.join(OF_A_RUN)}; give its recipe's `output`")
 
 
 def main(arguments: list[str] | None = None) -> None:

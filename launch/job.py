@@ -87,6 +87,10 @@ class Job(BaseModel):
             raise ValueError("`mount` needs a container")
         if self.chain > 1 and (self.sweep or self.dependency):
             raise ValueError("`chain` orders its jobs itself: leave out `sweep` and `dependency`")
+        if () in self.sweep:
+            raise ValueError("`sweep` has an element without a word: give each at least one section.key=value")
+        if named := [word for element in self.sweep for word in element if word.partition("=")[0].strip() == "output"]:
+            raise ValueError(f"`sweep` gives each element an output of its own, under that of the recipe: leave out {named[0]!r}")
         found = names_of_secrets("\n".join([*self.setup, *self.extra]))
         if found:
             raise ValueError(f"{found[0]} would be written into the job script; export it where you submit, SLURM passes it on")

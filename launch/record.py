@@ -70,8 +70,11 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
+        state = json.loads(path.read_text())
+        if not all(isinstance(state[name], str) for name in ("job", "status")):
+            raise ValueError
+        return state
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged; the job's own log is in {folder / 'logs'}") from None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from laid_ds.files import read_json_lines
 from laid_ds.runtime.stop import DONE, STOP
 from launch.record import EVALUATED, read_state, write_state
 
@@ -56,12 +57,11 @@ def progress(run: Path) -> dict[str, Any]:
         files = run.parent.glob(f"{glob.escape(run.stem)}.answers.jsonl*")
         answers = sum('"question_index"' in line for path in files for line in path.read_text(encoding="utf-8").splitlines())
         return {"run": str(run), "answers": answers, "done": (run / DONE).is_file()}
-    lines = run / "metrics.jsonl"
-    last = lines.read_text().splitlines()[-1:] if lines.is_file() else []
+    steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
     latest = run / "checkpoints" / "latest"
     return {
         "run": str(run),
-        "step": json.loads(last[0])["step"] if last and last[0].endswith("}") else 0,
+        "step": steps[-1] if steps else 0,
         "checkpoint": latest.read_text().strip() if latest.is_file() else None,
         "done": (run / DONE).is_file(),
     }
@@ -105,8 +105,11 @@ def _jobs(run: Path, must: bool = False) -> list[str]:
     path = run / "launch" / JOBS
     if path.is_file():
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
+            jobs = json.loads(path.read_text())
+            if not isinstance(jobs, list) or not all(isinstance(job, str) for job in jobs):
+                raise ValueError("no list of texts")
+            return jobs
+        except (ValueError, RecursionError) as error:
             raise ValueError(f'{path} is damaged ({error}); it lists the jobs of the run, such as ["12"]') from None
     if must:
         raise ValueError(f"{run} was not submitted by laid-launch: there is no {path}")

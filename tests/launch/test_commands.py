@@ -100,6 +100,44 @@ def test_what_cannot_be_trained_is_refused_before_it_waits_in_a_queue(played, wo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--sweep", "stepz=5", "--dry-run"], "unknown key 'stepz'"),
+        (["--sweep", "sequence_parallel=4", "--dry-run"], "sequence_parallel = 4 does not divide the 1 rank of this run"),
+        (["--sweep", "", "--dry-run"], "`sweep` has an element without a word: give each at least one section.key=value"),
+        (["--sweep", "output=x", "--dry-run"], "`sweep` gives each element an output of its own, under that of the recipe: leave out"),
+        (["--parallel", "2", "--dry-run"], "--parallel 2 counts elements of a --sweep, and there is none"),
+    ],
+)
+def test_a_dry_run_refuses_a_sweep_that_cannot_be_trained(world, tmp_path, capsys, words, sentence):
+    recipe = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml")
+    status, out, err = ask(capsys, "slurm", recipe, *words)
+    assert (status, out) == (2, "")
+    assert sentence in err
+
+
+def test_a_launcher_that_is_none_is_refused_before_anything_is_looked_at(capsys):
+    status, out, err = ask(capsys, "local", "recipes/none.toml", "--launcher", "foo")
+    assert (status, out, err) == (2, "", "laid-launch: launcher 'foo': choose one of deepspeed, torchrun\n")
+
+
+@pytest.mark.parametrize("text", ["5", "{}", "[12]", "[["])
+def test_a_list_of_jobs_that_is_none_is_one_sentence(run, capsys, text):
+    (run / "launch" / "jobs.json").write_text(text)
+    for command in ("status", "cancel", "requeue"):
+        status, out, err = ask(capsys, command, run)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"laid-launch: {run / 'launch' / 'jobs.json'} is damaged (")
+
+
+def test_files_that_were_written_by_hand_are_no_traceback(played, run, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 7}\n{"loss": 1}\n')
+    assert "step 7" in ask(capsys, "status", run)[1]
+    (run / "launch" / "state.json").write_text("5")
+    assert "state.json is damaged" in ask(capsys, "status", run)[2]
+
+
 def test_ranks_that_cannot_share_batches_are_refused_before_they_wait_in_a_queue(played, world, tmp_path, capsys):
     """2 nodes x 3 ranks; also where one element of a sweep says so."""
     recipe, job = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml"), ["--nodes=2", "--ranks-per-node=3", "--no-check"]
@@ -139,3 +177,11 @@ def test_logs_show_the_job_and_a_rank(run):
 def test_a_missing_folder_is_one_sentence(tmp_path, capsys):
     for command in ("status", "cancel", "requeue", "logs"):
         assert ask(capsys, command, tmp_path / "none") == (2, "", f"laid-launch: no run folder at {tmp_path / 'none'}\n")
+
+
+def test_a_folder_of_something_else_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "0").mkdir()
+    for command in ("status", "cancel", "requeue", "logs"):
+        status, out, err = ask(capsys, command, tmp_path)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"laid-launch: {tmp_path} is no folder of a run: it holds none of launch, run.json")

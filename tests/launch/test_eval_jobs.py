@@ -94,6 +94,24 @@ def test_what_cannot_be_asked_is_refused_before_it_waits_in_a_queue(played, worl
     assert not (played / "said").exists()
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["shards", "m=x", "--sizez", "1"], "laid-launch: no such option: --sizez"),
+        (["shards", "m=x", "--questions", "x"], "laid-launch: invalid value for '--questions'"),
+        ([], "laid-launch: missing argument 'TASKS... NAME=FOLDER...'"),
+        (["shards"], "laid-launch: give at least one folder of shards, and at least one model as NAME=FOLDER"),
+        (["m=x"], "laid-launch: give at least one folder of shards, and at least one model as NAME=FOLDER"),
+    ],
+)
+@pytest.mark.parametrize("unchecked", ["--dry-run", "--test-only", "--no-check"])
+def test_words_that_mean_nothing_are_refused_where_shards_and_models_are_not_looked_at(played, tmp_path, capfd, words, sentence, unchecked):
+    status, out, err = ask(capfd, "eval", *words, "--out", tmp_path / "e.json", unchecked)
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert not (played / "said").exists()
+
+
 def test_a_dry_run_prints_the_script_and_nothing_else(capfd, tmp_path):
     with pytest.raises(SystemExit) as status:
         cli.main(["eval", "shards", "m=x", "--out", str(tmp_path / "e.json"), "--zero3", "--nodes", "2", "--dry-run"])
