@@ -24,6 +24,9 @@ AboveMinusOne = Annotated[float, Field(gt=-1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Logit = Annotated[float, Field(gt=0), PlainSerializer(lambda x: "inf" if math.isinf(x) else x, when_used="json")]  # JSON has no inf
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+SEEDS = 2**31  # numpy takes twice as many, and each rank adds its number
 
 
 def _ordered(pair: tuple[int, int]) -> tuple[int, int]:
@@ -73,7 +76,7 @@ class Lora(Section):
     """The factors' product counts alpha / rank times.
 
     With rank, to keep that ratio; it acts as a factor on the learning rate."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers of the decoder, by their last name.
 
     Fewer to save memory, or other names for another family; `k_proj` must be among them where layer 0 is compared."""
@@ -138,7 +141,7 @@ class Teacher(Model):
 class Data(Section):
     """What both models are shown, and in which batches."""
 
-    shards: tuple[Source, ...]
+    shards: Annotated[tuple[Source, ...], Field(min_length=1)]
     """Folders written by `laid-data`, or URLs of such (http, s3, pipe:COMMAND with {} for the file's name).
 
     Always given. Several are read as one set, or mixed by `weights`."""
@@ -258,7 +261,7 @@ class Optimizer(Section):
     """Learning rate of the RoPE gain; 0 keeps it at 1.
 
     With `lr`, to stay at about ten times of it."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay of the mean and of the square of gradients.
 
     The second nearer to 1 where batches are small and gradients noisy."""
@@ -335,7 +338,7 @@ class Losses(Section):
 class Align(Section):
     """Which layers are compared, and by which mixture of the teacher's heads."""
 
-    pairs: Literal["last", "proportional", "probed"] | tuple[tuple[int, int], ...] = "last"
+    pairs: Literal["last", "proportional", "probed"] | Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] = "last"
     """(student layer, teacher layer) pairs, counted from 0, or a rule that makes them. The paper: last to last. "proportional": every
     student layer, with the teacher's at the same depth. "probed": the layers that retrieve in `probe`.
 
@@ -452,7 +455,7 @@ class Evaluation(Section):
     """Steps between two evaluations; before the first and after the last step there is always one.
 
     So that the run holds some ten of them: each costs forward passes of every size."""
-    sizes: tuple[Count, ...] = (1, 2, 5, 10, 20, 50)
+    sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 5, 10, 20, 50)
     """Numbers of images; the first one's accuracy before training sets the threshold of the window.
 
     Up to well above the training windows, and no more than the haystacks hold."""
@@ -517,7 +520,7 @@ class Run(Section):
     """Folder of the run: checkpoints, metrics, and run.json with all of these values. Relative to where the command is started.
 
     Always given; another one for another run. The same one goes on where it stopped."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Of the order of samples, the windows, the rows that are sampled and LoRA's start.
 
     To see how much of a result is luck."""
@@ -732,10 +735,10 @@ def _place(loc: tuple[Any, ...]) -> str:
 def _sentence(place: str, item: Any, alternatives: int) -> str:
     if item["type"] == "extra_forbidden":
         return _unknown(place)
-    if item["type"] == "missing":
+    if item["type"] == "missing" and not isinstance(item["loc"][-1], int):  # else a list is too short
         return f"{place!r} is missing"
     reason = item["msg"].removeprefix("Value error, ")
-    if alternatives > 1:
+    if alternatives > 1 or item["type"] == "missing":
         reason = f"give {find(Run, place).values}"
     return f"{place}: {reason} (value: {item['input']!r})" if place else reason
 

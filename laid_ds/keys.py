@@ -77,7 +77,9 @@ def words(annotation: Any) -> str:
 
 
 def _bounded(what: str, marks: tuple[Any, ...]) -> str:
-    bounds = [f"{said} {value:g}" for mark in marks for name, said in BOUNDS.items() if (value := _bound(mark, name)) is not None]
+    if least := next((least for mark in marks if (least := _bound(mark, "min_length"))), None):
+        what = what.replace("a list, each", f"a list of at least {least}, each", 1)
+    bounds = [f"{said} {value:.10g}" for mark in marks for name, said in BOUNDS.items() if (value := _bound(mark, name)) is not None]
     return " ".join([what, " and ".join(bounds)]).strip()
 
 

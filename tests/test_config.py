@@ -94,7 +94,7 @@ def test_a_section_can_be_removed(recipe):
         (["data.shuffle=some"], 'data.shuffle: give "full" or "none" or a whole number at least 1 (value: \'some\')'),
         (
             ["align.pairs=[[0, 1, 2]]"],
-            'align.pairs: give "last" or "proportional" or "probed" or a list, each [a whole number, a whole number] (value: ',
+            'align.pairs: give "last" or "proportional" or "probed" or a list of at least 1, each [a whole number, a whole number] (value: ',
         ),
         (["student.path=~nobody-of-this-name/m"], "~nobody-of-this-name/m: there is no such home folder"),
         (["optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0 (value: -1)"),
@@ -107,6 +107,18 @@ def test_a_section_can_be_removed(recipe):
         (["align.weights=free", "losses.match=1"], "gives no distribution to match"),
         (["steps"], "override 'steps' is not of the form section.key=value"),
         (["steps.a=1"], "'steps' is a value, not a section"),
+        (["seed=-5"], "seed: Input should be greater than or equal to 0 (value: -5)"),
+        (["seed=2147483648"], "seed: Input should be less than 2147483648 (value: 2147483648)"),
+        (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: Input should be less than 1 (value: 1.0)"),
+        (["optimizer.betas=[-1, 0.9]"], "optimizer.betas: Input should be greater than or equal to 0 (value: -1)"),
+        (
+            ["optimizer.betas=[0.9]"],
+            "optimizer.betas: give [a number at least 0 and below 1, a number at least 0 and below 1] (value: [0.9])",
+        ),
+        (["student.lora.targets=[]"], "student.lora.targets: Tuple should have at least 1 item after validation, not 0 (value: [])"),
+        (["data.shards=[]"], "data.shards: Tuple should have at least 1 item after validation, not 0 (value: [])"),
+        (["evaluation.shards=e", "evaluation.sizes=[]"], "evaluation.sizes: Tuple should have at least 1 item after validation, not 0"),
+        (["losses.align=1", "align.pairs=[]"], 'or "probed" or a list of at least 1, each [a whole number, a whole number] (value: [])'),
     ],
 )
 def test_wrong_values_are_one_sentence(recipe, overrides, sentence):

@@ -46,6 +46,7 @@ from laid_ds.run.build import (
     config_of,
 )
 from laid_ds.run.lessons import load_head, with_lessons
+from laid_ds.run.metrics import check_loggers
 from laid_ds.runtime import checkpoint, engine
 
 SAMPLES = 64  # of each source that are rendered
@@ -55,6 +56,7 @@ LEAST_SAMPLES = 4
 
 def check(run: Run) -> None:
     """Raises ValueError with the first thing that is wrong."""
+    check_loggers(run.logging)
     dataset = Dataset.open(list(run.data.shards))
     processor = _check_folders(run)
     data_notes(run)

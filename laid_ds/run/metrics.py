@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +123,25 @@ def _progress(console: Console) -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
 
+def check_loggers(options: Logging) -> None:
+    """Raises ValueError when a logger that was asked for is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(options, name) and find_spec(name) is None:
+            raise ValueError(f"logging.{name} needs the extra: pip install 'laid-ds[{name}]'")
+
+
 def _sinks(output: Path, options: Logging, run: dict[str, Any]) -> list[Any]:
     """Functions (step, values) for the loggers that were asked for. Raises ValueError when one is not installed."""
+    check_loggers(options)
     sinks = []
     if options.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("logging.tensorboard needs the extra: pip install 'laid-ds[tensorboard]'") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(output / "tensorboard"))
         sinks.append(lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()])
     if options.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("logging.wandb needs the extra: pip install 'laid-ds[wandb]'") from None
+        import wandb
+
         board = wandb.init(project="laid", name=run["name"], config=run, dir=str(output), resume="allow")
         sinks.append(lambda step, values: board.log(values, step=step))
     return sinks

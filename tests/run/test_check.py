@@ -22,6 +22,7 @@ from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.writer import ShardWriter
 from laid_ds.models.load import open_model
 from laid_ds.run import check as module
+from laid_ds.run import metrics
 from laid_ds.run.check import check, data_notes
 from laid_ds.run.loop import train
 from laid_ds.runtime import checkpoint, engine
@@ -187,6 +188,13 @@ def test_a_teacher_that_is_shown_another_chat_template_than_its_own_is_told_of(w
         assert len(notes) == len(said)
         assert all(re.match(pattern.replace("|", r"\|"), note) for pattern, note in zip(said, notes, strict=True))
         check(run)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused(world, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(metrics, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=rf"^logging.{name} needs the extra: pip install 'laid-ds\[{name}\]'$"):
+        check(world.run(tmp_path / "run", logging={name: True}))
 
 
 def saved_bytes(run):
