@@ -94,7 +94,7 @@ def test_a_section_can_be_removed(recipe):
         (["data.shuffle=some"], 'data.shuffle: give "full" or "none" or a whole number at least 1 (value: \'some\')'),
         (
             ["align.pairs=[[0, 1, 2]]"],
-            'align.pairs: give "last" or "proportional" or "probed" or a list of at least 1, each [a whole number, a whole number] (value: ',
+            'give "last" or "proportional" or "probed" or a list of at least 1, each [a whole number, a whole number] (value: [[0, 1, 2]])',
         ),
         (["student.path=~nobody-of-this-name/m"], "~nobody-of-this-name/m: there is no such home folder"),
         (["optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0 (value: -1)"),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from huggingface_hub.errors import StrictDataclassError
+
 from laid_ds.files import read_json
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -65,6 +67,12 @@ def check_no_hub_name(path: Path) -> None:
 def first_paragraph(error: Exception) -> str:
     """What a library says, as one line: its advice follows after an empty one."""
     return " ".join(str(error).strip().split("\n\n")[0].split())
+
+
+def said_by(error: Exception) -> str:
+    """The same for whatever a family's own code raises: behind the error's name where what it says alone is no sentence."""
+    plain = isinstance(error, OSError | ImportError | TypeError | ValueError | StrictDataclassError)
+    return first_paragraph(error) if plain else f"{type(error).__name__}: {first_paragraph(error)}".removesuffix(": ")
 
 
 def check_weights(path: str | Path) -> None:

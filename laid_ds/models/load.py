@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from laid_ds.models.folder import check_folder, check_weights, first_paragraph
+from laid_ds.models.folder import check_folder, check_weights, said_by
 
 transformers.utils.logging.disable_progress_bar()
 # Qwen's decoder says that sliding windows are not implemented for this attention; the mask implements them (tests/laws/test_tap.py).
@@ -48,8 +47,8 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
         raise ValueError(f"no model at {path} (no config.json); give the folder that `save_pretrained` wrote")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ImportError, TypeError, ValueError, StrictDataclassError) as error:  # what transformers raises on wrong values
-        raise ValueError(f"the config at {path} cannot be used: {first_paragraph(error)}") from None
+    except Exception as error:  # a family's own code may raise anything for values that it does not know
+        raise ValueError(f"the config at {path} cannot be used: {said_by(error)}") from None
 
 
 def model_class(config: PretrainedConfig) -> type:
@@ -91,8 +90,12 @@ def _from_pretrained(path: str | Path, trust_remote_code: bool, **options: Any) 
             ignore_mismatched_sizes=True,  # they are refused below, with the others
             **options,
         )
-    except (OSError, ImportError) as error:
-        raise ValueError(f"the model at {path} cannot be loaded: {first_paragraph(error)}") from None
+    except Exception as error:
+        on_meta = options.get("device_map") == "meta"
+        if not on_meta and not isinstance(error, OSError | ImportError | ValueError):  # may be the machine's fault, of its memory
+            open_model(path, trust_remote_code)  # refuses what is the folder's
+            raise
+        raise ValueError(f"the model at {path} cannot be loaded: {said_by(error)}") from None
     wrong = {name: sorted(map(str, report[name]))[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
     if wrong:
         raise ValueError(f"the weights at {path} do not fit the model's config: {wrong}")

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from laid_ds.files import read_json
 from laid_ds.models.chat import Said, Span, Template, TurnLike, learn_template, say, where
-from laid_ds.models.folder import check_folder, first_paragraph
+from laid_ds.models.folder import check_folder, first_paragraph, said_by
 from laid_ds.models.numbering import numbered
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -87,9 +87,9 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
         processor = offline(stock).from_pretrained(path, **({"trust_remote_code": True} if trust_remote_code else {}))
     except ImportError as error:
         raise ValueError(f"the {stock.__name__} at {path} needs a package that is not installed: {first_paragraph(error)}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:  # what transformers raises on files that are missing or lack something
+    except Exception as error:  # transformers raises anything on files that are missing or lack something
         raise ValueError(
-            f"the {stock.__name__} at {path} cannot be loaded: {first_paragraph(error)}; copy all processor files of the model there"
+            f"the {stock.__name__} at {path} cannot be loaded: {said_by(error)}; copy all processor files of the model there"
         ) from None
     _check_tokenizer(processor, path)
     if type(processor.image_processor).__name__.removesuffix("Fast") == "Qwen2VLImageProcessor":  # torchvision's, where that is installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from laid_ds.models.attention import attention_shape, decoder, vision_tower
 from laid_ds.models.family import Family, trainable
-from laid_ds.models.folder import first_paragraph
+from laid_ds.models.folder import first_paragraph, said_by
 from laid_ds.models.load import model_class
 from laid_ds.models.meta_run import OUTSIDE, Attention, MetaRun, meta_run
 from laid_ds.models.rope_gain import gain_shapes
@@ -88,8 +86,8 @@ def read_config(path: str | Path) -> PretrainedConfig:
         raise ValueError(f"no model config at {path}; give one with --student-config or --teacher-config (recipes/configs/ holds some)")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ImportError, json.JSONDecodeError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is not a usable model config: {first_paragraph(error)}") from None
+    except Exception as error:  # a family's own code may raise anything for values that it does not know
+        raise ValueError(f"{path} is not a usable model config: {said_by(error)}") from None
 
 
 def model_sizes(config: PretrainedConfig, dtype: str) -> Sizes:

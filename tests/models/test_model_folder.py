@@ -16,6 +16,7 @@ from laid_ds.models.export import write_student
 from laid_ds.models.folder import check_folder, check_weights, read_header
 from laid_ds.models.load import load_config, load_model, open_model
 from laid_ds.models.processor import load_processor
+from laid_ds.models.sizes import model_sizes, read_config
 from laid_ds.run.build import build
 from laid_ds.runtime import engine
 from tests.support.processes import run_ranks
@@ -183,6 +184,28 @@ def test_a_config_that_transformers_does_not_take_is_one_line(folder, values, se
         load_config(folder)
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(f"the config at {folder} cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    "values, of_text, sentence",
+    [
+        ({}, {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({}, {"hidden_act": "bogus"}, "KeyError: 'bogus'"),
+        ({}, {"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}}, "KeyError: 'bogus'"),
+        ({"dtype": "float99"}, {}, "float99"),
+        ({}, {"vocab_size": 10}, "AssertionError: Padding_idx must be within"),
+        ({}, {"hidden_size": -4}, "negative dimension"),
+    ],
+)
+def test_values_of_which_no_model_can_be_made_are_one_line(folder, values, of_text, sentence):
+    """Whoever reads the folder: the dry run and `laid plan` on the meta device, the ranks and `laid eval` with its weights."""
+    tree = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", **values, text_config=tree["text_config"] | of_text)
+    for read in (open_model, load_model, lambda path: model_sizes(read_config(path / "config.json"), "float32")):
+        with pytest.raises(ValueError, match=sentence) as refusal:
+            read(folder)
+        assert "\n" not in str(refusal.value)
+        assert read not in (open_model, load_model) or str(folder) in str(refusal.value)
 
 
 def test_code_in_the_folder_runs_only_where_it_is_trusted(folder, tmp_path, monkeypatch):
