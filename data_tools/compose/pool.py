@@ -94,10 +94,10 @@ class Pool:
     read: Callable[[Picture], bytes]
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> how many."""
-    listed: dict[str, int] = field(default_factory=dict)
-    """Option that adds facts (--instances, --captions) -> of how many pictures its files say something."""
     rejected: list[dict[str, str]] = field(default_factory=list)
     """What `--skip-bad` went on after: {"place", "reason"}."""
+    listed: dict[str, int] = field(default_factory=dict)
+    """Option that adds facts (--instances, --captions) -> of how many pictures its files say something."""
 
 
 def normal(name: str) -> str:
