@@ -119,29 +119,42 @@ def _entries_of(sample: Sample, names: list[str], first_id: int) -> Iterable[Ent
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """Each file `{model}_{task}.jsonl`: scores by context length as the benchmark bins them, and the strict share of exact answers."""
+    """Each file `{model}_{task}.jsonl` of one model: scores by context length as the benchmark bins them, and the strict share of exact
+    answers."""
     files = visible(folder, "*.jsonl")
     if not files:
         raise DataError(f"{folder} holds no answers (*.jsonl)")
-    tasks = {path.stem.rpartition("_")[2]: score_lines(list(entries(path)), "counting" in path.name) for path in files}
-    result: dict[str, Any] = {"benchmark": "mm-niah", "lengths": LENGTH_BINS, "tasks": tasks}
+    models = {path.stem.rpartition("_")[0]: path for path in files}
+    if len(models) > 1:
+        raise DataError(f"{folder} holds answers of several models ({', '.join(map(repr, models))}); give each a folder of its own")
+    tasks = {path.stem.rpartition("_")[2]: _score_file(path) for path in files}
+    result: dict[str, Any] = {"benchmark": "mm-niah", "model": next(iter(models)), "lengths": LENGTH_BINS, "tasks": tasks}
     if len(tasks) == TASKS:
         result["overall"] = np.mean([task["official_by_length"] for task in tasks.values()], axis=0).round(6).tolist()
     return result
+
+
+def _score_file(path: Path) -> dict[str, Any]:
+    lines = list(entries(path))
+    if not lines:
+        raise DataError(f"{path} holds no answers")
+    try:
+        return score_lines(lines, "counting" in path.stem.rpartition("_")[2])
+    except DataError as error:
+        raise DataError(f"{path}, {error.reason}") from None
 
 
 def score_lines(lines: list[Entry], counting: bool = False) -> dict[str, Any]:
     """Official: a mean over five depths (an empty depth counts as 0) for each length; lines below the first length are left out."""
     total, correct = np.zeros((2, len(LENGTH_BINS) + 1, DEPTHS))
     strict = 0
-    for line in lines:
-        place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
-        answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
-        if counting:
-            try:
-                answer = as_counts(answer)
-            except ValueError as error:
-                raise DataError(str(error)) from None
+    for number, line in enumerate(lines):
+        try:
+            place = np.digitize(take(line, "context_length", (int, float)), LENGTH_BINS), int(min(_depth(line), 0.99) / 0.2)
+            answer, response = take(line, "answer", (str, int, list)), take(line, "response", str)
+            answer = as_counts(answer) if counting else answer
+        except ValueError as error:
+            raise DataError(f"answer {number}: {error}") from None
         total[place] += 1
         correct[place] += official(answer, response)
         strict += is_exact(answer, response)

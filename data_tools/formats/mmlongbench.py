@@ -12,7 +12,7 @@ from data_tools.formats.mm_niah import needles_among
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn
-from laid_ds.evaluation.mmlongbench_rule import FORMS, accepted_answers, is_exact, official
+from laid_ds.evaluation.mmlongbench_rule import FORMS, RULES, accepted_answers, is_exact, official
 from laid_ds.evaluation.visual_haystacks_rule import ANSWERS
 
 FORM = " Write your answer in the following format:\nAnswer: [answer]\n\n{context}\n\nQuestion: {question}"
@@ -123,9 +123,34 @@ def score(path: Path) -> dict[str, Any]:
     files = sorted([*visible(path, "*.json"), *visible(path, "*.jsonl")]) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no results (*.json, *.jsonl)")
-    found = {file: _results(file) for file in files}
-    rules = {file: take(entries[0], "rule", str, "") or rule_for(file.name) for file, entries in found.items()}
-    return {"benchmark": "mmlongbench", "results": {file.stem: score_entries(entries, rules[file]) for file, entries in found.items()}}
+    results: dict[str, dict[str, float]] = {}
+    for file in files:
+        if file.stem in results:
+            raise DataError(f"{path} holds {file.stem}.json and {file.stem}.jsonl; keep one of them")
+        found = _results(file)
+        rule = _rule_of(file, found)
+        try:
+            results[file.stem] = score_entries(found, rule)
+        except DataError as error:
+            raise DataError(f"{file}, {error.reason}") from None
+    return {"benchmark": "mmlongbench", "results": results}
+
+
+def _rule_of(path: Path, results: list[Entry]) -> str:
+    """The one rule that all answers of a file name, or else its name."""
+    first: dict[str, int] = {}
+    for place, entry in enumerate(results):
+        try:
+            rule = take(entry, "rule", str, "")
+        except DataError as error:
+            raise DataError(f"{path}, answer {place}: {error.reason}") from None
+        if rule and rule not in RULES:
+            raise DataError(f"{path}, answer {place}: rule {rule[:40]!r} is none of {', '.join(RULES)}")
+        first.setdefault(rule, place)
+    if len(first) > 1:
+        (one, place), (other, second), *_ = first.items()
+        raise DataError(f"{path}: answer {place} names the rule {one!r} and answer {second} {other!r}; a file has one rule")
+    return next(iter(first)) or rule_for(path.name)
 
 
 def rule_for(name: str) -> str:
@@ -143,9 +168,9 @@ def score_entries(results: list[Entry], rule: str) -> dict[str, float]:
     """Official and strict accuracy side by side."""
     total = strict = 0.0
     for place, entry in enumerate(results):
-        answer, output = take(entry, "answer", (str, int, list)), take(entry, "output", str)
-        form = take(entry, "answer_format", str) if rule == "document" else None
         try:
+            answer, output = take(entry, "answer", (str, int, list)), take(entry, "output", str)
+            form = take(entry, "answer_format", str) if rule == "document" else None
             total += official(answer, output, rule, place=place, form=form)
         except ValueError as error:
             raise DataError(f"answer {place}: {error}") from None
@@ -154,7 +179,10 @@ def score_entries(results: list[Entry], rule: str) -> dict[str, float]:
 
 
 def _results(path: Path) -> list[Entry]:
-    results = list(entries(path)) if path.suffix == ".jsonl" else take(read_json(path), "data", list)
+    try:
+        results = list(entries(path)) if path.suffix == ".jsonl" else take(read_json(path), "data", list)
+    except DataError as error:
+        raise DataError(error.reason if str(path) in error.reason else f"{path}: {error.reason}") from None
     if not results:
         raise DataError(f"{path} holds no answers")
     return results

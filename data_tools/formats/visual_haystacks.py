@@ -6,7 +6,7 @@ A file `visual_haystack_{N|oracle}.json` is a list of entries with a yes/no ques
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +141,18 @@ def score(folder: Path, seed: int = 0) -> dict[str, Any]:
     groups = sorted(folder.glob("*_images"), key=lambda path: (len(path.name), path.name)) or [folder]
     results = {}
     for group in groups:
-        entries = [read_json(path) for path in visible(group, "*.json")]
+        entries = {str(path): read_json(path) for path in visible(group, "*.json")}
         if not entries:
             raise DataError(f"{group} holds no results (*.json)")
-        results[group.name.removesuffix("_images")] = score_entries(entries, seed)
+        results[group.name.removesuffix("_images")] = score_entries(list(entries.values()), seed, list(entries))
     return {"benchmark": "vhs", "results": results}
 
 
-def score_entries(entries: list[Entry], seed: int = 0) -> dict[str, float]:
+def score_entries(entries: list[Entry], seed: int = 0, places: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy and compliance. Official: the answer is among the words of the response; mean and deviation over 100 resamples, here with
-    a seed. Strict: the response is the answer and nothing else."""
-    rows = [_judge(entry) for entry in entries]
+    a seed. Strict: the response is the answer and nothing else. `places`: where each entry stands, for sentences."""
+    places = places or [f"answer {number}" for number in range(len(entries))]
+    rows = [_judge(entry, place) for entry, place in zip(entries, places, strict=True)]
     table = np.array(rows, np.float64)  # [entries, 4]
     rng = np.random.default_rng(seed)
     means = np.array([table[rng.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES)])
@@ -165,10 +166,13 @@ def score_entries(entries: list[Entry], seed: int = 0) -> dict[str, float]:
     }
 
 
-def _judge(entry: Entry) -> np.ndarray:
+def _judge(entry: Entry, place: str) -> np.ndarray:
     """(in the words, compliant, exactly the answer, both yes and no), a mean where the entry has one response for each needle position."""
-    said = take(entry, "conversations", list)
-    answer = take(said[1] if len(said) > 1 else {}, "value", str)
+    try:
+        said = take(entry, "conversations", list)
+        answer, responses = take(said[1] if len(said) > 1 else {}, "value", str), _responses(entry)
+    except DataError as error:
+        raise DataError(f"{place}: {error.reason}") from None
     rows = [
         (
             is_right(answer, response),
@@ -176,7 +180,7 @@ def _judge(entry: Entry) -> np.ndarray:
             is_exact(answer, response),
             words(response.lower()).issuperset(ANSWERS),
         )
-        for response in _responses(entry)
+        for response in responses
     ]
     return np.mean(np.array(rows, np.float64), axis=0)
 

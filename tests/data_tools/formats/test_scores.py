@@ -143,6 +143,38 @@ def test_mmlongbench_files_name_their_rule(tmp_path):
         mmlongbench.rule_for("other.jsonl")
 
 
+ROW = '{"context_length": 1500, "placed_depth": 0.1, "answer": [1], "response": "[1]"}\n'
+SAID = '{"answer": "yes", "output": "yes"}\n'
+ASKED = '"conversations": [{"value": "?"}, {"value": "yes"}]'
+BAD_FILES = {
+    "two models": (mm_niah, {"a_text-val.jsonl": ROW, "b_text-val.jsonl": ROW}, "answers of several models ('a', 'b')"),
+    "an empty task": (mm_niah, {"a_text-val.jsonl": ""}, "a_text-val.jsonl holds no answers"),
+    "a row": (mm_niah, {"a_text-val.jsonl": ROW + "{}"}, "a_text-val.jsonl, answer 1: field 'context_length' is missing"),
+    "counts": (mm_niah, {"a_counting-val.jsonl": ROW.replace("[1],", '"x",')}, "a_counting-val.jsonl, answer 0: "),
+    "one task twice": (mmlongbench, {"vh_a.jsonl": SAID, "vh_a.json": '{"data": [' + SAID + "]}"}, "vh_a.json and vh_a.jsonl"),
+    "no rule": (mmlongbench, {"x.jsonl": '{"rule": "bogus", ' + SAID[1:]}, "x.jsonl, answer 0: rule 'bogus' is none of binary"),
+    "two rules": (
+        mmlongbench,
+        {"vh.jsonl": SAID + '{"rule": "sum", ' + SAID[1:]},
+        "vh.jsonl: answer 0 names the rule '' and answer 1 'sum'; a file has one rule",
+    ),
+    "an answer": (mmlongbench, {"vh_.jsonl": SAID + "{}"}, "vh_.jsonl, answer 1: field 'answer' is missing"),
+    "no data": (mmlongbench, {"vh.json": "{}"}, "vh.json: field 'data' is missing"),
+    "no answers": (mmlongbench, {"vh.jsonl": ""}, "vh.jsonl holds no answers"),
+    "a response": (visual_haystacks, {"0.json": "{" + ASKED + "}"}, "0.json: field 'result' is missing"),
+    "a conversation": (visual_haystacks, {"0.json": "{}"}, "0.json: field 'conversations' is missing"),
+}
+
+
+@pytest.mark.parametrize("benchmark, files, sentence", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_no_file_of_results_is_dropped_and_a_bad_one_is_named(tmp_path, benchmark, files, sentence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as refused:
+        benchmark.score(tmp_path)
+    assert sentence in str(refused.value)
+
+
 @given(response=st.text(max_size=30), answer=st.integers(0, 3) | st.text(max_size=5) | st.lists(st.integers(0, 9), max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_any_response_is_scored(response, answer):
