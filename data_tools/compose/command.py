@@ -33,9 +33,11 @@ def compose(
     samples: Annotated[int | None, typer.Option(help="Haystacks to train on; 1000, for vhs 5000.", min=1, show_default=False)] = None,
     size: Annotated[str | None, typer.Option(help="Images in each, as 20 or 2-20; 20, for vhs 2-20.", show_default=False)] = None,
     questions: Annotated[int, typer.Option(help="Questions in each haystack.", min=1)] = 1,
-    test_samples: Annotated[int, typer.Option(help="Haystacks to test on.", min=1)] = 100,
+    test_samples: Annotated[int | None, typer.Option(help="Haystacks to test on; 100.", min=1, show_default=False)] = None,
     test_size: Annotated[str | None, typer.Option(help="Images in each; the most of --size unless given.", show_default=False)] = None,
-    test_share: Annotated[float, typer.Option(help="Share of the pictures for the test, where both sets are written.")] = 0.2,
+    test_share: Annotated[
+        float | None, typer.Option(help="Share of the pictures for the test, where both sets are written; 0.2.", show_default=False)
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(

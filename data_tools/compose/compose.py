@@ -30,6 +30,14 @@ LISTS = ("questions", "llava", "vqa", "shards")
 """Formats that hold questions; the others make them of classes."""
 PAPERS_SAMPLES, PAPERS_IMAGES = 5000, (2, 20)
 SAMPLES, IMAGES, CHOICES = 1000, (20, 20), 4
+TEST_SAMPLES, TEST_SHARE = 100, 0.2
+UNKNOWN_TO = {
+    **dict.fromkeys(("coco", "vhs"), "which makes its questions, and its rule, from classes"),
+    "classes": "which makes its questions, and its rule, from the names of its folders",
+    "shards": "whose records say what is known of their pictures, and hold them",
+    "vqa": "whose entries are read by their known fields",
+}
+"""Why a format does not know an option."""
 SHOWN_ANSWERS = 12
 COMPOSED, REJECTED = "composed.json", "rejected.jsonl"
 TRAIN, TEST = "train", "test"
@@ -47,9 +55,9 @@ class Compose:
     samples: int | None = None
     size: tuple[int, int] | None = None
     questions: int = 1
-    test_samples: int = 100
+    test_samples: int | None = None
     test_size: tuple[int, int] | None = None
-    test_share: float = 0.2
+    test_share: float | None = None
     rule: str | None = None
     lead: str = ""
     instances: tuple[Path, ...] = ()
@@ -73,7 +81,7 @@ class Compose:
         size = self.size or (PAPERS_IMAGES if papers else IMAGES)
         test_size = self.test_size or (size[1], size[1])
         train = Shape(self.samples or (PAPERS_SAMPLES if papers else SAMPLES), size, self.questions)
-        shapes = {TRAIN: (self.train, train), TEST: (self.test, Shape(self.test_samples, test_size, self.questions))}
+        shapes = {TRAIN: (self.train, train), TEST: (self.test, Shape(self.test_samples or TEST_SAMPLES, test_size, self.questions))}
         return {name: shape for name, (folder, shape) in shapes.items() if folder is not None}
 
 
@@ -81,7 +89,8 @@ def compose(plan: Compose, dry_run: bool = False) -> dict[str, Any]:
     """Write the data sets, or with `dry_run` only say what they would be. Raises DataError, one sentence, for bad input and for leaks."""
     _check_plan(plan)
     pool = read_pool(plan)
-    test = sides(pool.pictures, plan.test_share, plan.seed) if plan.train and plan.test else np.full(len(pool.pictures), bool(plan.test))
+    share = TEST_SHARE if plan.test_share is None else plan.test_share
+    test = sides(pool.pictures, share, plan.seed) if plan.train and plan.test else np.full(len(pool.pictures), bool(plan.test))
     free = ~taken(pool, plan.apart_from)
     classes.check_classes(pool.pictures, test, free, {name: name == TEST for name in plan.shapes})
     if not free.all():
@@ -124,27 +133,48 @@ def _check_plan(plan: Compose) -> None:
             raise ValueError(f"of --train {plan.train} and --test {plan.test} one lies inside the other; give two folders side by side")
     if plan.rule is not None and plan.rule not in get_args(Rule):
         raise ValueError(f"--rule {plan.rule!r} is none of {', '.join(get_args(Rule))}")
-    given = {
-        "--rule": plan.rule,
-        "--lead": plan.lead,
-        "--answers": plan.answers,
-        "--captions": plan.captions,
-        "--instances": plan.instances,
-    }
-    if plan.format not in LISTS and (said := [name for name, value in given.items() if value]):
-        raise ValueError(f"{said[0]} is for {', '.join(LISTS)}; {plan.format} makes its questions, and its rule, from classes")
+    _refuse_what_changes_nothing(plan)
     if plan.images is None and plan.format not in ("shards", "classes"):
         raise ValueError(f"say under which folder the pictures of {plan.files[0]} lie: --images FOLDER")
     for path in (*plan.files, *plan.instances, *plan.captions, *plan.apart_from):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-    if plan.train and plan.test and not 0 < plan.test_share < 1:
+    if plan.test_share is not None and not 0 < plan.test_share < 1:
         raise ValueError(f"--test-share {plan.test_share}: give a share of the pictures between 0 and 1")
     for shape in plan.shapes.values():
         if shape.questions > shape.images[0]:
             raise ValueError(
                 f"--questions {shape.questions}: each needs a needle of its own, and there are haystacks of {shape.images[0]} images"
             )
+
+
+def _refuse_what_changes_nothing(plan: Compose) -> None:
+    """Raises ValueError for an option that the format does not know, or that is of a part which is not written."""
+    files = ("questions", "llava", "vqa")
+    known = {
+        "--rule": (plan.rule, LISTS),
+        "--lead": (plan.lead, LISTS),
+        "--answers": (plan.answers, LISTS),
+        "--captions": (plan.captions, files),
+        "--instances": (plan.instances, files),
+        "--choices": (plan.choices, (*LISTS, "classes")),
+        "--ignore": (plan.ignore, ("questions", "llava")),
+        "--images": (plan.images, (*files, "coco", "vhs")),
+        "--no-decode": (not plan.decode, (*files, "coco", "vhs", "classes")),
+        "--follow-links": (plan.follow_links, (*files, "coco", "vhs", "classes")),
+    }
+    for name, (value, formats) in known.items():
+        if value and plan.format not in formats:
+            raise ValueError(f"{name} is for {', '.join(formats)}; with {plan.format}, {UNKNOWN_TO[plan.format]}, it would change nothing")
+    parts = {
+        "--samples": (plan.samples, plan.train, "--train"),
+        "--test-samples": (plan.test_samples, plan.test, "--test"),
+        "--test-size": (plan.test_size, plan.test, "--test"),
+        "--test-share": (plan.test_share, plan.train and plan.test, "both --train and --test"),
+    }
+    for name, (value, folder, wanted) in parts.items():
+        if value is not None and not folder:
+            raise ValueError(f"{name} would change nothing without {wanted}; give that too, or leave it out")
 
 
 def read_pool(plan: Compose) -> Pool:
@@ -172,8 +202,6 @@ def _pool_of_files(plan: Compose, read: Callable[[str], bytes]) -> Pool:
 def _one_folder(plan: Compose) -> Path:
     if len(plan.files) != 1 or not plan.files[0].is_dir():
         raise ValueError(f"classes takes one folder of folders, not {', '.join(map(str, plan.files))}")
-    if plan.images is not None:
-        raise ValueError(f"--images is not needed: the pictures of classes lie in the folders of {plan.files[0]}")
     return plan.files[0]
 
 

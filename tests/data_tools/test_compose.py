@@ -685,3 +685,27 @@ def test_an_interrupt_leaves_nothing_behind(root, tmp_path):
     assert process.returncode not in (0, None)
     assert "Traceback" not in said
     assert not list((tmp_path / "new").iterdir())
+
+
+IDLE = [
+    ("coco", ("--choices", "7"), "--choices is for questions, llava, vqa, shards, classes; with coco, which makes"),
+    ("vhs", ("--rule", "class"), "--rule is for questions, llava, vqa, shards; with vhs, which makes"),
+    ("coco", ("--ignore", "annotations"), "--ignore is for questions, llava; with coco"),
+    ("vqa", ("--ignore", "question"), "--ignore is for questions, llava; with vqa"),
+    ("classes", ("--ignore", "circle"), "--ignore is for questions, llava; with classes"),
+    ("classes", ("--images", "/nope"), "--images is for questions, llava, vqa, coco, vhs; with classes"),
+    ("shards", ("--images", "/nope"), "--images is for questions, llava, vqa, coco, vhs; with shards"),
+    ("shards", ("--instances", "x.json"), "--instances is for questions, llava, vqa; with shards"),
+    ("shards", ("--captions", "x.json"), "--captions is for questions, llava, vqa; with shards"),
+    ("shards", ("--ignore", "shows"), "--ignore is for questions, llava; with shards"),
+    ("shards", ("--no-decode",), "--no-decode is for questions, llava, vqa, coco, vhs, classes; with shards"),
+    ("shards", ("--follow-links",), "--follow-links is for questions, llava, vqa, coco, vhs, classes; with shards"),
+    ("questions", ("--test-size", "7"), "--test-size would change nothing without --test"),
+    ("questions", ("--test-samples", "7"), "--test-samples would change nothing without --test"),
+    ("questions", ("--test-share", "7"), "--test-share would change nothing without both --train and --test"),
+]
+
+
+@pytest.mark.parametrize("format, options, sentence", IDLE)
+def test_an_option_that_changes_nothing_is_refused(laid_data, tmp_path, format, options, sentence):
+    assert sentence in refusal(laid_data, format, tmp_path, "--train", tmp_path / "set", *options)
