@@ -57,21 +57,26 @@ class Sources:
 
 
 def read_sources(places: list[Path]) -> Sources:
-    """The runs and evaluations in folders and in the folders directly inside them. Raises ValueError where there are none, and for a file
-    that is damaged before its last line, or that another version wrote and this one cannot read."""
+    """The runs and evaluations in folders and in the folders directly inside them. Raises ValueError for a folder that gives none or is
+    given twice, and for a file that is damaged before its last line, or that another version wrote and this one cannot read."""
     for place in places:
         if not place.is_dir():
             raise ValueError(f"{place} is no folder; give the one that holds the results of `laid eval`, or a run")
-    runs = [run for folder in _unique(_with_inner(places)) if (run := read_run(folder)) is not None]
+    resolved = [place.resolve() for place in places]
+    twice = next((place for i, place in enumerate(places) if resolved[i] in resolved[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice; give each folder once")
+    folders = _unique(_with_inner(places))
+    runs = {folder: run for folder in folders if (run := read_run(folder)) is not None}
+    found = {folder: one for folder in folders if (one := read_evaluation(folder, with_logs=folder in places)) is not None}
+    telling = {folder.resolve() for folder in (*runs, *found)}
+    silent = next((place for place in places if telling.isdisjoint(inner.resolve() for inner in _with_inner([place]))), None)
+    if silent is not None:
+        raise ValueError(f"no results at {silent}, and no run; make them with `laid eval ... --out {silent / 'evaluation.json'}`")
     evaluations: list[Evaluation] = []
-    for folder in _unique(_with_inner(places)):
-        found = read_evaluation(folder, with_logs=folder in places)
-        if found is not None:
-            _add(evaluations, found)
-    if not runs and not evaluations:
-        shown = ", ".join(map(str, places))
-        raise ValueError(f"no results at {shown}, and no run; make them with `laid eval ... --out {places[0] / 'evaluation.json'}`")
-    return Sources(_with_names(runs), evaluations)
+    for one in found.values():
+        _add(evaluations, one)
+    return Sources(_with_names(list(runs.values())), evaluations)
 
 
 def read_run(folder: Path) -> RunFolder | None:

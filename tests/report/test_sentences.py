@@ -186,6 +186,18 @@ def test_compare_shows_where_recipes_differ_and_joins_evaluations_that_asked_the
     assert "give at least two runs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_folder_that_gives_nothing_or_stands_twice_is_a_sentence(tmp_path, capsys, command):
+    write_run(tmp_path / "a", 10)
+    (tmp_path / "pictures").mkdir()
+    for second, sentence in (("pictures", f"no results at {tmp_path / 'pictures'}, and no run"), ("./a", "a is given twice")):
+        assert run(command, tmp_path / "a", f"{tmp_path}/{second}", "--out", tmp_path / "page") == 2
+        said = capsys.readouterr().err
+        assert sentence in said
+        assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "page").exists()
+
+
 def test_an_evaluation_that_asked_something_else_has_its_own_part_and_is_named(tmp_path, capsys):
     write_evaluation(tmp_path / "a", {"student": 2.0})
     write_evaluation(tmp_path / "b", {"student": 2.0}, haystacks=7)
