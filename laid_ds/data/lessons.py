@@ -31,6 +31,8 @@ from laid_ds.disk import writing
 MAGIC = b"lessons1"
 COLUMNS = ("position", "offset", "bytes", "crc32", "tokens", "rows", "token_ids_crc32")
 INDEX, MANIFEST, HEAD = "index.table", "lessons.json", "head.safetensors"
+ENDING = ".lessons"
+SHOWN = 60  # characters of a value that differs
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def replace_file(path: Path, parts: Sequence[bytes]) -> None:
 
 
 def file_name(number: int) -> str:
-    return f"{number:06d}.lessons"
+    return f"{number:06d}{ENDING}"
 
 
 def read_table(path: Path) -> np.ndarray:
@@ -280,7 +282,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """lessons.json of a folder. Raises ValueError where the folder is not, or not yet, one of lessons."""
     path = folder / MANIFEST
     if not path.is_file():
-        begun = any(folder.glob("*.lessons")) if folder.is_dir() else False
+        begun = any(folder.glob(f"*{ENDING}")) if folder.is_dir() else False
         state = "its recording has not come to its end: the same `laid teach` goes on" if begun else "record them with `laid teach`"
         raise ValueError(f"no lessons at {folder} (no {MANIFEST}); {state}")
     try:
@@ -295,12 +297,15 @@ def check_facts(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     """Raises ValueError, naming the first field that differs, for lessons of another run's teacher or samples."""
     for name in here:
         if there.get(name) != here[name]:
+            theirs, ours = _apart(there.get(name), here[name])
             raise ValueError(
-                f"the lessons in {folder} are of another {name}: {_short(there.get(name))}, and this run has {_short(here[name])}; record"
-                " its own with `laid teach`"
+                f"the lessons in {folder} are of another {name}: {theirs}, and this run has {ours}; record its own with `laid teach`"
             )
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _apart(*values: Any) -> list[str]:
+    """Two values as JSON; of long ones the part in which they differ."""
+    texts = [json.dumps(value) for value in values]
+    alike = next((i for i, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
+    first = max(0, alike - SHOWN // 2) if max(map(len, texts)) > SHOWN else 0
+    return [f"{'...' * (first > 0)}{text[first : first + SHOWN]}{'...' * (first + SHOWN < len(text))}" for text in texts]

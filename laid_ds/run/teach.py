@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from laid_ds.config import Run
 from laid_ds.data.batch import Batch, Prepare
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.lessons import HEAD, Layout, check_facts, cut, file_name, replace_file, write_file, write_index
+from laid_ds.data.lessons import ENDING, HEAD, MANIFEST, Layout, check_facts, cut, file_name, replace_file, write_file, write_index
 from laid_ds.data.stream import Stream
 from laid_ds.disk import no_room
 from laid_ds.files import read_json
@@ -154,8 +154,10 @@ def _claim(recording: Recording) -> dict[str, Any]:
 
 
 def _check_folder(out: Path, claim: dict[str, Any], teacher: Path) -> dict[str, Any]:
-    """The claim of a folder that holds a part of these lessons, or {} of an empty one. Raises ValueError for any other."""
-    if (out / CLAIM).is_file():
+    """The claim of a folder that holds a part of these lessons, or {} of one without any: empty, or left by a recording that was refused.
+    Raises ValueError for any other."""
+    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if (out / CLAIM).is_file() and any(name == MANIFEST or name.endswith(ENDING) for name in found):
         there = read_json(out / CLAIM)
         check_facts(out, there.get("facts", {}), claim["facts"])
         for name in ("layout", "micro_batch"):
@@ -163,8 +165,8 @@ def _check_folder(out: Path, claim: dict[str, Any], teacher: Path) -> dict[str, 
                 raise ValueError(f"{out} was begun with another {name}: {there.get(name)}, this is {claim[name]}; give another folder")
         check_teacher(out, there["facts"].get("teacher"), teacher)
         return there
-    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if others := [name for name in found if name not in (lock.FILE, STOP) and not name.startswith((".", f"{CLAIM}."))]:
+    own = (lock.FILE, STOP, CLAIM, HEAD)
+    if others := [name for name in found if name not in own and not name.startswith((".", f"{CLAIM}.", f"{HEAD}."))]:
         raise ValueError(f"{out} is not empty and holds no lessons ({others[0]}); give another folder")
     return {}
 
