@@ -269,7 +269,9 @@ def evaluate(
         str | None,
         typer.Option(help="Numbers of images of the windows; default: 1,2,5,10,20,50,100,150 for haystacks, benchmarks as they are."),
     ] = None,
-    haystacks: Annotated[int | None, typer.Option(min=1, help="Samples of each task; default: 100 haystacks, all of a benchmark.")] = None,
+    haystacks: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task; default: 100 haystacks or all, all of a benchmark.")
+    ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each window.")] = 1,
     depths: Annotated[int | None, typer.Option(min=1, help="Ask with the needle at so many places, evenly from the first on.")] = None,
     mode: Annotated[
@@ -316,7 +318,10 @@ def evaluate(
     how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, **shown)
     if dry_run:
         tasks = check(folders, models, wish, how)
-        print(f"nothing speaks against asking {', '.join(models)} about {', '.join(task.name for task in tasks)}")
+        if as_json:
+            print_json({"models": list(models), "tasks": [task.setting() | {"left_out": task.left_out} for task in tasks]})
+        else:
+            print(f"nothing speaks against asking {', '.join(models)} about {', '.join(task.name for task in tasks)}")
         return
     results = evaluate(folders, models, out, wish, how, context.obj, ranks, port)
     if results is not None:
@@ -339,7 +344,7 @@ def probe(
     images: Annotated[
         int, typer.Option(min=1, help="Images in each haystack, or texts; a student that is lost there is shown half as many.")
     ] = 16,
-    haystacks: Annotated[int, typer.Option(min=1, help="Haystacks to look at.")] = 32,
+    haystacks: Annotated[int | None, typer.Option(min=1, help="Haystacks to look at; default: 32, or all of a smaller set.")] = None,
     image_pixels: ImagePixels = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON into this file: a recipe's align.probe.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the weights.")] = "float32",

@@ -119,7 +119,7 @@ def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: 
     for task in tasks if how.attention else ():
         if task.mode != FORCED or task.depths is not None or len(tasks) > 1:
             raise ValueError(f"--attention looks at one task of haystacks that are asked by teacher forcing, and {task.name} is not that")
-        check_needles(task.dataset, task.samples)
+        check_needles(task.dataset, task.samples, "--attention")
     if how.zero3 and how.attention:
         raise ValueError("--attention needs whole models: leave out --zero3")
     return tasks

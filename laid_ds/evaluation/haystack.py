@@ -44,6 +44,11 @@ def window_of_size(sample: Sample, size: int, questions: int) -> Sample:
     return window
 
 
+def number_of(dataset: Dataset, asked: int | None, most: int) -> int:
+    """How many haystacks are looked at: as many as were asked for, else `most`, or all of a smaller set."""
+    return asked or min(most, len(dataset))
+
+
 def read_haystacks(dataset: Dataset, haystacks: int) -> Haystacks:
     """The first samples of a data set. Raises ValueError when it has too few."""
     if haystacks > len(dataset):

@@ -13,7 +13,7 @@ import torch
 
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
-from laid_ds.evaluation.haystack import read_haystacks, survey
+from laid_ds.evaluation.haystack import number_of, read_haystacks, survey
 from laid_ds.evaluation.heads import CLEAR, MORE, Looks, as_tree
 from laid_ds.evaluation.spectra import check_needles, needle_profile
 from laid_ds.models.attention import attention_shape
@@ -22,6 +22,8 @@ from laid_ds.models.image_pixels import OPTION, Limits, limit_pixels
 from laid_ds.models.load import load_config, load_model
 from laid_ds.models.numbering import numbers_images
 from laid_ds.models.processor import Renderer, load_processor
+
+NUM_HAYSTACKS = 32
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,17 @@ class Retrieval:
         return "\n".join([*lines, f"{'haystacks':>12}" + "".join(f"{self.haystacks_at[n]:>8}" for n in there)])
 
 
-def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str, image_pixels: Limits | None = None) -> Retrieval:
+def measure(model: Path, shards: Path, size: int, haystacks: int | None, dtype: str, image_pixels: Limits | None = None) -> Retrieval:
     """Look at the first haystacks of a set, drawn as `laid eval` draws them, pictures within `image_pixels` (None: as the folder says).
-    Streams: no attention map is held.
+    Streams: no attention map is held. haystacks: None for 32, or all of a smaller set.
 
     Raises ValueError where the folder is no model, where the set has fewer haystacks, cannot show this many images, or records no needles,
     and where the family cannot keep the limits.
     """
     config, dataset = load_config(model), Dataset.open(shards)
+    haystacks = number_of(dataset, haystacks, NUM_HAYSTACKS)
     read_haystacks(dataset, haystacks)
-    check_needles(dataset, haystacks)
+    check_needles(dataset, haystacks, "`laid probe`")
     processor = limit_pixels(load_processor(model), image_pixels, OPTION)
     renderer = Renderer(processor, Pixels(), number_images=numbers_images(model))
     files = read_whole(model, model_marks(model))
@@ -105,12 +108,14 @@ def measure(model: Path, shards: Path, size: int, haystacks: int, dtype: str, im
     return Retrieval(looks, any_layer["bins"], any_layer["needle_rows"], by_distance)
 
 
-def measure_student(model: Path, shards: Path, size: int, haystacks: int, dtype: str, image_pixels: Limits | None = None) -> Retrieval:
+def measure_student(
+    model: Path, shards: Path, size: int, haystacks: int | None, dtype: str, image_pixels: Limits | None = None
+) -> Retrieval:
     """`measure`, of a model with a shorter window: where no head retrieves among `size` images, among half as many, and so on down to the
     fewest that the haystacks allow, and at least 2; the first size at which some head does, else `size`."""
     sizes = [size >> n for n in range(size.bit_length()) if size >> n >= 2] or [size]
-    first = None
-    for asked in survey(Dataset.open(shards), haystacks, sizes, scored=False).sizes:
+    first, dataset = None, Dataset.open(shards)
+    for asked in survey(dataset, number_of(dataset, haystacks, NUM_HAYSTACKS), sizes, scored=False).sizes:
         found = measure(model, shards, asked, haystacks, dtype, image_pixels)
         if found.looks.heads():
             return found

@@ -128,8 +128,9 @@ def _added(one: tuple, other: tuple) -> tuple:
     return one[0], one[1] + other[1], {name: total + other[2][name] for name, total in one[2].items()}
 
 
-def check_needles(dataset: Dataset, haystacks: int) -> None:
-    """Raises DataError for a question without needles: attention on them cannot be measured."""
+def check_needles(dataset: Dataset, haystacks: int, who: str) -> None:
+    """Raises DataError for a question without needles, at which who (as the user calls it) would look: attention on them cannot be
+    measured."""
     for i in range(haystacks):
         if any(turn.role == "user" and not turn.needles for turn in dataset.record(i).turns):
-            raise DataError("a question records no needles, so that --attention cannot look at them").at(dataset.origin(i))
+            raise DataError(f"a question records no needles, so that {who} cannot look at them").at(dataset.origin(i))

@@ -15,7 +15,7 @@ from typing import Any
 from laid_ds.data.dataset import Dataset
 from laid_ds.data.haystack import needle_at, why_needle_stays, why_whole
 from laid_ds.data.record import DataError, Sample, Turn, num_pieces
-from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey, window_of_size
+from laid_ds.evaluation.haystack import Haystacks, number_of, read_haystacks, survey, window_of_size
 from laid_ds.evaluation.rules import HAYSTACK, benchmark_of, kept
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
@@ -33,7 +33,7 @@ class Wish:
     sizes: Sequence[int] | None = None
     """Numbers of images of the windows."""
     haystacks: int | None = None
-    """How many samples of each task; default: 100 of our own haystacks, all of a benchmark."""
+    """How many samples of each task; default: 100 of our own haystacks (all where there are fewer), all of a benchmark."""
     questions: int = 1
     """Most questions of a window."""
     depths: int | None = None
@@ -118,7 +118,7 @@ def _open_task(name: str, folder: Path, wish: Wish) -> Task:
     mode = wish.mode or (FORCED if ours else GENERATE)
     forced = mode == FORCED
     sizes = wish.sizes or (SIZES if forced or (ours and why_whole(first) is None) else None)
-    samples = wish.haystacks or (NUM_HAYSTACKS if ours and sizes else len(dataset))
+    samples = number_of(dataset, wish.haystacks, NUM_HAYSTACKS if ours and sizes else len(dataset))
     read_haystacks(dataset, samples)
     if wish.depths is not None:
         check_needles_move(dataset, samples, windows=sizes is not None, questions=wish.questions)

@@ -16,7 +16,7 @@ from laid_ds.data.writer import ShardWriter
 from laid_ds.evaluation import heads
 from laid_ds.evaluation.haystack import window_of_size
 from laid_ds.evaluation.heads import CLEAR, Looks, Probe, read_probe, retrieving_heads
-from laid_ds.evaluation.retrieval import Retrieval, measure_student
+from laid_ds.evaluation.retrieval import Retrieval, measure, measure_student
 from laid_ds.models.processor import Renderer, load_processor
 from tests.support.looking import looking
 
@@ -202,6 +202,13 @@ def test_a_text_among_texts_is_a_needle_too(world, flat, tmp_path, capsys):
     assert said["flat"] == pytest.approx(sum(shares) / 4, rel=0.15), "a token may straddle two lines"
     assert said["mass"]["1"][2] == pytest.approx(said["flat"], rel=1e-5)
     assert (said["images"], said["student"]["images"]) == (5, 5)
+
+
+def test_a_smaller_set_is_looked_at_whole_where_no_number_was_given(world):
+    """12 haystacks, not 32."""
+    assert measure(world.teacher, world.shards, 2, None, "float32").looks.haystacks == 12
+    with pytest.raises(ValueError, match="13 haystacks asked for"):
+        measure(world.teacher, world.shards, 2, 13, "float32")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +21,7 @@ from laid_ds.evaluation import asking
 from laid_ds.evaluation.asking import ask
 from laid_ds.evaluation.evaluate import How, evaluate_models
 from laid_ds.evaluation.haystack import Haystacks, read_haystacks, survey
+from laid_ds.evaluation.retrieval import measure
 from laid_ds.evaluation.tasks import Wish
 from laid_ds.models.processor import Renderer, load_processor
 from laid_ds.report.write import write_report
@@ -224,12 +226,35 @@ def test_what_would_fail_is_refused_before_a_model_is_asked(world, tmp_path, cap
     assert message in capsys.readouterr().err
 
 
+def test_a_dry_run_says_what_would_be_asked_in_words_or_as_json(world, tmp_path, capsys):
+    words = ("eval", world.shards, f"a={world.student}", "--out", tmp_path / "e.json", "--sizes", "2", "--haystacks", "3", "--dry-run")
+    assert run(*words) == 0
+    assert capsys.readouterr().out == f"nothing speaks against asking a about {world.shards.name}\n"
+    assert run(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["models"], [task["haystacks"] for task in found["tasks"]]) == (["a"], [3])
+
+
+def test_a_smaller_set_is_asked_whole_where_no_number_was_given(world, tmp_path, capsys):
+    """12 haystacks; and a folder is no model for the = in its path."""
+    (tmp_path / "lr=1").mkdir()
+    shards = tmp_path / "lr=1" / "test"
+    shutil.copytree(world.shards, shards)
+    words = ("eval", shards, f"a={world.student}", "--out", tmp_path / "e.json", "--sizes", "2", "--dry-run", "--json")
+    assert run(*words) == 0
+    assert [(task["task"], task["haystacks"]) for task in json.loads(capsys.readouterr().out)["tasks"]] == [("test", 12)]
+    assert run(*words, "--haystacks", "13") == 2
+    assert "13 haystacks asked for" in capsys.readouterr().err
+
+
 def test_attention_on_needles_needs_needles(world, samples, tmp_path):
     with ShardWriter(tmp_path / "set") as writer:
         for sample in samples:
             writer.write(replace(without_needles(sample), haystack=True))
     with pytest.raises(DataError, match=f"records no needles, so that --attention .*{samples[0].key}"):
         evaluate_models([tmp_path / "set"], {"student": world.student}, tmp_path / "e.json", Wish([2], 3), How(attention=True))
+    with pytest.raises(DataError, match="records no needles, so that `laid probe` cannot look at them"):
+        measure(world.teacher, tmp_path / "set", 2, None, "float32")
 
 
 def results(models, **setting):
