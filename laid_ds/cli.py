@@ -152,9 +152,9 @@ def init(
     ] = None,
     template: Annotated[Path | None, typer.Option(help="With --decoder: chat template (Jinja); default: the tokenizer's own.")] = None,
     layers: Annotated[str | None, typer.Option(help="Keep only these decoder layers of a model folder, such as 0,1,2,6.")] = None,
-    vocabulary: Annotated[int, typer.Option(help="With --corpus: size of the tokenizer before its special tokens.")] = 400,
-    image_tokens: Annotated[int, typer.Option(help="Most tokens an image may take.")] = 1,
-    seed: int = 0,
+    vocabulary: Annotated[int, typer.Option(min=256, help="With --corpus: size of the tokenizer before its special tokens.")] = 400,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an image may take.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Make an ordinary model folder without any download: a small model with random weights and its processor (--corpus), one around a
     pretrained decoder (--decoder), or some layers of a model (--layers)."""

@@ -14,11 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from laid_ds.disk import whole_folder
-from laid_ds.files import read_json
 from laid_ds.models.attention import decoder
-from laid_ds.models.folder import check_folder, first_paragraph
+from laid_ds.models.folder import check_folder, first_paragraph, said_by
 from laid_ds.models.load import load_model, model_class
-from laid_ds.models.new_model import KINDS, NEUTRAL, describe_videos
+from laid_ds.models.new_model import KINDS, NEUTRAL, describe_videos, read_new_config, values_of
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Fields of a decoder's config with one entry for each layer."""
@@ -38,12 +37,11 @@ def write_around_decoder(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
-    tree = read_json(Path(model_config))
-    if tree.get("model_type") not in KINDS:
-        raise ValueError(f"no processor is made for model_type {tree.get('model_type')!r}; choose one of {', '.join(KINDS)}")
+    tree = read_new_config(Path(model_config), ["vision_config"])
     kind = KINDS[tree["model_type"]]
     text, tokenizer = _load_text_model(Path(pretrained), {f"{name}_token": mark for name, mark in kind.marks.items()})
-    processor = kind.processor(tokenizer, tree, image_tokens, NEUTRAL)
+    with values_of(Path(model_config)):
+        processor = kind.processor(tokenizer, tree, image_tokens, NEUTRAL)
     processor.chat_template = template if template is not None else tokenizer.chat_template
     if processor.chat_template is None:
         raise ValueError(f"the tokenizer of {pretrained} has no chat template: give one (--template)")
@@ -69,8 +67,8 @@ def _load_text_model(path: Path, marks: dict[str, str]) -> tuple[PreTrainedModel
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
     except ImportError as error:
         raise ValueError(f"{path} cannot be read: {first_paragraph(error)} (pip install 'laid-ds[study]')") from None
-    except (OSError, ValueError, KeyError) as error:  # what transformers raises on files that are not what they should be
-        raise ValueError(f"{path} is no causal language model that transformers reads: {first_paragraph(error)}") from None
+    except Exception as error:  # transformers raises anything on files that are not what they should be
+        raise ValueError(f"{path} is no causal language model that transformers reads: {said_by(error)}") from None
     return model, tokenizer
 
 
@@ -99,10 +97,10 @@ def _model_around(text: PreTrainedModel, tree: dict[str, Any], processor: Any, s
     parts = {"text_config": own | ends, "image_token_id": processor.image_token_id, "tie_word_embeddings": own["tie_word_embeddings"]}
     try:
         config = AutoConfig.for_model(**(tree | ids | parts))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{tree['model_type']} takes no such config: {first_paragraph(error)}") from None
-    torch.manual_seed(seed)
-    model = model_class(config).from_config(config, dtype=torch.float32)
+        torch.manual_seed(seed)
+        model = model_class(config).from_config(config, dtype=torch.float32)
+    except Exception as error:  # a family's own code may raise anything for values that do not go together
+        raise ValueError(f"{tree['model_type']} takes no such config: {said_by(error)}") from None
     ours, theirs = decoder(model), decoder(text)
     if type(ours) is not type(theirs):
         raise ValueError(f"the decoder is a {type(theirs).__name__}, and {tree['model_type']} has a {type(ours).__name__} around it")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from laid_ds.disk import whole_folder
 from laid_ds.files import read_json
+from laid_ds.models.attention import attention_shape
 from laid_ds.models.chat import turn_text
+from laid_ds.models.folder import said_by
 from laid_ds.models.load import model_class
 from laid_ds.models.processor import SampleLike, offline
+from laid_ds.models.sizes import model_sizes
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -125,6 +131,13 @@ KINDS = {
     "idefics3": Kind(LLAVA, {"fake_image": "<fake_token_around_image>", "image": LLAVA, "global_image": "<global-img>"}, _idefics3),
 }
 
+SIZED = {"text_config": ("hidden_size", "num_hidden_layers")}
+COMMON_FIELDS = (
+    *("model_type", "torch_dtype", "auto_map", "_name_or_path", "_attn_implementation", "attn_implementation", "num_labels"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache", "initializer_range"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim"),
+)
+"""Fields that transformers takes, or brings into another form, or reads where it finds them, for every class of configs."""
 NEUTRAL = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 AS_IMAGES = ("size", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
 
@@ -145,14 +158,19 @@ def write_new_model(
     path, output = Path(model_config), Path(output)
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder or remove it")
-    if not path.is_file():
-        raise ValueError(f"no model config at {path}")
-    try:
-        tree = read_json(path)
+    tree = read_new_config(path)
+    with values_of(path):
         processor = train_processor(corpus, vocabulary, tree, image_tokens)
         config = _with_tokens(tree, processor)
-    except KeyError as error:
-        raise ValueError(f"{path} is not a usable model config: {error!r}") from None
+    heads, key_heads, _ = attention_shape(config)
+    if heads % key_heads:
+        raise ValueError(
+            f"{path}: num_key_value_heads is {key_heads}, and the {heads} heads of text_config are no multiple of it; make them one"
+        )
+    try:
+        model_sizes(config, "float32")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     torch.manual_seed(seed)
     model = model_class(config).from_config(config)
     with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
@@ -160,6 +178,67 @@ def write_new_model(
         processor.save_pretrained(partial)
         describe_videos(partial / "processor_config.json", KINDS[tree["model_type"]].videos)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read_new_config(path: Path, parts: Sequence[str] = ("text_config", "vision_config")) -> dict[str, Any]:
+    """The fields of a config that a new model is made from; `parts` say how large it is.
+
+    Raises ValueError where there are none, for a family that no processor is made for, for a part that leaves its size to the family (its
+    own would be made, of billions), for sizes below 1, and for a field that the family does not know and would keep without a word.
+    """
+    if not path.is_file():
+        raise ValueError(f"no model config at {path}")
+    tree = read_json(path)
+    if tree.get("model_type") not in tuple(KINDS):
+        raise ValueError(f"{path}: no processor is made for model_type {tree.get('model_type')!r}; choose one of {', '.join(KINDS)}")
+    for part in parts:
+        said = tree.get(part) if isinstance(tree.get(part), dict) else {}
+        lacking = [name for name in SIZED.get(part, ()) if name not in said]
+        if not said or lacking:
+            found = f"has no {lacking[0]}" if said else f"is {json.dumps(tree.get(part))}"
+            raise ValueError(f"{path}: {part} {found}; say how large the model shall be, or the family's own size would be made")
+    _check_sizes(path, tree)
+    with values_of(path):
+        config = AutoConfig.for_model(**deepcopy(tree))  # which it changes
+    _check_fields(path, tree, config)
+    return tree
+
+
+@contextmanager
+def values_of(path: Path) -> Iterator[None]:
+    """What a family's own code raises inside the block, of values that it cannot take, is one sentence about the file."""
+    try:
+        yield
+    except OSError:  # of a picture of the corpus
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a usable model config: {said_by(error)}") from None
+
+
+def _check_sizes(path: Path, tree: dict[str, Any], inside: str = "") -> None:
+    """Raises ValueError for a number of things, or a length, below 1: some families make a model of it that cannot see or say anything."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            _check_sizes(path, value, f"{inside}{name}.")
+        elif name.startswith("num_") or name.endswith(("_size", "_heads", "depth", "scale_factor", "_ratio")):
+            numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int | float)]
+            if any(number <= 0 for number in numbers):
+                raise ValueError(f"{path}: {inside}{name} is {json.dumps(value)}; give numbers above 0")
+
+
+def _check_fields(path: Path, tree: dict[str, Any], config: PretrainedConfig, inside: str = "") -> None:
+    """Raises ValueError for a field that a config's class does not know, at whatever depth, where the class says what it knows."""
+    if not is_dataclass(config):
+        return
+    known = {field.name for field in fields(config)} | set(config.attribute_map) | set(COMMON_FIELDS)
+    for name, value in tree.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"did you mean {inside}{near[0]}?" if near else "remove it"
+            raise ValueError(f"{path}: {inside}{name} is no field of {config.model_type}; {meant}")
+        part = getattr(config, name, None)
+        if isinstance(value, dict) and isinstance(part, PretrainedConfig):
+            _check_fields(path, value, part, f"{inside}{name}.")
 
 
 def train_processor(corpus: Sequence[SampleLike], vocabulary: int, tree: dict[str, Any], max_image_tokens: int) -> ProcessorMixin:

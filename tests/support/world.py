@@ -121,7 +121,7 @@ def tiny_config(who: str, family: str, image_side: int = 32) -> dict:
         text.pop(name)
     vision = OTHER_TOWERS[family] if "num_hidden_layers" in OTHER_TOWERS[family] else tree["vision_config"] | OTHER_TOWERS[family]
     if family == "qwen3_vl":
-        vision.pop("model_type")
+        vision = {name: value for name, value in vision.items() if name not in ("model_type", "window_size", "fullatt_block_indexes")}
     else:
         text["rope_parameters"].pop("mrope_section")
         vision = vision | {"image_size": [image_side, image_side] if family == "internvl" else image_side}
