@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from laid_ds.plan.propose import Proposal, propose
 from laid_ds.plan.report import Plan
 from laid_ds.run.build import build_renderer
 from laid_ds.run.check import check, data_notes
+from laid_ds.run.folder import check_output
 from laid_ds.run.recipe_text import fifth_of, recipe_text
 
 SAMPLES_PER_STEP = 8  # the paper's
@@ -66,6 +68,7 @@ def write_recipe(
         partial.write_text(recipe_text(run, read_pair(run), proposal.plan, machine, len(dataset)))
     try:
         written = config.load(partial)
+        check_output(written)
         check(written)
         notes = data_notes(written)
         partial.rename(path)
@@ -82,11 +85,10 @@ def machine_of(gpus: int | None, gib: float) -> Machine | None:
 
 def next_steps(path: Path, run: Run) -> list[str]:
     """What to do with a recipe that was written."""
-    plan = f"laid plan {path}"
-    look = (
-        [f"laid probe {run.teacher.path} {run.evaluation.shards} --student {run.student.path} --out probe.json"] if run.evaluation else []
-    )
-    return ["read it, and change what you know better", plan, *look, f"laid train {path}"]
+    commands = [("plan", path), ("train", path)]
+    if run.evaluation:
+        commands.insert(1, ("probe", run.teacher.path, run.evaluation.shards, "--student", run.student.path, "--out", "probe.json"))
+    return ["read it, and change what you know better", *(shlex.join(map(str, ("laid", *words))) for words in commands)]
 
 
 def _draft(name: str, student: Path, teacher: Path, shards: list[str], test: str | None, output: Path, on_cpu: bool) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def test_what_is_there_is_left_alone_and_what_cannot_work_is_not_written(worlds,
     with pytest.raises(ValueError, match="no finished data set"):
         write_recipe(tmp_path / "a.toml", world.student, world.teacher, [str(tmp_path)], None, tmp_path / "run", GPUS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher", "there.toml"]
+
+
+def test_an_output_that_holds_another_run_is_refused_and_what_comes_next_can_be_pasted(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("")
+    with pytest.raises(ValueError, match="run is not empty and holds no run; give another output="):
+        written(world, tmp_path / "my.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "run" / "mine").unlink()
+    found = written(world, tmp_path / "my own.toml")
+    steps = new_recipe.next_steps(tmp_path / "my own.toml", found.run)
+    assert [shlex.split(step)[:2] for step in steps[1:]] == [["laid", "plan"], ["laid", "probe"], ["laid", "train"]]
+    assert shlex.split(steps[-1]) == ["laid", "train", str(tmp_path / "my own.toml")]
 
 
 def test_windows_shrink_until_they_fit_and_the_plan_chooses_the_engines(world, tmp_path, monkeypatch):
