@@ -9,7 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from data_tools.compose.pool import YES_NO, Group, Picture, Pool, Row, check_question, name_key, name_table, named_in, normal, words_of
+from data_tools.compose.pool import (
+    YES_NO,
+    Group,
+    Picture,
+    Pool,
+    Row,
+    check_question,
+    name_key,
+    name_table,
+    named_in,
+    normal,
+    with_question,
+    words_of,
+)
 from data_tools.console import track
 from laid_ds.data.haystack import names_a_place
 from laid_ds.data.record import DataError, Sample, Turn, describe
@@ -56,7 +69,7 @@ def pool_of(rows: Iterable[Row | DataError], read: Callable[[Any], bytes], name_
     if rules.lead and rules.rule not in (None, "class"):
         raise ValueError(f"--lead names a class, so distractors are chosen by class; leave out --rule {rules.rule}")
     good = Sieve(rules.skip_bad)
-    rows = good.keep(rows, lambda row: row)
+    rows = good.keep(rows, with_question)
     pictures = read_pictures(rows, read, name_of, rules.jobs, good)
     rows = [row for row in rows if row.image in pictures]
     numbers = {image: number for number, image in enumerate(pictures)}

@@ -144,6 +144,14 @@ def name_table(names: Iterable[str]) -> dict[tuple[str, ...], str]:
     return {name_key(name): name for name in sorted(names)}
 
 
+def with_question(row: Row) -> Row:
+    """The row. Raises DataError for an answer, or answers to choose from, that no question stands before."""
+    if not row.question and (row.answer or row.choices):
+        said = f"answer {row.answer[:40]!r}" if row.answer else f"choices {str(list(row.choices))[:80]}"
+        raise DataError(f"{row.place}: {said} without a question; give the question, or leave it out")
+    return row
+
+
 def check_question(row: Row) -> None:
     """Raises DataError for a question that cannot stand in a haystack."""
     try:
@@ -156,3 +164,5 @@ def check_question(row: Row) -> None:
         raise DataError(f"{row.place}: answer {row.answer[:40]!r} is none of the choices {str(list(row.choices))[:80]}")
     if len(set(row.choices)) != len(row.choices):
         raise DataError(f"{row.place}: choices {str(list(row.choices))[:80]} name one answer twice")
+    if len(row.choices) == 1:
+        raise DataError(f"{row.place}: choices {str(list(row.choices))[:80]} leave nothing to choose; give two or more, or none")

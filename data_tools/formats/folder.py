@@ -16,10 +16,17 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     for text in (question, answer):
         refuse_foreign_marks(text)
     images, choices = take_images(entry), take_strings(entry, "choices", [])
+    if not answer.strip():
+        raise DataError(f"the question {question[:60]!r} has no answer")
     if choices and answer not in choices:
         raise DataError(f"answer {answer[:40]!r} is none of the choices {str(choices)[:80]}")
+    if choices and len(set(choices)) < max(len(choices), 2):
+        raise DataError(f"choices {str(choices)[:80]} must be two or more, each given once")
+    needles = take(entry, "needles", list, [])
+    if any(needle in needles[:place] for place, needle in enumerate(needles)):
+        raise DataError(f"needles {str(needles)[:60]} name an image twice")
     asked, answered = interleave([question, answer], len(images))
-    turns = [Turn("user", asked, tuple(take(entry, "needles", list, [])), tuple(choices)), Turn("assistant", answered)]
+    turns = [Turn("user", asked, tuple(needles), tuple(choices)), Turn("assistant", answered)]
     if system := take(entry, "system", str, ""):
         turns.insert(0, Turn("system", (system,)))
     source, licence = take(entry, "source", str, ""), take(entry, "licence", str, "")

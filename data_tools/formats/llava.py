@@ -31,6 +31,9 @@ def read_entry(entry: Entry, key: str, root: ImageRoot) -> Sample:
     roles = [role_of(turn) for turn in said]
     pieces = [_pieces(turn) for turn in said]
     images, segments = _show(roles, pieces, take_images(entry))
+    for number, (turn, role, part) in enumerate(zip(said, roles, segments, strict=True)):
+        if is_learned(turn, role) and role == "assistant" and all(isinstance(text, str) and not text.strip() for text in part):
+            raise DataError(f"turn {number} is an answer that says nothing")
     needles = _relevant(entry, len(images))
     turns = [
         Turn(role, part, needles if role == "user" else (), supervised=is_learned(turn, role))

@@ -5,13 +5,13 @@ A line holds `context` and `question` with <image> marks, `images_list`, `answer
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.formats.fields import Entry, check_fields, take, take_strings
+from data_tools.formats.fields import Entry, check_fields, is_empty, take, take_strings
 from data_tools.formats.marks import IMAGE_MARK, interleave
 from data_tools.formats.visual_haystacks import write_images
 from data_tools.image_root import ImageRoot
@@ -65,6 +65,15 @@ def _answer_text(entry: Entry, letters: tuple[str, ...]) -> str:
         if not 0 <= answer < len(letters):
             raise DataError(f"answer {answer} is the number of no choice")
         return letters[answer]
+    return answer_text(answer, letters)
+
+
+def answer_text(answer: str | list, letters: Sequence[str]) -> str:
+    """The answer as it is learned; with letters to choose from it is one of them."""
+    if is_empty(answer) or (isinstance(answer, str) and not answer.strip()):
+        raise DataError(f"answer {answer!r} says nothing")
+    if letters and answer not in letters:
+        raise DataError(f"answer {str(answer)[:40]!r} is none of the choices {', '.join(letters)}")
     return answer if isinstance(answer, str) else json.dumps(answer)
 
 

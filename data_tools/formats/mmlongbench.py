@@ -8,7 +8,7 @@ from typing import Any
 
 from data_tools.formats.fields import Entry, check_fields, take, take_strings
 from data_tools.formats.marks import IMAGE_MARK, interleave
-from data_tools.formats.mm_niah import needles_among
+from data_tools.formats.mm_niah import answer_text, needles_among
 from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries, read_json, visible
 from laid_ds.data.record import DataError, Sample, Turn
@@ -79,7 +79,7 @@ def _read_interleaved(entry: Entry, contexts: list[Any], key: str, root: ImageRo
             raise DataError(f"answer {answer} is the number of no choice")
         answer = letters[answer]
     text = (LETTERED if letters else INTERLEAVED).format(context=context, question=question)
-    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    answer = answer_text(answer, letters)
     is_haystack = bool(needles) or entry.get("needle_image_list") == []  # said to have none: its needles are words
     sample = _sample(entry, key, root, text, names, needles, letters, answer)
     return replace(sample, haystack=is_haystack, fixed=tuple(range(in_context, len(names))))

@@ -20,6 +20,7 @@ from laid_ds.data.record import DataError, Sample, Turn, describe
 from laid_ds.evaluation.visual_haystacks_rule import ANSWERS, is_compliant, is_exact, is_right, words
 
 PROMPT = "You are given a set of images. Please answer the following question in Yes or No: "
+SPEAKERS = ("human", "user"), ("gpt", "assistant")
 RESAMPLES = 100
 SUFFIXES = {
     ".jpg": "jpg",
@@ -38,6 +39,10 @@ def read_entry(entry: Entry, key: str, root: ImageRoot, *, seed: int = 0, depth:
     check_fields(entry, (), others=True)
     if len(said) != 2:
         raise DataError(f"conversations must hold a question and its answer, not {len(said)} turns")
+    for turn, speakers in zip(said, SPEAKERS, strict=True):
+        if (speaker := take(turn, "from", str, "")) not in ("", *speakers):
+            raise DataError(f"a question of {speakers[0]} and its answer of {SPEAKERS[1][0]} must follow, not what {speaker[:40]!r} says")
+        check_fields(turn, ("from", "value"), others=True)
     question, answer = take(said[0], "value", str), take(said[1], "value", str)
     if answer not in ANSWERS:
         raise DataError(f"answer {answer[:40]!r} is neither yes nor no")

@@ -234,6 +234,12 @@ def spelled(spelling: str, system: str, model) -> dict:
 @given(system=st.just("") | WORDS, model=st.lists(TURN, min_size=1, max_size=4), spelling=st.sampled_from(["marks", "column", "in place"]))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_conversation_means_the_same_in_any_spelling(pictures, system, model, spelling):
+    if any(
+        role == "assistant" and learned and not "".join(piece or "<image>" for piece in pieces).strip() for role, pieces, learned in model
+    ):
+        with pytest.raises(DataError, match="is an answer that says nothing"):
+            read(spelled(spelling, system, model), pictures)
+        return
     sample = read(spelled(spelling, system, model), pictures)
     turns, images = expected(system, model)
     assert list(sample.turns) == turns

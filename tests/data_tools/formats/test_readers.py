@@ -224,6 +224,10 @@ def test_any_line_of_ours_means_what_it_says(pictures, images, texts, answer, ne
     names = [f"p{number}.jpg" for number in images]
     texts = texts[: len(images) + 1]
     marked = {"question": "<image>".join(texts), "images": names, "answer": answer, "needles": asked}
+    if not answer.strip():
+        with pytest.raises(DataError, match="has no answer"):
+            read("folder", marked, pictures)
+        return
     sample = read("folder", marked, pictures)
     assert shown(sample) == texts[0] + "".join(f"[{number}]{text}" for number, text in zip(images, texts[1:], strict=True))
     assert (sample.turns[0].needles, sample.turns[1]) == (tuple(asked), Turn("assistant", (answer,)))
@@ -270,6 +274,22 @@ REFUSED = {
     "an unknown field": ("folder", {**FOLDER, "hint": "x"}, "field 'hint' is not known"),
     "a mark without image": ("folder", {**FOLDER, "images": [], "needles": [], "question": "<image>?"}, "1 <image> marks for 0 images"),
     "another mark": ("folder", {**FOLDER, "question": "<video>?"}, "the mark <video>"),
+    "no answer": ("folder", {**FOLDER, "answer": " ", "choices": []}, "the question 'Same\\?' has no answer"),
+    "a choice twice": ("folder", {**FOLDER, "choices": ["no", "no"]}, "must be two or more, each given once"),
+    "one choice": ("folder", {**FOLDER, "choices": ["no"]}, "must be two or more, each given once"),
+    "a needle twice": ("folder", {**FOLDER, "needles": [0, 0]}, "needles \\[0, 0\\] name an image twice"),
+    "an answer of none": ("llava", {**LLAVA, "conversations": [*LLAVA["conversations"][:3], {"from": "gpt", "value": ""}]}, "turn 3 is an"),
+    "no letter": ("mm-niah", {**NIAH, "answer": "C"}, "answer 'C' is none of the choices A, B"),
+    "no letter but counts": ("mm-niah", {**NIAH, "answer": [1]}, "answer '\\[1\\]' is none of the choices A, B"),
+    "an empty letter": ("mm-niah", {**NIAH, "answer": ""}, "answer '' says nothing"),
+    "no counts": ("mm-niah", {**NIAH, "answer": [], "meta": {"needles": []}}, "answer \\[\\] says nothing"),
+    "no letter of it": ("mmlongbench", {**LONGBENCH_NIAH, "answer": "C"}, "answer 'C' is none of the choices A, B"),
+    "an answer before its question": (
+        "vhs",
+        {**VHS, "conversations": [{"from": "gpt", "value": "?"}, {"from": "human", "value": "yes"}]},
+        "must follow, not what 'gpt' says",
+    ),
+    "a loss": ("vhs", {**VHS, "conversations": [VHS["conversations"][0], {"value": "yes", "loss": 0}]}, "field 'loss' says what is to be"),
     "no choice of that number": ("mm-niah", {**NIAH, "answer": 2}, "answer 2 is the number of no choice"),
 }
 
