@@ -317,7 +317,7 @@ def evaluate(
     shown = {"number_images": number_images, "image_pixels": _image_pixels(image_pixels)}
     how = How(dtype or _default_dtype(), **limits, attention=attention, extended=extended, zero3=zero3, again=again, **shown)
     if dry_run:
-        tasks = check(folders, models, wish, how)
+        tasks = check(folders, models, wish, how, ranks)
         if as_json:
             print_json({"models": list(models), "tasks": [task.setting() | {"left_out": task.left_out} for task in tasks]})
         else:

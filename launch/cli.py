@@ -198,7 +198,7 @@ def evaluate(
         return
     commands.check_free(target.run)
     if check:
-        _check_evaluation(words)
+        _check_evaluation((*words, "--ranks", str(job.nodes * job.ranks)))
     write_evaluation(target, script, os.environ)
     (target.run / DONE).unlink(missing_ok=True)
     jobs = commands.submit(target.run, job.chain)

@@ -82,7 +82,7 @@ def evaluate_models(
     when SelfExtend is not defined for a model.
     """
     how = how or How()
-    tasks = check(folders, models, wish or Wish(), how)
+    tasks = check(folders, models, wish or Wish(), how, distributed.world_size())
     first = distributed.rank() == 0
     with claimed(out) if first else nullcontext():
         notes = [note for task in tasks for note in notes_on(task.left_out)]
@@ -105,7 +105,7 @@ def evaluate_models(
         return read_results(out)
 
 
-def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: How) -> list[Task]:
+def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: How, ranks: int) -> list[Task]:
     """The tasks. Raises ValueError for what can be known before a model is loaded."""
     if how.dtype not in BYTES:
         raise ValueError(f"--dtype {how.dtype!r} is none of {', '.join(BYTES)}")
@@ -122,6 +122,10 @@ def check(folders: Sequence[Path], models: Mapping[str, Path], wish: Wish, how: 
         check_needles(task.dataset, task.samples, "--attention")
     if how.zero3 and how.attention:
         raise ValueError("--attention needs whole models: leave out --zero3")
+    if how.zero3 and ranks == 1:
+        raise ValueError("--zero3 shards models over ranks, and there is one: give --ranks, or leave out --zero3")
+    for name, group_and_window in how.extended.items():
+        self_extend(open_model(models[name]), *group_and_window)
     return tasks
 
 

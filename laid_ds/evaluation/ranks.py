@@ -30,10 +30,10 @@ def evaluate(
     if "RANK" in os.environ:
         if STARTED_BY in os.environ:
             end_with(os.getppid())  # the launcher, so that none of its ranks asks on unseen
-        check(folders, models, wish, how)  # every rank alike, before they wait for each other
+        check(folders, models, wish, how, int(os.environ["WORLD_SIZE"]))  # every rank alike, before they wait for each other
         engine.start_processes()
     elif ranks > 1:
-        check(folders, models, wish, how)
+        check(folders, models, wish, how, ranks)
         sys.exit(local.launch(words, ranks, port, module=MODULE))
     try:
         results = evaluate_models(folders, models, out, wish, how)
