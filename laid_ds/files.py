@@ -72,6 +72,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line, object_pairs_hook=_once))
+        except RecursionError:
+            raise ValueError(f"{path}, line {number} is nested too deeply to be read") from None
         except (ValueError, KeyError):
             if number < len(lines):
                 raise ValueError(f"{path} is not valid JSON, line {number}: {line[:SHOWN_CHARACTERS]!r}") from None

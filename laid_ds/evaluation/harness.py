@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from laid_ds.evaluation.scores import check_answer
 from laid_ds.files import read_json_lines
 
 FACTS = "laid"
@@ -21,11 +22,12 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted({*folder.glob("*_samples_*.jsonl"), *folder.glob("*/*_samples_*.jsonl")}, key=lambda path: path.name):
         lines = read_json_lines(path)
-        if not all(FACTS in line for line in lines):
+        if not all(isinstance(line, dict) and isinstance(line.get(FACTS), dict) for line in lines):
             print(f"{path} is left out: its task was not written by `laid-data export lmms-eval`", file=sys.stderr)
             continue
         for number, line in enumerate(lines, 1):
             answer = line[FACTS] | {"model": path.parent.name, "said": _said(line, f"{path}, line {number}"), "said_choice": None}
+            check_answer(answer, f"{path}, line {number}")
             found[answer["model"], answer["task"], answer["key"], answer["size"], answer["question_index"]] = answer
     return list(found.values())
 

@@ -21,7 +21,8 @@ from laid_ds.files import read_json_lines
 RULES = ("official", "strict")
 HEADER = "laid_eval"
 NEEDED = ("model", "task", "benchmark", "key", "cluster", "question_index", "size", "depth", "expected", "said", "meta")
-KINDS = {"model": str, "task": str, "key": str, "size": int, "depth": (int, float, type(None)), "expected": list, "said": str, "meta": dict}
+KINDS = {"model": str, "task": str, "benchmark": str, "key": str, "size": int, "depth": float | int | None, "expected": list, "said": str}
+KINDS |= {"meta": dict, "question": str | None, "choices": list | None, "shown": list | None, "unit": str | None}
 DRAWS = 1000
 
 
@@ -48,13 +49,22 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: no object, where an answer must stand")
             if HEADER in line:
                 continue
-            if missing := [name for name in NEEDED if name not in line]:
-                raise ValueError(f"{path}, line {number}: an answer without {', '.join(missing)}")
-            if wrong := [name for name, kind in KINDS.items() if not isinstance(line[name], kind)]:
-                raise ValueError(f"{path}, line {number}: {', '.join(wrong)} of an answer is not as this version of laid_ds writes it")
+            check_answer(line, f"{path}, line {number}")
             name = tuple(line[part] for part in ("model", "task", "key", "size", "depth", "question_index"))
             found[name] = line
     return list(found.values())
+
+
+def check_answer(answer: Mapping[str, Any], place: str) -> None:
+    """Raises ValueError, naming the place, for an answer that lacks something or that another version or hand wrote."""
+    if missing := [name for name in NEEDED if name not in answer]:
+        raise ValueError(f"{place}: an answer without {', '.join(missing)}")
+    wrong = [name for name, kind in KINDS.items() if not isinstance(answer.get(name), kind)]
+    wrong += [
+        name for name in ("expected", "choices") if name not in wrong and not all(isinstance(text, str) for text in answer.get(name) or ())
+    ]
+    if wrong:
+        raise ValueError(f"{place}: {', '.join(wrong)} of an answer is not as this version of laid_ds writes it")
 
 
 def _begins_as_answers(path: Path) -> bool:

@@ -185,7 +185,8 @@ def _check_answers(path: Path, results: dict[str, Any]) -> None:
     if not has_a_curve(results):
         return
     sizes, *numbers = (results["setting"].get(name) for name in ("sizes", "choices", "haystacks", "questions"))
-    if not (isinstance(sizes, list) and all(isinstance(number, int) for number in (*sizes, *numbers))):
+    whole = isinstance(sizes, list) and all(isinstance(number, int) and number > 0 for number in (*sizes, *numbers))
+    if not (whole and isinstance(results["setting"].get("unit", ""), str) and isinstance(results.get("left_out", {}), dict)):
         raise ValueError(f"{path}: the setting is not as this version of laid_ds writes it; ask again with `laid eval`")
     for name, model in results["models"].items():
         answers = model.get("answers") if isinstance(model, dict) else None

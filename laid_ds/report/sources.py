@@ -12,6 +12,8 @@ from laid_ds.evaluation.summary import ASKED, has_a_curve, join_results, results
 from laid_ds.files import read_json, read_json_lines
 
 DATASET = "dataset.json"
+COUNTED = ("loss", "sft", "kl", "align", "match", "lr", "gradient_norm", "mixture_entropy", "fill", "mfu")
+COUNTED += ("tokens", "images", "seconds", "peak_bytes")  # of a step, on the page
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,39 @@ def read_run(folder: Path) -> RunFolder | None:
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if not isinstance(record.get("run"), dict):
         record = {}
-    steps = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    steps = _steps(folder / "metrics.jsonl")
     if not steps and not record:
         return None
-    held_out = [line for line in read_json_lines(folder / "evaluation.jsonl") if isinstance(line, dict) and "accuracy" in line]
+    held_out = _held_out(folder / "evaluation.jsonl")
     learned = read_json(folder / "learned.json") if (folder / "learned.json").is_file() else {}
     return RunFolder(folder.name, folder, record, steps, held_out, learned, _state(folder, record, steps))
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of a run. Raises ValueError for one of which something is counted that is no number."""
+    lines = [
+        (number, line) for number, line in enumerate(read_json_lines(path), 1) if isinstance(line, dict) and _is(line.get("step"), int)
+    ]
+    for number, line in lines:
+        wrong = next((name for name in COUNTED if not _is(line.get(name), float | int | None)), None)
+        if wrong is not None:
+            raise ValueError(f"{path}, line {number}: {wrong} is {line[wrong]!r}, where a number must stand")
+    return [line for _, line in lines]
+
+
+def _held_out(path: Path) -> list[dict[str, Any]]:
+    """The measurements of a run in training. Raises ValueError for one that is not as a run writes it."""
+    lines = [(number, line) for number, line in enumerate(read_json_lines(path), 1) if isinstance(line, dict) and "accuracy" in line]
+    for number, line in lines:
+        accuracy = line["accuracy"]
+        shares = isinstance(accuracy, dict) and accuracy and all(n.isdecimal() and _is(share, float | int) for n, share in accuracy.items())
+        if not (shares and _is(line.get("step"), int) and _is(line.get("threshold"), float | int | None)):
+            raise ValueError(f"{path}, line {number}: not a measurement as a run writes it: step, accuracy by number of images, threshold")
+    return [line for _, line in lines]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _state(folder: Path, record: dict[str, Any], steps: list[dict[str, Any]]) -> str:

@@ -88,7 +88,9 @@ def _restarts(run: RunFolder) -> list[str]:
 
 
 def _prolonged(run: RunFolder) -> list[dict[str, Any]]:
-    return [one for one in run.record.get("prolonged", []) if {"after_step", "from", "to"} <= one.keys()]
+    found = run.record.get("prolonged", [])
+    named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [one for one in named if all(isinstance(one.get(name), int) for name in ("after_step", "from", "to"))]
 
 
 def _mark_restarts(axes: Axes, runs: Sequence[RunFolder], styles: Mapping[str, Style]) -> None:

@@ -109,6 +109,9 @@ def test_values_that_are_no_numbers_and_an_older_run_have_a_page(tmp_path):
         (lambda results: results["models"]["laid"]["answers"]["16"][0].append(None), "the answers of laid are not as this version"),
         (lambda results: results["setting"].pop("haystacks"), "the setting is not as this version"),
         (lambda results: results["setting"].update(sizes="1,2"), "the setting is not as this version"),
+        (lambda results: results["setting"].update(unit=5), "the setting is not as this version"),
+        (lambda results: results["setting"].update(choices=-4), "the setting is not as this version"),
+        (lambda results: results.update(left_out=[5]), "the setting is not as this version"),
         (lambda results: results["models"].pop("student"), "no model 'student' in the results"),
     ],
 )
@@ -125,7 +128,11 @@ def test_an_evaluation_of_another_version_is_a_sentence(tmp_path, capsys, spoil,
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("name, value", [("said", None), ("expected", "red"), ("size", "4"), ("depth", "deep"), ("benchmark", "other")])
+ODD = [("said", None), ("expected", "red"), ("size", "4"), ("depth", "deep"), ("benchmark", "other")]
+ODD += [("expected", [5]), ("choices", 5), ("choices", [5, 6]), ("shown", 5), ("question", 5), ("unit", 5), ("benchmark", [])]
+
+
+@pytest.mark.parametrize("name, value", ODD)
 def test_answers_of_another_version_are_a_sentence(tmp_path, capsys, name, value):
     write_evaluation(tmp_path, {"student": 2.0})
     lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
@@ -135,6 +142,43 @@ def test_answers_of_another_version_are_a_sentence(tmp_path, capsys, name, value
     said = capsys.readouterr().err
     assert name in said
     assert len(said.strip().splitlines()) == 1
+
+
+ACCURACY = {"step": 0, "accuracy": {"1": 0.5}, "threshold": 0.3, "window": 1.0, "censored": False}
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "name, line, sentence",
+    [
+        ("metrics.jsonl", NESTED, "is nested too deeply to be read"),
+        ("metrics.jsonl", json.dumps({"step": 1, "loss": "x"}), "loss is 'x', where a number must stand"),
+        ("metrics.jsonl", json.dumps({"step": 1, "seconds": [1]}), "seconds is [1], where a number must stand"),
+        *(
+            ("evaluation.jsonl", json.dumps(ACCURACY | change), "not a measurement as a run writes it")
+            for change in (
+                {"accuracy": 5},
+                {"accuracy": {}},
+                {"accuracy": {"one": 0.5}},
+                {"accuracy": {"1": "x"}},
+                {"step": "0"},
+                {"threshold": "x"},
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_that_a_hand_has_changed_is_a_sentence(tmp_path, capsys, name, line, sentence, last):
+    write_run(tmp_path / "run", 4)
+    path = tmp_path / "run" / name
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{one}\n" for one in ([*lines, line] if last else [line, *lines])))
+    assert run("report", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert f"{path}, line {len(lines) + 1 if last else 1}" in said
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_half_an_answer_at_the_end_is_left_out(tmp_path):
