@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 
+import numpy as np
+
 from laid_ds.config import Model, Run
 from laid_ds.data.batch import Prepare
 from laid_ds.data.dataset import Dataset
-from laid_ds.data.haystack import describe_windows
+from laid_ds.data.haystack import LOOKED_AT, describe_windows
 from laid_ds.data.lessons import read_manifest
-from laid_ds.data.record import DataError, Sample
+from laid_ds.data.record import DataError, Sample, num_pieces
 from laid_ds.data.stream import Stream, budgeted_lengths
 from laid_ds.disk import no_room
 from laid_ds.evaluation.progress import held_out
@@ -86,7 +88,39 @@ def data_notes(run: Run) -> list[str]:
     dataset, packed = Dataset.open(list(run.data.shards)), run.data.tokens_per_pack is not None
     of_training = describe_windows(dataset, run.data.images, packed) if run.data.images else []
     of_evaluation = [f"held out: {note}" for note in notes_on(held_out(run.evaluation).left_out)] if run.evaluation else []
-    return of_training + of_evaluation + _template_notes(run, dataset)
+    return of_training + of_evaluation + _known_notes(run, dataset) + _number_notes(run, dataset) + _template_notes(run, dataset)
+
+
+def _known_notes(run: Run, dataset: Dataset) -> list[str]:
+    """Whether what is held out is trained on: the same sample, by its key and its bytes, as the indices say."""
+    if run.evaluation is None:
+        return []
+    held = _samples(Dataset.open(run.evaluation.shards))[: run.evaluation.haystacks]
+    known = set(held) & set(_samples(dataset))
+    if not known:
+        return []
+    return [
+        f"held out: {len(known)} of the {len(held)} haystacks of {run.evaluation.shards} are among the training samples"
+        f" ({min(known)[0].decode()} is one): what is measured on them is learned by heart; hold out other ones"
+    ]
+
+
+def _samples(dataset: Dataset) -> list[tuple[bytes, int]]:
+    """(key, crc32) of all samples."""
+    return list(zip(dataset.keys.tolist(), np.concatenate([shard.crc32 for shard in dataset.shards]).tolist(), strict=True))
+
+
+def _number_notes(run: Run, dataset: Dataset) -> list[str]:
+    """Numbers that the data or the run are too short for: nothing happens as they say."""
+    notes, images, warmup = [], run.data.images, run.optimizer.warmup_steps
+    if images is not None:
+        chosen = [i for number in range(len(run.data.shards)) for i in dataset.spread(number, LOOKED_AT)]
+        most = max((num_pieces(dataset.record(i)) for i in chosen), default=0)
+        if most < images[0]:
+            notes.append(f"data.images is {list(images)}, and the samples looked at have {most} images at most: none gets a smaller window")
+    if warmup >= run.steps:
+        notes.append(f"optimizer.warmup_steps is {warmup} of {run.steps} steps: no rate gets where the recipe says; 5 % is usual")
+    return notes
 
 
 def check_lessons(run: Run) -> Stream:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from data_tools.synth import haystacks
 from laid_ds import disk
 from laid_ds.data.batch import Prepare
+from laid_ds.data.dataset import Dataset
 from laid_ds.data.record import DataError, Sample, Turn
 from laid_ds.data.writer import ShardWriter
 from laid_ds.models.load import open_model
@@ -188,6 +189,27 @@ def test_a_teacher_that_is_shown_another_chat_template_than_its_own_is_told_of(w
         assert len(notes) == len(said)
         assert all(re.match(pattern.replace("|", r"\|"), note) for pattern, note in zip(said, notes, strict=True))
         check(run)
+
+
+def test_what_is_held_out_and_trained_on_is_told_of(world, tmp_path):
+    """By the sample, not by its key alone: those of other sets may be called the same."""
+    held = {"shards": str(world.shards), "haystacks": 3, "sizes": [1, 2]}
+    (note,) = data_notes(world.run(tmp_path / "run", evaluation=held))
+    assert note.startswith(f"held out: 3 of the 3 haystacks of {world.shards} are among the training samples (")
+    with ShardWriter(tmp_path / "test") as writer:
+        for sample in haystacks("train", 3, 6, 3, ("colour",), seed=1, num_scenes=576):
+            writer.write(replace(sample, key=sample.key.replace("train-1-", "train-0-")))
+    assert set(Dataset.open(tmp_path / "test").keys) <= set(Dataset.open(world.shards).keys)
+    assert data_notes(world.run(tmp_path / "run", evaluation=held | {"shards": str(tmp_path / "test")})) == []
+
+
+def test_numbers_that_the_data_or_the_run_are_too_short_for_are_told_of(world, tmp_path):
+    (note,) = data_notes(world.run(tmp_path / "run", data={"images": [100, 200]}))
+    assert note == "data.images is [100, 200], and the samples looked at have 6 images at most: none gets a smaller window"
+    assert data_notes(world.run(tmp_path / "run", data={"images": [6, 200]})) == []
+    (note,) = data_notes(world.run(tmp_path / "run", optimizer={"warmup_steps": 4}))
+    assert note.startswith("optimizer.warmup_steps is 4 of 4 steps: no rate gets where the recipe says")
+    assert data_notes(world.run(tmp_path / "run", optimizer={"warmup_steps": 3})) == []
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
