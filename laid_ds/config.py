@@ -12,20 +12,28 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from laid_ds.evaluation.heads import Probe, read_probe
 from laid_ds.files import home_expanded, own_or_shipped, read_json, read_toml
 from laid_ds.keys import find, meant
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-AboveMinusOne = Annotated[float, Field(gt=-1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Logit = Annotated[float, Field(gt=0), PlainSerializer(lambda x: "inf" if math.isinf(x) else x, when_used="json")]  # JSON has no inf
-Count = Annotated[int, Field(ge=1)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers here; give one")
+    return value
+
+
+Plain = BeforeValidator(_no_truth)  # pydantic takes true for 1
+NonNegative = Annotated[float, Plain, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Plain, Field(gt=0, allow_inf_nan=False)]
+AboveMinusOne = Annotated[float, Plain, Field(gt=-1, allow_inf_nan=False)]
+Finite = Annotated[float, Plain, Field(allow_inf_nan=False)]
+Logit = Annotated[float, Plain, Field(gt=0), PlainSerializer(lambda x: "inf" if math.isinf(x) else x, when_used="json")]  # JSON has no inf
+Count = Annotated[int, Plain, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Plain, Field(ge=0, lt=1)]
 SEEDS = 2**31  # numpy takes twice as many, and each rank adds its number
 
 
@@ -80,7 +88,7 @@ class Lora(Section):
     """Linear layers of the decoder, by their last name.
 
     Fewer to save memory, or other names for another family; `k_proj` must be among them where layer 0 is compared."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Plain, Field(ge=0, lt=1)] = 0.0
     """Share of the factors' inputs that are dropped in training.
 
     Above 0 when a small set is learned by heart."""
@@ -118,7 +126,7 @@ class Teacher(Model):
     the answers is learned. Every question must record its needles; attention of rows of other lengths is not compared.
 
     "needles" for a teacher that does not itself see as far as the training windows."""
-    distractors: Annotated[int, Field(ge=0)] = 0
+    distractors: Annotated[int, Plain, Field(ge=0)] = 0
     """With sees = "needles": this many other images of the same window, drawn at random, beside the needles.
 
     Above 0 when a teacher with the needles alone is too easily right."""
@@ -158,7 +166,7 @@ class Data(Section):
     """Let the upper end of `images` grow from here to its full value over the first `grow_until` of the run (geometric).
 
     When the loss does not begin to fall at the full length."""
-    grow_until: Annotated[float, Field(gt=0, le=1)] = 0.6
+    grow_until: Annotated[float, Plain, Field(gt=0, le=1)] = 0.6
     """Share of the run after which `grow_from` has reached the full length.
 
     With `grow_from`: smaller leaves more steps for the longest windows."""
@@ -208,7 +216,7 @@ class Data(Section):
     the exact counts that samples record under another name.
 
     When the shards hold exact counts for this processor (`laid-data stats --tokens NAME`): packs are then filled more tightly."""
-    workers: int = Field(default=0, ge=0)
+    workers: Annotated[int, Plain, Field(ge=0)] = 0
     """Processes of each rank that prepare batches ahead; 0 prepares them in the rank itself.
 
     On GPUs, as many as make `seconds` in metrics.jsonl fall. It changes no number."""
@@ -273,7 +281,7 @@ class Optimizer(Section):
     """Largest norm of the gradient of a step, over all ranks; a larger one is scaled down to it.
 
     When `gradient_norm` in metrics.jsonl is always above it, the clip sets the rate: lower weights of the loss, or raise it knowingly."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Annotated[int, Plain, Field(ge=0)] = 0
     """Steps over which all rates rise linearly from 0.
 
     About 5 % of the run."""
@@ -315,7 +323,7 @@ class Losses(Section):
     """What losses.kl weighs: KL(teacher || student) (the paper), KL(student || teacher), or the generalised Jensen-Shannon divergence.
 
     "reverse_kl" or "jsd" when the student cannot cover all that the teacher says; nothing but "kl" was compared here."""
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    beta: Annotated[float, Plain, Field(gt=0, lt=1)] = 0.5
     """Share of the teacher in the mixture of "jsd".
 
     With divergence = "jsd" only."""
@@ -520,7 +528,7 @@ class Run(Section):
     """Folder of the run: checkpoints, metrics, and run.json with all of these values. Relative to where the command is started.
 
     Always given; another one for another run. The same one goes on where it stopped."""
-    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    seed: Annotated[int, Plain, Field(ge=0, lt=SEEDS)] = 0
     """Of the order of samples, the windows, the rows that are sampled and LoRA's start.
 
     To see how much of a result is luck."""

@@ -107,6 +107,19 @@ def test_a_section_can_be_removed(recipe):
         (["align.weights=free", "losses.match=1"], "gives no distribution to match"),
         (["steps"], "override 'steps' is not of the form section.key=value"),
         (["steps.a=1"], "'steps' is a value, not a section"),
+        *(
+            ([f"{key}=true"], f"{key}: true and false are no numbers here; give one (value: True)")
+            for key in (
+                "steps",
+                "seed",
+                "optimizer.lr",
+                "optimizer.warmup_steps",
+                "data.workers",
+                "losses.beta",
+                "losses.kl",
+                "match.alpha",
+            )
+        ),
         (["seed=-5"], "seed: Input should be greater than or equal to 0 (value: -5)"),
         (["seed=2147483648"], "seed: Input should be less than 2147483648 (value: 2147483648)"),
         (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas: Input should be less than 1 (value: 1.0)"),
