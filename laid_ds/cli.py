@@ -194,7 +194,7 @@ def new(
     test: Annotated[str | None, typer.Option(help="Held-out haystacks, of pictures that are in no training sample.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/ and the recipe's name.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, one rank each; default: this machine's, or its CPU without any.")] = None,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of one GPU.")] = 80,
+    gpu_memory: Annotated[float, typer.Option(min=1, max=1e6, help="GiB of one GPU.")] = 80,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a commented recipe for a pair of models and a data set: what fits, what is safe to start from, and what to look at next."""
@@ -526,14 +526,16 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="TOML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value; section=none removes a section.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs, one rank each.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of one GPU.")] = 80,
+    gpu_memory: Annotated[float, typer.Option(min=1, max=1e6, help="GiB of one GPU.")] = 80,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of one micro-batch on one GPU, padding included; default: as the shards have it, or 8192."),
     ] = None,
     student_config: Annotated[Path | None, typer.Option(help="JSON config of the student, where its folder is not here.")] = None,
     teacher_config: Annotated[Path | None, typer.Option(help="The same for the teacher.")] = None,
-    peak_tflops: Annotated[float, typer.Option(min=0.001, help="Peak of one GPU in the run's dtype (A100 bf16: 312, H100: 989).")] = 312,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.001, max=1e9, help="Peak of one GPU in the run's dtype (A100 bf16: 312, H100: 989).")
+    ] = 312,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that you expect to reach.")] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, memory in bytes.")] = False,
 ) -> None:

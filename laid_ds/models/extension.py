@@ -6,6 +6,7 @@ Letters: B batch, T query tokens, S key tokens, H query heads, K key-value heads
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def yarn(config: PretrainedConfig, factor: float) -> PretrainedConfig:
 
     Raises ValueError for a factor that is not above 1 and for a decoder whose RoPE is not the default one.
     """
-    if factor <= 1:
+    if not 1 < factor < math.inf:
         raise ValueError(f"a YaRN factor of {factor} stretches nothing; give a number above 1")
     stretched = copy.deepcopy(config)
     text = stretched.get_text_config()

@@ -40,8 +40,9 @@ def test_yarn_is_a_stock_folder_that_is_still_its_family(key, tmp_path):
 def test_yarn_is_refused_where_it_is_not_defined():
     with pytest.raises(ValueError, match="gemma3 has rope_parameters"):
         yarn(AutoConfig.for_model("gemma3", **(TOKENS | CONFIGS["gemma3", "gemma3_text"])), 4)
-    with pytest.raises(ValueError, match="factor of 1 stretches nothing"):
-        yarn(AutoConfig.for_model("internvl"), 1)
+    for factor in (1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"factor of {factor} stretches nothing"):
+            yarn(AutoConfig.for_model("internvl"), factor)
 
 
 def logits(model, batch, **more):
