@@ -6,6 +6,7 @@ that the teacher of recorded lessons was read (run/lessons.py).
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from contextlib import suppress
 
 import numpy as np
@@ -95,8 +96,10 @@ def _known_notes(run: Run, dataset: Dataset) -> list[str]:
     """Whether what is held out is trained on: the same sample, by its key and its bytes, as the indices say."""
     if run.evaluation is None:
         return []
-    held = _samples(Dataset.open(run.evaluation.shards))[: run.evaluation.haystacks]
-    known = set(held) & set(_samples(dataset))
+    asked = Dataset.open(run.evaluation.shards)
+    held = _samples(asked, range(min(run.evaluation.haystacks, len(asked))))
+    same = np.flatnonzero(np.isin(_checksums(dataset), [crc32 for _, crc32 in held]))
+    known = held & _samples(dataset, same.tolist())
     if not known:
         return []
     return [
@@ -105,9 +108,14 @@ def _known_notes(run: Run, dataset: Dataset) -> list[str]:
     ]
 
 
-def _samples(dataset: Dataset) -> list[tuple[bytes, int]]:
-    """(key, crc32) of all samples."""
-    return list(zip(dataset.keys.tolist(), np.concatenate([shard.crc32 for shard in dataset.shards]).tolist(), strict=True))
+def _samples(dataset: Dataset, indices: Iterable[int]) -> set[tuple[bytes, int]]:
+    """(key, crc32) of some samples."""
+    keys, crc32 = dataset.keys, _checksums(dataset)
+    return {(bytes(keys[i]), int(crc32[i])) for i in indices}
+
+
+def _checksums(dataset: Dataset) -> np.ndarray:
+    return np.concatenate([shard.crc32 for shard in dataset.shards])
 
 
 def _number_notes(run: Run, dataset: Dataset) -> list[str]:
