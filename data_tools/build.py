@@ -130,6 +130,8 @@ def _refuse_what_changes_nothing(plan: Build) -> None:
         raise ValueError(f"--keep-rest is for documents ({', '.join(DOCUMENTS)}), not for {plan.format}")
     if plan.options and plan.format != "vhs":
         raise ValueError(f"--{next(iter(plan.options))} is for vhs, not for {plan.format}")
+    if not 0 <= plan.options.get("depth", 0) <= 1:
+        raise ValueError(f"--depth {plan.options['depth']}: give a place of the needle from 0 to 1")
     if plan.more_sources and plan.format != "vhs":
         raise ValueError(
             f"several files become one set for vhs, whose files are sizes of one task; import those of {plan.format} one by one"

@@ -87,7 +87,7 @@ class Layout:
             seed=self.seed,
             shuffle=int(self.shuffle) if self.shuffle.isdecimal() else self.shuffle,
             packing=Packing(self.budget, group=self.group, tokens=self.tokens) if self.budget else None,
-            weights=[float(weight) for weight in self.weights.split(",")] if self.weights else None,
+            weights=_weights(self.weights) if self.weights else None,
             prepare=list,
         )
 
@@ -110,6 +110,16 @@ def plan(folders: list[str], layout: Layout) -> dict[str, Any]:
         "rank_imbalance": _imbalance(slot_work, layout.world_size, layout.micro_batch),
         "first": [{"position": position, "key": dataset.keys[index].decode()} for slot in slots[:4] for position, index in slot][:8],
     }
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < np.inf for weight in weights):
+        raise ValueError(f"--weights {text!r}: give one number above 0 for each folder, as 0.7,0.3")
+    return weights
 
 
 def _imbalance(work: np.ndarray, world_size: int, micro_batch: int) -> float:

@@ -139,6 +139,9 @@ def class_folders(root: Path) -> Iterator[Row | DataError]:
             if path.is_dir():
                 yield DataError(f"{path} is a folder inside a class; pictures lie in the folder of their class")
                 continue
+            if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+                yield DataError(f"{str(path)!a}: its name is no UTF-8, which a record cannot hold; rename it")
+                continue
             yield Row(str(folder), f"{folder.name}/{path.name}", shows=(normal(folder.name.replace("_", " ")),), listed=True)
 
 

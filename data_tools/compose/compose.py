@@ -16,7 +16,7 @@ from data_tools.compose import classes, sources
 from data_tools.compose.check import refuse_leaks, shortcuts
 from data_tools.compose.draw import DEPTHS, Draft, Shape, draw, sides
 from data_tools.compose.facts import Rule, Rules, pool_of
-from data_tools.compose.pool import Pool, Row
+from data_tools.compose.pool import Pool, Row, normal
 from data_tools.compose.writing import as_read, write
 from data_tools.console import track
 from data_tools.formats.visual_haystacks import PROMPT
@@ -134,6 +134,8 @@ def _check_plan(plan: Compose) -> None:
     if plan.rule is not None and plan.rule not in get_args(Rule):
         raise ValueError(f"--rule {plan.rule!r} is none of {', '.join(get_args(Rule))}")
     _refuse_what_changes_nothing(plan)
+    if plan.answers and len({normal(answer) for answer in plan.answers} - {""}) < max(len(plan.answers), 2):
+        raise ValueError(f"--answers {','.join(plan.answers)}: give two or more, each once, as yes,no")
     if plan.images is None and plan.format not in ("shards", "classes"):
         raise ValueError(f"say under which folder the pictures of {plan.files[0]} lie: --images FOLDER")
     for path in (*plan.files, *plan.instances, *plan.captions, *plan.apart_from):

@@ -196,7 +196,8 @@ def _asked(rows: Sequence[Row], numbers: dict, known: dict[Any, Known], rules: R
     classes = name_table({name for picture in known.values() for name in picture.classes})
     questions = [row for row in rows if row.question]
     if not questions:
-        raise DataError("no row holds a question")
+        first = f" (the first: {rows[0].place})" if rows else ""
+        raise DataError(f"none of the {len(rows)} rows{first} holds a question")
     said: dict[tuple, str] = {}
 
     def ask(row: Row) -> list[Asked]:

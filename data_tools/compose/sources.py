@@ -31,10 +31,14 @@ def question_rows(path: Path, ignore: Sequence[str] = (), keep_going: bool = Fal
 
 def _numbered(path: Path, keep_going: bool) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() in TABLES:
-        yield from _table(path)
-        return
-    for number, entry in enumerate(entries(path, keep_going=keep_going)):
-        yield f"{path.name}, entry {number}", entry
+        found = _table(path)
+    else:
+        found = ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries(path, keep_going=keep_going)))
+    number = -1
+    for number, numbered in enumerate(found):  # noqa: B007 - whether there was one
+        yield numbered
+    if number < 0:
+        raise DataError(f"{path} holds no rows")
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:

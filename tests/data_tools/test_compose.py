@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -476,6 +477,26 @@ def test_a_table_with_a_missing_cell_is_refused_by_line(laid_data, tmp_path, pic
     assert "mine.csv, line 3: the line has not as many cells" in refusal(laid_data, "questions", tmp_path / "mine.csv", *more)
 
 
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("mine.csv", "image,question\n", "mine.csv holds no rows"),
+        ("mine.jsonl", "", "mine.jsonl holds no rows"),
+        ("mine.jsonl", '{"image": "p0.jpg"}', "none of the 1 rows (the first: mine.jsonl, entry 0) holds a question"),
+    ],
+)
+def test_a_file_without_questions_is_named(laid_data, tmp_path, pictures, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    options = ("--images", pictures, "--rule", "question", "--train", tmp_path / "set")
+    assert sentence in refusal(laid_data, "questions", tmp_path / name, *options)
+
+
+def test_a_picture_whose_name_is_no_utf_8_is_named(laid_data, tmp_path):
+    (tmp_path / "own" / "ant").mkdir(parents=True)
+    Path(os.fsdecode(os.fsencode(tmp_path / "own" / "ant") + b"/\xff.jpg")).write_bytes(picture(0))
+    assert "\\udcff.jpg': its name is no UTF-8" in refusal(laid_data, "classes", tmp_path / "own", "--train", tmp_path / "set")
+
+
 def test_a_table_whose_columns_differ_by_a_space_is_refused(laid_data, tmp_path, pictures):
     (tmp_path / "mine.csv").write_text("image,question,answer, answer\np0.jpg,Which?,red,blue\n")
     more = ("--images", pictures, "--rule", "question", "--train", tmp_path / "set")
@@ -630,6 +651,8 @@ WRONG_USES = [
     (("--rule", "class", "--size", "1001"), "from 1 to 1000"),
     (("--rule", "class", "--size", "2", "--questions", "3"), "each needs a needle of its own"),
     (("--rule", "class", "--size", "400"), "needs 399 distractors, and its rule leaves"),
+    (("--rule", "class", "--answers", "red,red,blue"), "--answers red,red,blue: give two or more, each once"),
+    (("--rule", "class", "--answers", "red"), "--answers red: give two or more, each once"),
     (("--rule", "class", "--test", "{tmp}/set"), "--train and --test are both"),
     (("--rule", "class", "--test", "{tmp}/set/t"), "/set/t one lies inside the other"),
     (("--rule", "class", "--test", "{tmp}"), "exists; choose another folder"),

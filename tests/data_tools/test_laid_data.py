@@ -193,6 +193,8 @@ BAD = {
     "same set twice": (["merge", "{tmp}/set", "{tmp}/set", "--out", "{tmp}/new"], "the key is also in shard"),
     "budget too small": (["plan", "{tmp}/set", "--budget", "10"], "does not fit a budget of 10"),
     "shuffle": (["plan", "{tmp}/set", "--shuffle", "some"], "shuffle 'some' is neither"),
+    "no weights": (["plan", "{tmp}/set", "--weights", "a"], "--weights 'a': give one number above 0 for each folder"),
+    "no place": (["import", "vhs", "{tmp}/lines.jsonl", "{tmp}/new", "--images", "{tmp}/images", "--depth", "nan"], "--depth nan: give a"),
     "weights": (["plan", "{tmp}/set", "--weights", "1,2"], "2 weights for 1 sources"),
     "token counts": (["stats", "{tmp}/set", "--tokens", "fp"], "no token counts named 'fp'"),
     "no results": (["score", "vhs", "{tmp}/none"], "does not exist"),
