@@ -117,8 +117,8 @@ def test_the_dry_run_says_what_the_data_do_not_allow(recipe, tmp_path, capsys):
         f"{tmp_path / 'mixed'}: 1 of 2 samples looked at allow windows of 1 to 4 images; 1 stay as they are, whole among them: it records "
         "no needles for a question, nor does it say that it is a haystack",
         "held out: not measured at 9 images: 4 of 4 haystacks do not allow it (train-0-000000 has 6 images)",
-        f"held out: 1 of the 4 haystacks of {tmp_path / 'shards'} are among the training samples (train-0-000000 is one): what is measured on"
-        " them is learned by heart; hold out other ones",
+        f"held out: 1 of the 4 haystacks of {tmp_path / 'shards'} are among the training samples (train-0-000000 is one): what is"
+        " measured on them is learned by heart; hold out other ones",
     ]
 
 
