@@ -56,7 +56,7 @@ def _usage(error: Any, name: str) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return 2
-    sentence = error.format_message().rstrip(".")
+    sentence = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's, by which typer checks choices
     command = error.ctx.command_path if error.ctx is not None else name
     return refuse(name, f"{sentence[:1].lower()}{sentence[1:]} (`{command} --help`)")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -40,15 +40,12 @@ def local(
     recipe: Recipe,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per GPU, or 1.", show_default=False)] = None,
-    launcher: Annotated[str, typer.Option(help="deepspeed or torchrun.")] = "deepspeed",
+    launcher: Annotated[Literal["deepspeed", "torchrun"], typer.Option(help="What starts the ranks.")] = "deepspeed",
     port: Annotated[int, typer.Option(help="Port for the ranks to meet; 0 takes a free one.")] = 0,
 ) -> None:
     """Run a recipe on this machine, from its latest checkpoint if it has one. Ctrl-C saves and stops."""
     from laid_ds import config
-    from laid_ds.runtime.local import LAUNCHERS, launch
 
-    if launcher not in LAUNCHERS:
-        raise ValueError(f"launcher {launcher!r}: choose one of {', '.join(LAUNCHERS)}")
     run = config.load(recipe, overrides or [])
     print(f"{run}; first a look at its models, data and disk", flush=True)
     _check(run)
@@ -56,6 +53,8 @@ def local(
 
     run.groups(ranks or torch.cuda.device_count() or 1)
     print("nothing speaks against it; the ranks start", flush=True)
+    from laid_ds.runtime.local import launch
+
     raise typer.Exit(launch([str(recipe), *(overrides or [])], ranks, port, launcher))
 
 
