@@ -34,11 +34,11 @@ def _numbered(path: Path, keep_going: bool) -> Iterator[tuple[str, Any]]:
         found = _table(path)
     else:
         found = ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries(path, keep_going=keep_going)))
-    number = -1
-    for number, numbered in enumerate(found):  # noqa: B007 - whether there was one
-        yield numbered
-    if number < 0:
+    first = next(found, None)
+    if first is None:
         raise DataError(f"{path} holds no rows")
+    yield first
+    yield from found
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
