@@ -64,7 +64,8 @@ def test_ctrl_c_saves_under_torchrun_too(world, tmp_path):
 def test_an_unknown_launcher_is_one_sentence(world, tmp_path):
     recipe = write_recipe(world.run(tmp_path / "run"), tmp_path / "recipe.toml")
     found = subprocess.run([*LOCAL, str(recipe), "--launcher", "mpirun"], capture_output=True, text=True)
-    assert (found.returncode, found.stderr.splitlines()[-1]) == (2, "laid-launch: launcher 'mpirun': choose one of deepspeed, torchrun")
+    said = "laid-launch: invalid value for '--launcher': 'mpirun' is not one of 'deepspeed', 'torchrun' (`laid-launch local --help`)"
+    assert (found.returncode, found.stderr.splitlines()[-1]) == (2, said)
 
 
 TELLING = """
