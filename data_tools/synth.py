@@ -7,6 +7,7 @@ haystack; no other object of the haystack is of that kind.
     colour   "What colour is the other shape in the image with the red circle?"   8 answers, chance 12.5 %
     yes-no   "For the image with the red circle, is there a blue triangle?"       chance 50 %; a "no" asks for an object of another image
     caption  "What is in the image?"  "red circle and blue triangle": for samples of one image, to learn to read before learning to find
+    words    the same in four words, "red circle blue triangle": for a tower whose images take four tokens (`laid init --captions`)
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ JUDGED = ("question", "bag", "depth")
 """Its bags are even with their needles, so the images without the needle say which one is missing, to whom knows which to leave out."""
 
 Kind = tuple[str, str]
-Ask = Literal["colour", "yes-no", "caption"]
+Ask = Literal["colour", "yes-no", "caption", "words"]
+OF_ONE = ("caption", "words")
+"""Asked of samples of one image."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ def _question(rng: random.Random, ask: Ask, shown: list[Scene], needle: int) -> 
     """A question about the image at `needle`."""
     scene = shown[needle]
     anchor = " ".join(scene.anchor)
-    if ask == "caption":
-        return Question("What is in the image?", f"{anchor} and {' '.join(scene.target)}", (), needle)
+    if ask in OF_ONE:
+        return Question("What is in the image?", (" and " if ask == "caption" else " ").join((anchor, " ".join(scene.target))), (), needle)
     if ask == "colour":
         text = f"What colour is the other shape in the image with the {anchor}?"
         evenly = -(-len(shown) // len(COLOURS)) / len(shown)  # a colour that is shown most is right so often
@@ -177,8 +180,8 @@ def drafts(split: str, samples: int, images: int, questions: int, ask: tuple[Ask
     most = min(images, 2 * len(COLOURS))
     if not 1 <= questions <= most:
         raise ValueError(f"--questions {questions}: a haystack of {images} images can ask 1 to {most} questions")
-    if "caption" in ask and images > 1:
-        raise ValueError(f"--ask caption is for samples of one image, not {images}")
+    if images > 1 and (of_one := sorted({*ask} & {*OF_ONE})):
+        raise ValueError(f"--ask {of_one[0]} is for samples of one image, not {images}")
     if num_scenes < len(KINDS) ** 2:
         raise ValueError(f"--scenes {num_scenes}: every anchor needs a scene with every target, {len(KINDS) ** 2} in all")
     library = scenes(split, num_scenes, seed)
@@ -210,7 +213,9 @@ def haystack_command(
     samples: Annotated[int, typer.Option(min=1)] = 512,
     images: Annotated[int, typer.Option(min=1, help="Images in each haystack; windows are drawn from them.")] = 64,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack, as turns.")] = 6,
-    ask: Annotated[list[str] | None, typer.Option(help="colour (8 answers), yes-no, caption; may be given twice; default colour.")] = None,
+    ask: Annotated[
+        list[str] | None, typer.Option(help="colour (8 answers), yes-no, caption, words; may be given twice; default colour.")
+    ] = None,
     num_scenes: Annotated[int, typer.Option("--scenes", help="Distinct scenes to draw from.")] = 2304,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json")] = False,

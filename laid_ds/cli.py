@@ -135,7 +135,7 @@ def doctor(
 @app.command(
     epilog="Examples: laid init recipes/demo_teacher_model.json runs/demo/teacher --corpus runs/demo/short;  "
     "laid init recipes/study/real/model.json models/real --decoder SmolLM2.gguf --template recipes/study/real/chat.jinja;  "
-    "laid init models/real models/half --layers 0,2,4,6"
+    "laid init models/real models/seeing --captions data/captions;  laid init models/real models/half --layers 0,2,4,6"
 )
 def init(
     model: Annotated[
@@ -152,20 +152,30 @@ def init(
     ] = None,
     template: Annotated[Path | None, typer.Option(help="With --decoder: chat template (Jinja); default: the tokenizer's own.")] = None,
     layers: Annotated[str | None, typer.Option(help="Keep only these decoder layers of a model folder, such as 0,1,2,6.")] = None,
+    captions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Shards of single images, whose words the random tower of a model folder learns; may be given more than once."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --captions: steps of 64 images.")] = 1000,
     vocabulary: Annotated[int, typer.Option(min=256, help="With --corpus: size of the tokenizer before its special tokens.")] = 400,
     image_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an image may take.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Make an ordinary model folder without any download: a small model with random weights and its processor (--corpus), one around a
-    pretrained decoder (--decoder), or some layers of a model (--layers)."""
+    pretrained decoder (--decoder), one whose tower has learned words (--captions), or some layers of a model (--layers)."""
     from laid_ds.data.dataset import Dataset
+    from laid_ds.data.images import Pixels
     from laid_ds.files import read_text
     from laid_ds.models.from_decoder import write_around_decoder, write_with_layers
     from laid_ds.models.new_model import write_new_model
+    from laid_ds.models.new_tower import write_with_words
     from laid_ds.runtime.engine import choose_accelerator
 
-    if sum(way is not None for way in (corpus, decoder, layers)) != 1:
-        raise ValueError("give one of --corpus (random weights), --decoder (a pretrained decoder) and --layers (a part of a model)")
+    if sum(way is not None for way in (corpus, decoder, captions, layers)) != 1:
+        raise ValueError(
+            "give one of --corpus (random weights), --decoder (a pretrained decoder), --captions (words for its tower) and --layers (a part"
+            " of a model)"
+        )
     if template is not None and decoder is None:
         raise ValueError("--template is for a model around a pretrained decoder: give --decoder, too")
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
@@ -176,6 +186,10 @@ def init(
         written = read_text(own_or_shipped(template)) if template is not None else None
         with working(f"reading {decoder} and making the model around it"):
             size = write_around_decoder(own_or_shipped(model), decoder, output, written, image_tokens, seed)
+    elif captions is not None:
+        samples = [dataset.read(i) for dataset in map(Dataset.open, captions) for i in range(len(dataset))]
+        size, right = write_with_words(model, output, samples, Pixels(), steps, seed)
+        print(f"{output}: the tower says {right:.1%} of the words of captions that it did not learn")
     else:
         places = [(dataset, i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
         samples = [dataset.read(i) for dataset, i in track(places, "reading samples")]

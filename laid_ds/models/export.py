@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from laid_ds.disk import whole_folder
 from laid_ds.models.attention import attention_layers
+from laid_ds.models.folder import copy_beside
 from laid_ds.models.image_pixels import Limits, write_limits
 from laid_ds.models.load import load_model
 from laid_ds.models.numbering import record_numbering
@@ -53,7 +53,7 @@ def write_student(
     model.config.use_cache = True
     with whole_folder(output, f"the model {output.name}", sum(p.numel() * p.element_size() for p in model.parameters())) as partial:
         model.save_pretrained(partial)
-        _copy_small(Path(stock), partial, (".json", ".jinja", ".txt", ".model") + ((".py",) if trust_remote_code else ()))
+        copy_beside(Path(stock), partial, code=trust_remote_code)
         if image_pixels is not None:
             write_limits(partial, load_processor(partial, trust_remote_code), image_pixels)
         record_numbering(partial, number_images)
@@ -65,12 +65,3 @@ def fold_gains(model: PreTrainedModel, gains: Mapping[int, Tensor]) -> None:
     layout, layers = probe(model).layout, attention_layers(model)
     for layer, theta in gains.items():
         fold(layers[layer], theta, layout)
-
-
-def _copy_small(stock: Path, output: Path, suffixes: tuple[str, ...]) -> None:
-    """Everything small beside the weights that `output` does not have yet: tokenizer, processor and chat template, as they were; and the
-    code that a trusted folder runs."""
-    for path in sorted(stock.iterdir()):
-        small = path.suffix in suffixes and not path.name.endswith(".index.json")
-        if small and not (output / path.name).exists():
-            shutil.copyfile(path, output / path.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ READ_AS_JSON = (
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in this order; an index names the files that together hold the weights."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SMALL = (".json", ".jinja", ".txt", ".model")
 PACKED_TYPES = ("U8", "I8", "U4", "I4")  # of matrices: several small numbers, or one that needs a scale
 
 
@@ -163,6 +165,15 @@ def _quantisation(config: Any) -> str | None:
         if found:
             return str(found.get("quant_method") or ", ".join(sorted(found))) if isinstance(found, dict) else str(found)
     return None
+
+
+def copy_beside(stock: Path, folder: Path, code: bool = False) -> None:
+    """Everything small that stands beside the weights and that `folder` does not have yet: tokenizer, processor and chat template, as they
+    were. code: and the code that a trusted folder runs."""
+    for path in sorted(stock.iterdir()):
+        small = path.suffix in SMALL + ((".py",) if code else ()) and not path.name.endswith(".index.json")
+        if small and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def _mentions(tree: Any, key: str) -> bool:

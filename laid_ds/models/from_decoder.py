@@ -4,7 +4,6 @@ are left. Both are ordinary folders, written whole or not at all.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from laid_ds.disk import whole_folder
 from laid_ds.models.attention import decoder
-from laid_ds.models.folder import check_folder, first_paragraph, said_by
+from laid_ds.models.folder import check_folder, copy_beside, first_paragraph, said_by
 from laid_ds.models.load import load_model, model_class
 from laid_ds.models.new_model import KINDS, NEUTRAL, describe_videos, read_new_config, values_of
 
@@ -47,7 +46,7 @@ def write_around_decoder(
         raise ValueError(f"the tokenizer of {pretrained} has no chat template: give one (--template)")
     _grow(text, len(processor.tokenizer))
     model = _model_around(text, tree, processor, seed)
-    with whole_folder(output, f"the model {output.name}", _num_bytes(model)) as partial:
+    with whole_folder(output, f"the model {output.name}", num_bytes(model)) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         describe_videos(partial / "processor_config.json", kind.videos)
@@ -131,17 +130,11 @@ def write_with_layers(stock: str | Path, output: str | Path, layers: Sequence[in
         setattr(text, name, [value[layer] for layer in layers])
     text.num_hidden_layers = len(layers)
     model.config.use_cache = True
-    with whole_folder(output, f"the model {output.name}", _num_bytes(model)) as partial:
+    with whole_folder(output, f"the model {output.name}", num_bytes(model)) as partial:
         model.save_pretrained(partial)
-        for path in sorted(stock.iterdir()):
-            if (
-                path.suffix in (".json", ".jinja", ".txt", ".model")
-                and not (partial / path.name).exists()
-                and not path.name.endswith(".index.json")
-            ):
-                shutil.copyfile(path, partial / path.name)
+        copy_beside(stock, partial)
     return model.num_parameters()
 
 
-def _num_bytes(model: PreTrainedModel) -> int:
+def num_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
