@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 
-.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study study-world study-small qwen3 qwen3-world real clean
+.PHONY: install demo test test-gpu test-slurm test-energon test-lmms-eval test-templates test-processors first-day check bench study study-world study-small qwen3 qwen3-world real real-images clean
 .DELETE_ON_ERROR:
 
 install: $(BIN)/laid
@@ -271,6 +271,48 @@ $(REAL)/runs/student/done.json $(REAL)/runs/control/done.json: $(REAL)/runs/%/do
 $(REAL)/first/config.json $(REAL)/teacher/config.json $(REAL)/student/config.json $(REAL)/control/config.json: $(REAL)/%/config.json: $(REAL)/runs/%/done.json
 	rm -rf $(@D)
 	$(BIN)/laid export $(REAL)/runs/$* $(@D)
+
+# The same world with pictures: a new tower learns the words of captions, then the decoder to find among images (the study's real_images.toml).
+IMAGES := runs/study/real_images
+IMAGE_SETS := captions train train_teacher test validation
+PICTURES_captions := --samples 2304 --images 1 --questions 1 --ask words --seed 5
+PICTURES_train := --samples 2048 --images 8 --questions 8 --ask terse --seed 2
+PICTURES_train_teacher := --samples 1024 --images 24 --questions 16 --ask terse --seed 1
+PICTURES_test := --split test --samples 32 --images 256 --questions 8 --ask terse --seed 41
+PICTURES_validation := --split test --samples 32 --images 128 --questions 8 --ask terse --seed 42
+
+real-images: $(IMAGES)/probe.json $(IMAGE_SETS:%=$(IMAGES)/%/dataset.json)
+
+$(IMAGES)/probe.json: $(IMAGES)/teacher/config.json $(IMAGES)/student/config.json $(IMAGES)/validation/dataset.json
+	$(BIN)/laid probe $(IMAGES)/teacher $(IMAGES)/validation --images 32 --haystacks 16 --student $(IMAGES)/student --out $@
+
+$(IMAGE_SETS:%=$(IMAGES)/%/dataset.json): $(IMAGES)/%/dataset.json: | $(BIN)/laid
+	rm -rf $(@D)
+	$(BIN)/laid-data synth haystack $(@D) $(PICTURES_$*)
+
+$(IMAGES)/seeing/config.json: $(REAL)/teacher/config.json $(IMAGES)/captions/dataset.json
+	rm -rf $(@D)
+	$(BIN)/laid init $(REAL)/teacher $(@D) --captions $(IMAGES)/captions
+
+$(IMAGES)/runs/teacher/done.json: $(IMAGES)/seeing/config.json $(IMAGES)/train_teacher/dataset.json
+	$(BIN)/laid train recipes/study/real/teacher.toml --ranks 1 name="real images teacher" student.path=$(<D) steps=40 \
+	  'data.shards=["$(IMAGES)/train_teacher"]' output=$(@D)
+
+$(IMAGES)/runs/first/done.json: $(IMAGES)/seeing/config.json $(IMAGES)/train/dataset.json
+	$(BIN)/laid train recipes/study/real/teacher.toml --ranks 1 name="real images first" student.path=$(<D) steps=20 data.images='[2, 4]' \
+	  'data.shards=["$(IMAGES)/train"]' output=$(@D)
+
+$(IMAGES)/student-cut/config.json: $(IMAGES)/first/config.json
+	rm -rf $(@D)
+	$(BIN)/laid init $(IMAGES)/first $(@D) --layers $(LAYERS_student)
+
+$(IMAGES)/runs/student/done.json: $(IMAGES)/student-cut/config.json $(IMAGES)/train/dataset.json $(IMAGES)/validation/dataset.json
+	$(BIN)/laid train recipes/study/real/student.toml --ranks 1 name="real images student" student.path=$(<D) \
+	  'data.shards=["$(IMAGES)/train"]' evaluation.shards=$(IMAGES)/validation output=$(@D)
+
+$(IMAGES)/first/config.json $(IMAGES)/teacher/config.json $(IMAGES)/student/config.json: $(IMAGES)/%/config.json: $(IMAGES)/runs/%/done.json
+	rm -rf $(@D)
+	$(BIN)/laid export $(IMAGES)/runs/$* $(@D)
 
 clean:
 	rm -rf $(VENV) .smollm2 runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ target, lower right). An object is a shape in a colour: 3 x 8 = 24 kinds. A ques
 haystack; no other object of the haystack is of that kind.
 
     colour   "What colour is the other shape in the image with the red circle?"   8 answers, chance 12.5 %
+    terse    the same as a line to go on with, "red circle:": for a decoder that completes texts rather than obeys them
     yes-no   "For the image with the red circle, is there a blue triangle?"       chance 50 %; a "no" asks for an object of another image
     caption  "What is in the image?"  "red circle and blue triangle": for samples of one image, to learn to read before learning to find
     words    the same in four words, "red circle blue triangle": for a tower whose images take four tokens (`laid init --captions`)
@@ -48,7 +49,7 @@ JUDGED = ("question", "bag", "depth")
 """Its bags are even with their needles, so the images without the needle say which one is missing, to whom knows which to leave out."""
 
 Kind = tuple[str, str]
-Ask = Literal["colour", "yes-no", "caption", "words"]
+Ask = Literal["colour", "terse", "yes-no", "caption", "words"]
 OF_ONE = ("caption", "words")
 """Asked of samples of one image."""
 
@@ -165,8 +166,8 @@ def _question(rng: random.Random, ask: Ask, shown: list[Scene], needle: int) -> 
     anchor = " ".join(scene.anchor)
     if ask in OF_ONE:
         return Question("What is in the image?", (" and " if ask == "caption" else " ").join((anchor, " ".join(scene.target))), (), needle)
-    if ask == "colour":
-        text = f"What colour is the other shape in the image with the {anchor}?"
+    if ask in ("colour", "terse"):
+        text = f"{anchor}:" if ask == "terse" else f"What colour is the other shape in the image with the {anchor}?"
         evenly = -(-len(shown) // len(COLOURS)) / len(shown)  # a colour that is shown most is right so often
         return Question(text, scene.target[0], COLOURS, needle, watched=COLOURS, bag_chance=evenly)
     elsewhere = [other.target for other in shown if other.target != scene.target]

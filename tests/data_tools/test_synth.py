@@ -98,6 +98,21 @@ def test_train_and_test_pictures_are_disjoint_files_of_every_kind():
     assert not files[0] & files[1]
 
 
+def test_terse_questions_are_those_of_colour_and_words_are_the_caption_without_and():
+    """The same scenes, needles and answers; only what is said differs."""
+    by_name = {ask: list(haystacks("train", 5, 6, 3, (ask,), seed=7, num_scenes=576)) for ask in ("colour", "terse")}
+    for colour, terse in zip(by_name["colour"], by_name["terse"], strict=True):
+        assert colour.images == terse.images
+        for long, short in zip(colour.turns, terse.turns, strict=True):
+            assert (long.needles, long.choices) == (short.needles, short.choices)
+            anchor = long.text.removeprefix("What colour is the other shape in the image with the ").removesuffix("?")
+            assert short.text == (f"{anchor}:" if long.role == "user" else long.text)
+    captions, words = (list(haystacks("train", 5, 1, 1, (ask,), seed=7, num_scenes=576)) for ask in ("caption", "words"))
+    assert [sample.turns[1].text for sample in words] == [sample.turns[1].text.replace(" and ", " ") for sample in captions]
+    with pytest.raises(ValueError, match="--ask words is for samples of one image, not 2"):
+        next(haystacks("train", 1, 2, 1, ("words",), 0, 576))
+
+
 def test_labels_of_pictures_hold_for_their_pixels():
     """The colour read from the questions is the colour in the picture."""
     import numpy as np

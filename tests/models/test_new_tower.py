@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from laid_ds import cli
-from laid_ds.data.dataset import Dataset
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import Sample, Turn
 from laid_ds.data.writer import ShardWriter
@@ -129,13 +128,3 @@ def test_what_cannot_be_learned_is_one_sentence(stock, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
     assert said(stock / "stock", stock / "stock", "--captions", where) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
-
-
-def test_scenes_say_what_they_show_in_four_words(tmp_path):
-    from data_tools.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main(["synth", "haystack", str(tmp_path / "set"), "--samples=12", "--images=1", "--questions=1", "--ask=words", "--scenes=576"])
-    assert stopped.value.code in (0, None)
-    found = [Dataset.open(tmp_path / "set").read(i).turns[1].segments[0].split() for i in range(12)]
-    assert all(len(words) == 4 for words in found)
