@@ -307,7 +307,7 @@ $(IMAGES)/student-cut/config.json: $(IMAGES)/first/config.json
 	$(BIN)/laid init $(IMAGES)/first $(@D) --layers $(LAYERS_student)
 
 $(IMAGES)/runs/student/done.json: $(IMAGES)/student-cut/config.json $(IMAGES)/train/dataset.json $(IMAGES)/validation/dataset.json
-	$(BIN)/laid train recipes/study/real/student.toml --ranks 1 name="real images student" student.path=$(<D) \
+	$(BIN)/laid train recipes/study/real/student.toml --ranks 1 name="real images student" student.path=$(<D) steps=150 data.images='[1, 4]' \
 	  'data.shards=["$(IMAGES)/train"]' evaluation.shards=$(IMAGES)/validation output=$(@D)
 
 $(IMAGES)/first/config.json $(IMAGES)/teacher/config.json $(IMAGES)/student/config.json: $(IMAGES)/%/config.json: $(IMAGES)/runs/%/done.json
