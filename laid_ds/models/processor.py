@@ -126,7 +126,8 @@ def _own_class(path: Path) -> type[ProcessorMixin] | None:
     """The processor class in the folder's own code, where it names one."""
     for file in PROCESSOR_FILES:
         tree = read_json(path / file, plain=True) if (path / file).is_file() else {}
-        name = tree.get("auto_map", {}).get("AutoProcessor")
+        names = tree.get("auto_map") or {}
+        name = names.get("AutoProcessor") if isinstance(names, dict) else None
         if name is not None:
             return get_class_from_dynamic_module(name, str(path), local_files_only=True)
     return None
@@ -136,7 +137,10 @@ def _processor_class(path: Path) -> str:
     """The name that the folder gives its processor, else that of its family. Raises ValueError when transformers has none of that name."""
     for file in PROCESSOR_FILES:
         name = read_json(path / file, plain=True).get("processor_class") if (path / file).is_file() else None
-        if name is not None and issubclass(getattr(transformers, name, type(None)), ProcessorMixin):
+        if not isinstance(name, str | None):
+            raise ValueError(f"{path / file}: processor_class is {name!r}; give the name of a class, such as 'Qwen2_5_VLProcessor'")
+        known = getattr(transformers, name, None) if name else None
+        if isinstance(known, type) and issubclass(known, ProcessorMixin):
             return name
     config = read_json(path / "config.json", plain=True) if (path / "config.json").is_file() else {}
     if config.get("model_type") in PROCESSOR_MAPPING_NAMES:

@@ -151,6 +151,17 @@ def test_a_folder_that_does_not_name_its_processor_gets_that_of_its_family(world
         load_processor(folder)
 
 
+@pytest.mark.parametrize("name", [5, ["Qwen2_5_VLProcessor"], True])
+def test_a_processor_class_that_is_no_name_is_a_sentence(worlds, tmp_path, name):
+    folder = shutil.copytree(worlds("llava").student, tmp_path / "model")
+    tree = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(tree | {"processor_class": name}))
+    with pytest.raises(ValueError, match=r"processor_config\.json: processor_class is .*; give the name of a class"):
+        load_processor(folder)
+    (folder / "processor_config.json").write_text(json.dumps(tree | {"processor_class": "pipeline"}))  # of transformers, and no class
+    assert type(load_processor(folder)).__name__ == "LlavaProcessor"
+
+
 def test_a_processor_that_needs_a_package_is_a_sentence(worlds, tmp_path, monkeypatch):
     folder = shutil.copytree(worlds("llava").student, tmp_path / "model")
 
