@@ -7,18 +7,23 @@ from data_tools.console import track
 from data_tools.formats import mm_niah, mmlongbench, visual_haystacks
 from data_tools.lmms_eval import export_task
 from laid_ds.data.dataset import Dataset
+from laid_ds.disk import whole_folder
 
 WRITERS = {"vhs": visual_haystacks.write_files, "mm-niah": mm_niah.write_file}
 
 
 def export(format: str, folder: str, out: Path) -> dict[str, Any]:
-    """Write a data set as a benchmark's files; never over what is there."""
+    """Write a data set as a benchmark's files, whole or not at all; never over what is there."""
     dataset = Dataset.open(folder)
-    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ValueError(f"{out} is not empty")
-    if format == "lmms-eval":
-        return export_task(dataset, out)
-    return WRITERS[format](track(dataset, "export", len(dataset)), out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; choose another folder")
+    with whole_folder(out, f"the files of {format}") as place:
+        place.mkdir()
+        if format == "lmms-eval":
+            told = export_task(dataset, place, out)
+        else:
+            told = WRITERS[format](track(dataset, "export", len(dataset)), place)
+    return {"folder": str(out)} | told
 
 
 def score(benchmark: str, results: Path, seed: int) -> dict[str, Any]:

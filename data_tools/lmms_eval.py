@@ -100,20 +100,19 @@ def plain(response):
 '''
 
 
-def export_task(dataset: Dataset, out: Path) -> dict[str, Any]:
-    """Write the task folder `out`; its task is called laid_ and its name (lmms-eval takes a name for a folder where there is one of that
-    name). Raises DataError for a sample without a question that has an answer."""
+def export_task(dataset: Dataset, place: Path, out: Path) -> dict[str, Any]:
+    """Write the task folder `out` to `place`, from where it will be moved; its task is called laid_ and its name (lmms-eval takes a name
+    for a folder where there is one of that name). Raises DataError for a sample without a question that has an answer."""
     task = "laid_" + re.sub(r"\W", "_", out.resolve().name)
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in track(dataset, "export", len(dataset)):
-        lines += _lines(sample, write_images(sample, out / "images"), task)
-    (out / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        lines += _lines(sample, write_images(sample, place / "images"), task)
+    (place / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     filled = YAML.format(task=task, lines=json.dumps(str((out / "data.jsonl").resolve())), max_new_tokens=MAX_NEW_TOKENS)
-    (out / f"{task}.yaml").write_text(filled, encoding="utf-8")
-    (out / "utils.py").write_text(UTILS.replace("FACTS", FACTS), encoding="utf-8")
+    (place / f"{task}.yaml").write_text(filled, encoding="utf-8")
+    (place / "utils.py").write_text(UTILS.replace("FACTS", FACTS), encoding="utf-8")
     command = f"lmms-eval --model MODEL --model_args pretrained=FOLDER --include_path {out} --tasks {task} --log_samples --output_path LOGS"
-    return {"folder": str(out), "task": task, "questions": len(lines), "next": command}
+    return {"task": task, "questions": len(lines), "next": command}
 
 
 def _lines(sample: Sample, names: list[str], task: str) -> list[dict[str, str]]:

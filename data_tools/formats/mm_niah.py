@@ -90,9 +90,8 @@ def write_file(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
         lines += [sample.meta["mm_niah"]] if given_back else _entries_of(sample, names, len(lines))
     if not lines:
         raise DataError(f"none of the {left_out} samples asks a question that is answered")
-    out.mkdir(parents=True, exist_ok=True)
     (out / "annotations.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return {"folder": str(out), "entries": len(lines), "samples_without_question": left_out}
+    return {"entries": len(lines), "samples_without_question": left_out}
 
 
 def _pairs(sample: Sample) -> list[tuple[Turn, Turn]]:

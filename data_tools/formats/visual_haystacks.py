@@ -87,7 +87,7 @@ def write_files(samples: Iterable[Sample], out: Path) -> dict[str, Any]:
     for count, found in by_count.items():
         (out / f"visual_haystack_{count}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1))
     counts = {count: len(found) for count, found in sorted(by_count.items())}
-    return {"folder": str(out), "entries": counts, "samples_without_yes_or_no": left_out}
+    return {"entries": counts, "samples_without_yes_or_no": left_out}
 
 
 def _entries_of(sample: Sample, names: list[str]) -> Iterable[Entry]:

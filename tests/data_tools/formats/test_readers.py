@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.benchmark_files import export
 from data_tools.build import FORMATS
 from data_tools.formats import mm_niah, visual_haystacks
 from data_tools.formats.marks import interleave
@@ -35,6 +36,7 @@ from data_tools.image_root import ImageRoot
 from data_tools.inputs import entries
 from laid_ds.data.haystack import why_whole
 from laid_ds.data.record import DataError, Turn, encode
+from laid_ds.data.writer import ShardWriter
 
 
 def test_llava_keeps_turns_and_places(pictures):
@@ -348,3 +350,24 @@ def test_an_export_of_samples_that_it_cannot_hold_is_refused(tmp_path, pictures,
     report = write([document, read("folder", FOLDER, pictures)], tmp_path / "out")
     assert report[f"samples_without_{count}"] == 1
     assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["key.000.jpg", "key.001.jpg"]
+
+
+@pytest.mark.parametrize("format", ["vhs", "mm-niah", "lmms-eval"])
+def test_an_export_is_whole_or_not_there(tmp_path, pictures, format):
+    """What is refused at the last sample has left nothing, and nothing of another's is touched; an empty folder is taken."""
+    good = build_set(tmp_path / "good", "folder", [FOLDER], pictures)
+    hostile = replace(good.read(0), key="last", meta={"image_paths": ["../../x.jpg", "/y.jpg"]})
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write(good.read(0))
+        writer.write(hostile)
+    with pytest.raises(DataError, match="leads out"):
+        export(format, str(tmp_path / "set"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))) == []
+    (tmp_path / "out").mkdir()
+    told = export(format, str(tmp_path / "good"), tmp_path / "out")
+    assert told["folder"] == str(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert not [path for path, found in before.items() if b".partial" in found]
+    with pytest.raises(ValueError, match="out is not empty; choose another folder"):
+        export(format, str(tmp_path / "good"), tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
