@@ -156,9 +156,13 @@ def init(
         list[Path] | None,
         typer.Option(help="Shards of single images, whose words the random tower of a model folder learns; may be given more than once."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="With --captions: steps of 64 images.")] = 1000,
-    vocabulary: Annotated[int, typer.Option(min=256, help="With --corpus: size of the tokenizer before its special tokens.")] = 400,
-    image_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an image may take.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="With --captions: steps of 64 images; default: 1000.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=256, help="With --corpus: size of the tokenizer before its special tokens; default: 400.")
+    ] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --corpus or --decoder: most tokens an image may take; default: 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Make an ordinary model folder without any download: a small model with random weights and its processor (--corpus), one around a
@@ -176,8 +180,14 @@ def init(
             "give one of --corpus (random weights), --decoder (a pretrained decoder), --captions (words for its tower) and --layers (a part"
             " of a model)"
         )
-    if template is not None and decoder is None:
-        raise ValueError("--template is for a model around a pretrained decoder: give --decoder, too")
+    for name, value, belongs, ways in (
+        ("--template", template, decoder, "--decoder"),
+        ("--steps", steps, captions, "--captions"),
+        ("--vocabulary", vocabulary, corpus, "--corpus"),
+        ("--image-tokens", image_tokens, corpus or decoder, "--corpus or --decoder"),
+    ):
+        if value is not None and belongs is None:
+            raise ValueError(f"{name} {value} is for {ways}, and without it would do nothing; leave it out")
     choose_accelerator()  # transformers imports DeepSpeed when it makes a model
     if layers is not None:
         with working(f"writing some layers of {model}"):
@@ -185,16 +195,16 @@ def init(
     elif decoder is not None:
         written = read_text(own_or_shipped(template)) if template is not None else None
         with working(f"reading {decoder} and making the model around it"):
-            size = write_around_decoder(own_or_shipped(model), decoder, output, written, image_tokens, seed)
+            size = write_around_decoder(own_or_shipped(model), decoder, output, written, image_tokens or 1, seed)
     elif captions is not None:
         samples = [dataset.read(i) for dataset in map(Dataset.open, captions) for i in range(len(dataset))]
-        size, right = write_with_words(model, output, samples, Pixels(), steps, seed)
+        size, right = write_with_words(model, output, samples, Pixels(), steps or 1000, seed)
         print(f"{output}: the tower says {right:.1%} of the words of captions that it did not learn")
     else:
         places = [(dataset, i) for dataset in map(Dataset.open, corpus) for i in range(min(len(dataset), 300))]
         samples = [dataset.read(i) for dataset, i in track(places, "reading samples")]
         with working("making the model and its tokenizer"):
-            size = write_new_model(own_or_shipped(model), output, samples, vocabulary, image_tokens, seed)
+            size = write_new_model(own_or_shipped(model), output, samples, vocabulary or 400, image_tokens or 1, seed)
     print(f"{output}: {size:,} parameters")
     next_step("laid", "train", "RECIPE", f"student.path={output}")
 

@@ -92,10 +92,17 @@ def word_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def encode(model: PreTrainedModel, images: Sequence[dict[str, Tensor]]) -> Tensor:
-    """[B, n, C]: what the tower and what follows it hand to the decoder, of images as the processor makes them."""
+    """[B, n, C]: what the tower and what follows it hand to the decoder, of images as the processor makes them.
+
+    Raises ValueError for a family that has no such thing, or in which it is not all that the decoder gets."""
     inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
-    found = getattr(model, "model", model).get_image_features(**inputs).pooler_output
-    return torch.stack([image.flatten(0, -2) for image in found])
+    inside = getattr(model, "model", model)
+    found = inside.get_image_features(**inputs) if hasattr(inside, "get_image_features") else None
+    if found is None or getattr(found, "deepstack_features", None):
+        raise ValueError(
+            f"{type(model).__name__} hands its decoder more than tokens of images, or not by themselves; --captions is for families that do"
+        )
+    return torch.stack([image.flatten(0, -2) for image in found.pooler_output])
 
 
 def learn(model: PreTrainedModel, pairs: Sequence[tuple[dict[str, Tensor], Tensor]], targets: Tensor, steps: int, seed: int) -> None:

@@ -129,7 +129,10 @@ def test_what_cannot_be_made_is_one_sentence(around, text_model, tmp_path, capsy
     cases = {
         "give one of --corpus": (model, out),
         "give one of --corpus (": (model, out, "--layers=0", "--decoder", text_model),
-        "--template is for": (around, out, "--layers=0", "--template", model),
+        "is for --decoder, and without it would do nothing": (around, out, "--layers=0", "--template", model),
+        "--vocabulary 300 is for --corpus, and": (around, out, "--layers=0", "--vocabulary=300"),
+        "--image-tokens 4 is for --corpus or --decoder, and": (around, out, "--layers=0", "--image-tokens=4"),
+        "--steps 4 is for --captions, and": (around, out, "--layers=0", "--steps=4"),
         "exists; choose another folder": (model, around, "--decoder", text_model),
         "no decoder at": (model, out, "--decoder", tmp_path / "nowhere"),
         "has no chat template": (model, out, "--decoder", text_model),

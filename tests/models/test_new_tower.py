@@ -108,6 +108,15 @@ def test_the_same_seed_learns_the_same(stock, tmp_path):
     assert made["one"] == made["again"] != made["other"]
 
 
+def test_a_decoder_that_gets_more_than_tokens_is_refused(tmp_path):
+    """Qwen3-VL's decoder adds features of lower layers of the tower, which would stay random."""
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config("student", "qwen3_vl")))
+    assert said(tmp_path / "model.json", tmp_path / "stock", "--corpus", shards(captions(), tmp_path / "set"), "--image-tokens=4") == 0
+    with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration hands its decoder more than tokens of images"):
+        write_with_words(tmp_path / "stock", tmp_path / "out", captions()[:20], Pixels(), 1, 0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_learned_is_one_sentence(stock, tmp_path, capsys):
     good = captions()[:12]
     two = Sample("two", (Turn("user", (0, 1, "What?")), good[0].turns[1]), good[0].images * 2, source="test", licence="MIT")
