@@ -21,6 +21,8 @@ REASONS = {
     errno.EFBIG: "takes no file of this size",
 }
 TRIAL_BYTES = 1 << 20
+STATUS, CAP_SYS_RESOURCE = Path("/proc/self/status"), 24
+"""Where Linux says what a process may do, and the number of the right to a disk's reserve."""
 
 
 class DiskError(ValueError):
@@ -114,7 +116,15 @@ def _way_out(number: int) -> str:
 def _left(folder: Path) -> int | None:
     """Bytes that this user may still write; None where the file system does not say."""
     disk = os.statvfs(nearest(folder))
-    return disk.f_frsize * (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail) if disk.f_blocks else None
+    return disk.f_frsize * (disk.f_bfree if _takes_reserve() else disk.f_bavail) if disk.f_blocks else None
+
+
+def _takes_reserve() -> bool:
+    """Whether this process may write to blocks that a file system keeps for root: root in a container mostly may not."""
+    if not STATUS.is_file():
+        return os.geteuid() == 0
+    granted = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(granted, 16) >> CAP_SYS_RESOURCE & 1)
 
 
 def _tried(folder: Path, needed_bytes: int | None) -> int | None:

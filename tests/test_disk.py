@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,19 @@ class Engine:
         (Path(folder) / tag / "model_states.pt").write_bytes(b"model" * 1000)
         if self.failure:
             raise self.failure
+
+
+@pytest.mark.parametrize(
+    "granted, room", [("000001ffffffffff", 900), ("000001fffeffffff", 100), ("0000000000000000", 100)], ids=["root", "container", "user"]
+)
+def test_what_a_disk_keeps_for_root_is_no_room_for_others(tmp_path, monkeypatch, granted, room):
+    """Root in a container has user id 0 and mostly not the right to the reserve."""
+    (tmp_path / "status").write_text(f"Name:\tpython\nCapEff:\t{granted}\n")
+    monkeypatch.setattr(disk, "STATUS", tmp_path / "status")
+    told = SimpleNamespace(f_frsize=10**8, f_blocks=1000, f_bfree=90, f_bavail=10, f_files=5, f_favail=5)
+    monkeypatch.setattr(disk.os, "statvfs", lambda path: told)
+    assert no_room(tmp_path, "a file", room * 10**7) == ""
+    assert f"has too little room, {room / 100:.1f} GB left" in no_room(tmp_path, "a file", room * 10**7 + 1)
 
 
 def test_a_checkpoint_without_room_is_refused_before_it_is_begun(tmp_path, monkeypatch):
