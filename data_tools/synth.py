@@ -215,7 +215,7 @@ def haystack_command(
     images: Annotated[int, typer.Option(min=1, help="Images in each haystack; windows are drawn from them.")] = 64,
     questions: Annotated[int, typer.Option(min=1, help="Questions in each haystack, as turns.")] = 6,
     ask: Annotated[
-        list[str] | None, typer.Option(help="colour (8 answers), yes-no, caption, words; may be given twice; default colour.")
+        list[str] | None, typer.Option(help="colour (8 answers), terse, yes-no, caption, words; may be given twice; default colour.")
     ] = None,
     num_scenes: Annotated[int, typer.Option("--scenes", help="Distinct scenes to draw from.")] = 2304,
     seed: int = 0,

@@ -121,10 +121,9 @@ def _left(folder: Path) -> int | None:
 
 def _takes_reserve() -> bool:
     """Whether this process may write to blocks that a file system keeps for root: root in a container mostly may not."""
-    if not STATUS.is_file():
-        return os.geteuid() == 0
-    granted = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("CapEff:"))
-    return bool(int(granted, 16) >> CAP_SYS_RESOURCE & 1)
+    told = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    granted = [int(line.split()[1], 16) for line in told if line.startswith("CapEff:")]
+    return bool(granted[0] >> CAP_SYS_RESOURCE & 1) if granted else os.geteuid() == 0
 
 
 def _tried(folder: Path, needed_bytes: int | None) -> int | None:

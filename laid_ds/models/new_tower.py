@@ -86,9 +86,22 @@ def _caption(sample: SampleLike, tokens: int) -> list[str]:
 
 @torch.no_grad()
 def word_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Tensor:
-    """[W, C]: each word as the decoder would read it inside a text, the mean where it is several tokens."""
-    table = model.get_input_embeddings().weight
-    return torch.stack([table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0) for word in words])
+    """[W, C]: each word as the decoder would read it inside a text, the mean where it is several tokens. Raises ValueError for fewer than
+    two words, and for two that the tokenizer reads alike, such as two that it does not know."""
+    if len(words) < 2:
+        raise ValueError(f"all captions say {words}; there is nothing to tell apart")
+    table, read = model.get_input_embeddings().weight, [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for word, ids in zip(words, read, strict=True):
+        alike.setdefault(tuple(sorted(ids)), []).append(word)
+    if () in alike:
+        raise ValueError(f"the tokenizer has no token for the word {alike[()][0]!r} of the captions")
+    for one, *others in alike.values():
+        if others:
+            raise ValueError(
+                f"the tokenizer reads the words {one!r} and {others[0]!r} of the captions alike, and none could be told from the other"
+            )
+    return torch.stack([table[ids].mean(0) for ids in read])
 
 
 def encode(model: PreTrainedModel, images: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -129,9 +142,13 @@ def learn(model: PreTrainedModel, pairs: Sequence[tuple[dict[str, Tensor], Tenso
 
 def _distances(model: PreTrainedModel, images: Sequence[dict[str, Tensor]], targets: Tensor) -> Tensor:
     """[B, n, W]: squared, in units of the mean squared distance between two words."""
-    between = (targets[:, None] - targets).square().sum(-1)
-    unit = between.sum() / max(1, len(targets) * (len(targets) - 1))
-    return (encode(model, images)[:, :, None] - targets).square().sum(-1) / unit
+    unit = _squared(targets, targets).sum() / (len(targets) * (len(targets) - 1))
+    return _squared(encode(model, images), targets) / unit
+
+
+def _squared(points: Tensor, targets: Tensor) -> Tensor:
+    """[.., W]: squared distances of points [.., C], without a tensor of [.., W, C]."""
+    return points.square().sum(-1, keepdim=True) + targets.square().sum(-1) - 2 * points @ targets.T
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from laid_ds import cli
 from laid_ds.data.images import Pixels
 from laid_ds.data.record import Sample, Turn
 from laid_ds.data.writer import ShardWriter
-from laid_ds.models.new_tower import write_with_words
+from laid_ds.models.load import load_model
+from laid_ds.models.new_tower import word_embeddings, write_with_words
 from laid_ds.models.processor import Renderer, load_processor
 from tests.support.world import tiny_config
 
@@ -117,6 +118,29 @@ def test_a_decoder_that_gets_more_than_tokens_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class Reads:
+    """A tokenizer of these words alone; None: no token at all."""
+
+    def __init__(self, **ids: int | None):
+        self.ids = ids
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        found = self.ids.get(text.strip(), 0)  # 0 stands for a word that it does not know
+        return {"input_ids": [] if found is None else [found]}
+
+
+@pytest.mark.parametrize(
+    "reads, sentence",
+    [
+        (Reads(red=1), "reads the words 'blue' and 'green' of the captions alike"),
+        (Reads(red=1, blue=2, green=None), "has no token for the word 'green' of the captions"),
+    ],
+)
+def test_words_that_are_one_to_the_tokenizer_are_refused(stock, reads, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        word_embeddings(load_model(stock / "stock"), reads, ["blue", "green", "red"])
+
+
 def test_what_cannot_be_learned_is_one_sentence(stock, tmp_path, capsys):
     good = captions()[:12]
     two = Sample("two", (Turn("user", (0, 1, "What?")), good[0].turns[1]), good[0].images * 2, source="test", licence="MIT")
@@ -128,6 +152,7 @@ def test_what_cannot_be_learned_is_one_sentence(stock, tmp_path, capsys):
         "two shows 2 images; a caption is a sample of one image": [*good, two],
         "9 captions are too few to learn from; give at least 10": good[:9],
     }
+    cases |= {"all captions say ['red']; there is nothing to tell apart": [caption(f"r{i}", ["red"] * 4) for i in range(10)]}
     for number, (sentence, samples) in enumerate(cases.items()):
         where = shards(samples, tmp_path / f"set{number}")
         assert said(stock / "stock", tmp_path / "out", "--captions", where) == 2
