@@ -87,12 +87,15 @@ def _caption(sample: SampleLike, tokens: int) -> list[str]:
 @torch.no_grad()
 def word_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Tensor:
     """[W, C]: each word as the decoder would read it inside a text, the mean where it is several tokens. Raises ValueError for fewer than
-    two words, and for two that the tokenizer reads alike, such as two that it does not know."""
+    two words, for one that the tokenizer has no token for or reads as a mark, and for two that it reads alike."""
     if len(words) < 2:
         raise ValueError(f"all captions say {words}; there is nothing to tell apart")
     table, read = model.get_input_embeddings().weight, [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    marks = set(tokenizer.all_special_ids)
     alike: dict[tuple[int, ...], list[str]] = {}
     for word, ids in zip(words, read, strict=True):
+        if marks & {*ids}:
+            raise ValueError(f"the tokenizer reads the word {word!r} of the captions as a mark of the model, or does not know it")
         alike.setdefault(tuple(sorted(ids)), []).append(word)
     if () in alike:
         raise ValueError(f"the tokenizer has no token for the word {alike[()][0]!r} of the captions")

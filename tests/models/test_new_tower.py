@@ -119,7 +119,9 @@ def test_a_decoder_that_gets_more_than_tokens_is_refused(tmp_path):
 
 
 class Reads:
-    """A tokenizer of these words alone; None: no token at all."""
+    """A tokenizer of these words alone; None: no token at all, 9: a mark."""
+
+    all_special_ids = (9,)
 
     def __init__(self, **ids: int | None):
         self.ids = ids
@@ -133,10 +135,11 @@ class Reads:
     "reads, sentence",
     [
         (Reads(red=1), "reads the words 'blue' and 'green' of the captions alike"),
+        (Reads(red=1, blue=2, green=9), "reads the word 'green' of the captions as a mark of the model, or does not know it"),
         (Reads(red=1, blue=2, green=None), "has no token for the word 'green' of the captions"),
     ],
 )
-def test_words_that_are_one_to_the_tokenizer_are_refused(stock, reads, sentence):
+def test_words_that_a_tokenizer_does_not_tell_are_refused(stock, reads, sentence):
     with pytest.raises(ValueError, match=sentence):
         word_embeddings(load_model(stock / "stock"), reads, ["blue", "green", "red"])
 
@@ -152,6 +155,7 @@ def test_what_cannot_be_learned_is_one_sentence(stock, tmp_path, capsys):
         "two shows 2 images; a caption is a sample of one image": [*good, two],
         "9 captions are too few to learn from; give at least 10": good[:9],
     }
+    cases |= {"reads the word '<|im_end|>' of the captions as a mark": [*good, caption("m", ["red"] * 4, "red red red <|im_end|>")]}
     cases |= {"all captions say ['red']; there is nothing to tell apart": [caption(f"r{i}", ["red"] * 4) for i in range(10)]}
     for number, (sentence, samples) in enumerate(cases.items()):
         where = shards(samples, tmp_path / f"set{number}")
