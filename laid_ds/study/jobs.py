@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +22,7 @@ from laid_ds.study.file import Arm, Asked, Study, recipe_of
 
 Line = dict[str, Any]
 BEFORE, SWEEP, TEST = "before", "sweep", "test"
+WATCHING = ("evaluation", "logging.", "checkpoint.", "data.workers")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,14 @@ class Job:
     """What stands for {world}, {teacher} and {seed}."""
     spec: Arm
     asked: Asked
-    folder: Path
+    place: Path
+    """Of all that ever stood for this job; what was made otherwise lies beside it in there."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Named by how it is made: a study that is changed never finds the answers of what it was."""
+        deciding = json.dumps(what_decides(made_with(self)), sort_keys=True)
+        return self.place / hashlib.sha256(deciding.encode()).hexdigest()[:8]
 
     @property
     def name(self) -> str:
@@ -86,6 +95,12 @@ def made_with(job: Job) -> dict[str, Any]:
     trained = {"recipe": hashlib.sha256(base).hexdigest()[:12], "changes": list(job.changes)}
     made = trained if job.spec.model is None else {name: value for name, value in how.items() if value is not None}
     return {"asked": job.asked.model_dump(mode="json"), **made}
+
+
+def what_decides(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of how something was made, what decides what comes out: a run may be watched otherwise."""
+    changes = [word for word in (made.get("changes") or ()) if not word.startswith(WATCHING)]
+    return {**made, "changes": changes}
 
 
 def next_command(job: Job) -> list[str] | None:
@@ -188,9 +203,9 @@ def jobs(study: Study, path: Path, world: Path, out: Path, lines: Sequence[Line]
     ordered = [job for role in found.values() for job in sorted(role, key=lambda job: job.seed)]
     places: dict[Path, Job] = {}
     for job in ordered:
-        other = places.setdefault(job.folder, job)
+        other = places.setdefault(job.place, job)
         if other is not job:
-            raise ValueError(f"{path}: {other.name!r} and {job.name!r} would work in one folder, {job.folder}; name or number them apart")
+            raise ValueError(f"{path}: {other.name!r} and {job.name!r} would work in one folder, {job.place}; name or number them apart")
     return ordered
 
 

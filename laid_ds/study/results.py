@@ -15,10 +15,9 @@ from laid_ds.disk import writing
 from laid_ds.evaluation.window import curve, relative_threshold, window
 from laid_ds.files import read_json, read_json_lines
 from laid_ds.study.file import Study
-from laid_ds.study.jobs import BEFORE, SWEEP, Job, Line, key_of, made_with
+from laid_ds.study.jobs import BEFORE, SWEEP, Job, Line, key_of, made_with, what_decides
 
 TERMS = ("sft", "kl", "align", "match")
-WATCHING = ("evaluation", "logging.", "checkpoint.", "data.workers")
 AT_THE_END = 25  # steps whose mean is told as a loss at the end
 PARTS = 30  # of a run's steps, whose means are kept
 KINDS = {"study": str, "world": str, "role": str, "arm": str, "teacher": str | None, "seed": int, "value": float | int | None}
@@ -43,8 +42,9 @@ def is_done(job: Job, lines: Sequence[Line]) -> bool:
     line = next((line for line in lines if key_of(line) == job.key), None)
     if line is None:
         return False
-    wanted, found = made_with(job), {name: line.get(name) for name in made_with(job)}
-    differing = [name for name in wanted if _deciding(wanted[name]) != _deciding(found[name])]
+    wanted = what_decides(made_with(job))
+    found = what_decides({name: line.get(name) for name in made_with(job)})
+    differing = [name for name in wanted if wanted[name] != found[name]]
     if differing:
         name = differing[0]
         raise ValueError(
@@ -52,11 +52,6 @@ def is_done(job: Job, lines: Sequence[Line]) -> bool:
             " another name, or remove the line to run it again"
         )
     return True
-
-
-def _deciding(made: Any) -> Any:
-    """Of changes those that decide what comes out: a run may be watched otherwise."""
-    return [word for word in made if not word.startswith(WATCHING)] if isinstance(made, list) else made
 
 
 def line_of(job: Job, study: Study, name: str, world: str, lines: Sequence[Line]) -> Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -179,6 +180,21 @@ def test_a_dry_run_refuses_what_a_jobs_first_command_would(world, tmp_path, chan
     check_trained(listed(world, tmp_path)[1])
     with pytest.raises(ValueError, match=sentence):
         check_trained(listed(world, tmp_path, **changes)[1])
+
+
+@pytest.mark.parametrize("changes", [{"set": ["steps=3"]}, {"asked": ASKED | {"questions": 3}}, {"sweep": SWEEP}])
+def test_a_changed_study_never_finds_the_answers_of_what_it_was(world, tmp_path, changes):
+    def job(**changes):
+        found = listed(world, tmp_path, wanted=Wanted(unswept=True), **changes)[1]
+        return next(job for job in found if (job.arm, job.seed) == ("sft", 1))
+
+    answered = job()
+    answered.results.parent.mkdir(parents=True)
+    answered.results.write_text(json.dumps({"models": {"sft": {}}}))
+    assert next_command(answered) is None
+    assert next_command(job(**changes)) is not None
+    watched = {"arms": {"before": BEFORE, "kl+sft": {}, "sft": {"set": [*answered.spec.set, "logging.every_steps=3"]}}}
+    assert next_command(job(**watched)) is None, "watched otherwise, it is the same run"
 
 
 def test_a_sweep_may_ask_less_than_the_report(world, tmp_path):

@@ -33,8 +33,8 @@ def lines(folder: Path) -> list[dict]:
 
 
 def steps_done(folder: Path) -> int:
-    metrics = folder / "out" / "arms" / "kl+sft-one-seed1" / "run" / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    metrics = list((folder / "out" / "arms" / "kl+sft-one-seed1").glob("*/run/metrics.jsonl"))
+    return len(metrics[0].read_text().splitlines()) if metrics else 0
 
 
 def files_below(folder: Path) -> dict[Path, int]:
@@ -77,7 +77,7 @@ def test_a_line_says_what_was_run_and_found(finished, world):
 
 
 def test_what_takes_room_is_let_go_and_the_rest_stays(finished):
-    arm = finished / "out" / "arms" / "kl+sft-one-seed1"
+    (arm,) = (finished / "out" / "arms" / "kl+sft-one-seed1").iterdir()
     assert not (arm / "run" / "checkpoints").exists()
     assert not (arm / "model").exists()
     assert (arm / "run" / "metrics.jsonl").is_file()
@@ -172,9 +172,12 @@ def test_models_are_asked_as_they_are_and_with_longer_positions(world, tmp_path)
     found = {line["arm"]: line for line in lines(tmp_path)}
     assert (found["yarn"]["yarn"], found["self-extend"]["self_extend"]) == (2.0, [2, 8])
     assert not any("steps" in line or "changes" in line for line in found.values())
-    asked = [json.loads((tmp_path / "out" / "arms" / f"{arm}-seed2" / "evaluation.json").read_text())["models"][arm] for arm in found]
+    answers = [next((tmp_path / "out" / "arms" / f"{arm}-seed2").glob("*/evaluation.json")) for arm in found]
+    asked = [json.loads(path.read_text())["models"][arm] for path, arm in zip(answers, found, strict=True)]
     assert sorted(str(model["self_extend"]) for model in asked) == ["None", "None", "[2, 8]"]
     assert sorted(Path(model["folder"]).name for model in asked) == ["model", "student", "student"]
+    again = output_of(study(tmp_path, world.folder, "--seeds", "2", "--only", "yarn", "--only", "self-extend", "--jobs", "1"))
+    assert "nothing to run: all 3 jobs are done" in again
 
 
 def test_an_arm_that_fails_is_told_of_and_the_others_are_run(world, tmp_path):
