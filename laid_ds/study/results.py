@@ -47,11 +47,19 @@ def is_done(job: Job, lines: Sequence[Line]) -> bool:
     differing = [name for name in wanted if wanted[name] != found[name]]
     if differing:
         name = differing[0]
+        was, now = _without_the_same(found[name], wanted[name])
         raise ValueError(
-            f"{job.name}: its line was made with other {name} ({found[name]}) than the study has now ({wanted[name]}); give the arm"
-            " another name, or remove the line to run it again"
+            f"{job.name}: its line was made with other {name} ({was}) than the study has now ({now}); give the arm another name, or"
+            " remove the line to run it again"
         )
     return True
+
+
+def _without_the_same(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two lists what the other has not, unless that is nothing of either (another order)."""
+    if not isinstance(one, list) or not isinstance(other, list) or sorted(map(str, one)) == sorted(map(str, other)):
+        return one, other
+    return [word for word in one if word not in other], [word for word in other if word not in one]
 
 
 def line_of(job: Job, study: Study, name: str, world: str, lines: Sequence[Line]) -> Line:
