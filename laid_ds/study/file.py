@@ -55,6 +55,8 @@ class Arm(Section):
     """Some of the study's seeds; without it all."""
     swept: bool = True
     """Whether [sweep] chooses its rate; false where `set` names it."""
+    against: str | None = None
+    """Another arm that it is divided by, besides the two that all are: what it differs from in one thing."""
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Arm:
@@ -136,6 +138,9 @@ class Study(Section):
                     raise ValueError(
                         f"arms.{name}.{key} names {unknown[0]!r}; the study's {key} are {', '.join(map(str, known)) or 'none'}"
                     )
+            others = [other for other in self.arms if other != name]
+            if arm.against is not None and arm.against not in others:
+                raise ValueError(f"arms.{name}.against names {arm.against!r}; the other arms are {', '.join(others)}")
         if self.arms.get(self.before, Arm()).seeds is not None:
             raise ValueError(f"arms.{self.before}.seeds: every seed needs its student before; leave it out")
         missing = [name for name in (self.before, self.baseline) if name not in self.arms]

@@ -161,12 +161,18 @@ def _arms(part: Part, groups: Mapping[Group, list[Line]], measured: Mapping[Grou
     study = part.study
     sizes = sorted({int(size) for line in part.test for size in line["accuracy"]})
     head = ["arm", "what it is", "seeds", *(f"{size}" for size in sizes), f"window in {study.unit}", "x before", f"x {study.baseline}"]
+    others = any(study.arms[arm].against for arm, _ in groups)
+    head += ["x another"] if others else []
     rows = []
     for group, lines in groups.items():
         accuracy = [fmean(line["accuracy"][str(size)] for line in lines) for size in sizes]
         own = measured.get(group)
         window = "no window" if own is None else str(mean_window(own))
         against = [_against(own, _of(measured, name, group), group[0] == name) for name in (study.before, study.baseline)]
+        if others:
+            name = study.arms[group[0]].against
+            ratio = _against(own, _of(measured, name, group), same=False) if name else ""
+            against.append(f"{name}: {ratio}" if ratio else "")
         rows.append([part.label(group), study.arms[group[0]].about, len(lines), *(f"{share:.2f}" for share in accuracy), window, *against])
     return f"Accuracy by number of {study.unit}, a mean over seeds; windows and ratios with 95 % intervals.\n\n{_table(head, rows)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def test_the_committed_page_is_what_the_command_makes(tmp_path, capsys):
     assert committed == {f"{name}.{ending}" for name in found["figures"] for ending in ("png", "csv")}
     for name in found["figures"]:
         assert (tmp_path / "study" / f"{name}.csv").read_text() == (ROOT / "docs" / "study" / f"{name}.csv").read_text()
+
+
+QUOTED = re.compile(r"The (?:made|real) world(?:, with pictures)?: (\w+)")
+"""Titles of the sections that README quotes, with the world's name."""
 
 
 def page_of(world, folder: Path, lines: list[dict], **changes) -> str:
@@ -65,6 +70,20 @@ def test_an_arm_has_its_window_and_is_compared_with_the_student_before_and_the_b
     assert "align,30,20" in (tmp_path / "page" / "tiny-w-held_out.csv").read_text()
 
 
+def test_an_arm_may_be_divided_by_another_that_it_names(world, tmp_path):
+    arms = {"before": {"model": "{world}/student"}, "kl+sft": {}, "sft": {}, "align": {"against": "sft"}}
+    ends = {"before": 4, "kl+sft": 15, "sft": 30, "align": 60}
+    lines = [trained(arm, seed, end) for arm, end in ends.items() for seed in (1, 2)]
+    page = page_of(world, tmp_path, lines, arms=arms)
+    assert cells(page, "arm")[-1] == "x another"
+    assert cells(page, "sft")[-1] == ""
+    assert cells(page, "align")[-1].startswith("sft: ")
+    as_baseline = page_of(world, tmp_path, lines, arms=arms, baseline="sft")
+    assert cells(page, "align")[-1] == f"sft: {cells(as_baseline, 'align')[-2]}"
+    only = page_of(world, tmp_path, [line for line in lines if line["arm"] != "sft"], arms=arms)
+    assert cells(only, "align")[-1] == "", "without its lines there is nothing to divide by"
+
+
 def test_a_student_before_that_knows_no_more_than_chance_gives_no_window(world, tmp_path):
     page = page_of(world, tmp_path, [made_up("before", 1, 1e-6), trained("sft", 1, 10)])
     assert cells(page, "sft")[-3:] == ["no window", "", ""]
@@ -88,12 +107,13 @@ def test_lines_that_cannot_stand_together_are_refused(world, tmp_path):
 
 def test_the_readme_says_what_the_page_says():
     """Rows that begin with a world and an arm in code type have the page's window and ratios."""
-    sections = {text.splitlines()[0]: text for text in (ROOT / "docs" / "study.md").read_text().split("\n## ")}
-    worlds = {name: f"The {kind} world: {name}" for kind, name in (("made", "made_qwen2_5"), ("made", "made_qwen3"), ("real", "real"))}
+    texts = (ROOT / "docs" / "study.md").read_text().split("\n## ")
+    sections = {title[1]: text for text in texts if (title := QUOTED.fullmatch(text.splitlines()[0]))}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (ROOT / "README.md").read_text().splitlines()]
-    quoted = [(row, world) for row in rows if (world := row[0].strip("`")) in worlds and row[1].startswith("`")]
-    assert len(quoted) > 5
-    for row, world in quoted:
-        section, arm = sections[worlds[world]], row[1].strip("`")
-        page = cells(section, arm if f"\n| {arm} |" in section else f"{arm}, one")
-        assert row[-4:] == [page[2], *page[-3:]], f"README says of {arm} in {world}: {row[-4:]}"
+    quoted = [row for row in rows if row[0].strip("`") in sections and row[1].startswith("`")]
+    assert {row[0].strip("`") for row in quoted} == set(sections)
+    for row in quoted:
+        section, arm = sections[row[0].strip("`")], row[1].strip("`")
+        page = dict(zip(cells(section, "arm"), cells(section, arm if f"\n| {arm} |" in section else f"{arm}, one"), strict=True))
+        window = next(cell for head, cell in page.items() if head.startswith("window in"))
+        assert row[-4:] == [page["seeds"], window, page["x before"], page["x kl+sft"]], f"README says of {arm} in {row[0]}: {row[-4:]}"
