@@ -36,7 +36,7 @@ SWEEP = {"values": [1e-3, 3e-3], "seeds": [9], "shards": "{world}/other", "set":
         ({"arms": {"before": BEFORE, "kl+sft": {"teachers": ["two"]}}}, "arms.kl+sft.teachers names 'two'; the study's teachers are one"),
         ({"arms": {"before": BEFORE, "kl+sft": {"seeds": [3]}}}, "arms.kl+sft.seeds names 3; the study's seeds are 1, 2"),
         ({"arms": {"before": BEFORE, "kl+sft": {"against": "kl+sft"}}}, "arms.kl+sft.against names 'kl+sft'; the other arms are before"),
-        ({"arms": {"before": BEFORE, "kl+sft": {}, "sft": {"against": "kl"}}}, "arms.sft.against names 'kl'; the other arms are before, kl+sft"),
+        ({"arms": {"before": BEFORE, "kl+sft": {}, "a": {"against": "b"}}}, "arms.a.against names 'b'; the other arms are before, kl+sft"),
         ({"arms": {"before": BEFORE | {"seeds": [1]}, "kl+sft": {}}}, "arms.before.seeds: every seed needs its student before"),
         ({"set": ["student.path={wrld}/student"]}, "set: {wrld} in 'student.path={wrld}/student' stands for nothing"),
         ({"teachers": None}, "set: {teacher} in 'teacher.path={teacher}', and [teachers] names none"),
