@@ -56,7 +56,7 @@ class Arm(Section):
     swept: bool = True
     """Whether [sweep] chooses its rate; false where `set` names it."""
     against: str | None = None
-    """Another arm that it is divided by, besides the two that all are: what it differs from in one thing."""
+    """Another arm that it is divided by, besides the two that all are."""
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Arm:

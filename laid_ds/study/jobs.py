@@ -42,7 +42,7 @@ class Job:
     spec: Arm
     asked: Asked
     place: Path
-    """Of all that ever stood for this job; what was made otherwise lies beside it in there."""
+    """Where its folder lies, beside those of what was made otherwise under this name."""
 
     @cached_property
     def folder(self) -> Path:

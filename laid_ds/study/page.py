@@ -45,6 +45,7 @@ models are removed when its line is written (`keep`). When an arm fails, the oth
 size, interpolated on the logarithm of the size; the threshold is not drawn anew. Over seeds: the geometric mean. **Intervals**: 95 %,
 Student's t of the mean over seeds, together with a bootstrap of {DRAWS:,} draws over haystacks, the same for every seed and arm (on
 logarithms; laid_ds/study/statistics.py). Ratios are paired by seed and haystack; in bold where the interval of several seeds leaves out 1.
+"x another": an arm that the study names for it (`against`).
 Two seeds are little evidence, and their intervals say so; with one seed it holds the haystacks alone, and says nothing of other seeds.
 ">=": a window that goes on beyond the largest size that was asked, and counts as that size; an end of an interval that such windows leave
 open has no bound.

@@ -56,10 +56,11 @@ def is_done(job: Job, lines: Sequence[Line]) -> bool:
 
 
 def _without_the_same(one: Any, other: Any) -> tuple[Any, Any]:
-    """Of two lists what the other has not, unless that is nothing of either (another order)."""
-    if not isinstance(one, list) or not isinstance(other, list) or sorted(map(str, one)) == sorted(map(str, other)):
+    """Of two lists what the other has not, unless that is nothing of either (another order, a word twice)."""
+    if not isinstance(one, list) or not isinstance(other, list):
         return one, other
-    return [word for word in one if word not in other], [word for word in other if word not in one]
+    alone = [word for word in one if word not in other], [word for word in other if word not in one]
+    return alone if any(alone) else (one, other)
 
 
 def line_of(job: Job, study: Study, name: str, world: str, lines: Sequence[Line]) -> Line:
