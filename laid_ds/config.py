@@ -422,7 +422,7 @@ class Match(Section):
     rows_from: Literal["all", "answers"] = "all"
     """Compare every row, or only those from which a token of an answer is predicted; the mean is over the rows compared.
 
-    "answers" with chosen heads (`align.heads`), whose work is done there (docs/choosing.md)."""
+    "answers" where matching takes too much of a step, or lessons too much of a disk (docs/choosing.md)."""
 
 
 class Gain(Section):

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from laid_ds.disk import writing
 from laid_ds.report.figures import WIDE, PlainLog, Shelf
@@ -336,7 +337,19 @@ def _curves(axes: Axes, curves: Mapping[str, list[tuple[float, float]]], looks: 
         style = looks[name]
         axes.plot(*zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.6, label=name)
     axes.grid(axis="y")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=2.2, borderpad=0)
+    for columns in (3, 2, 1):
+        legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2.2, borderpad=0, columnspacing=1)
+        if legend.get_window_extent().x1 <= axes.figure.bbox.x1:
+            break
+    _make_room(axes.figure, lines=-(-len(curves) // columns))
+
+
+def _make_room(figure: Figure, lines: int) -> None:
+    """Above the axes, for the legend; they keep their own height, however many arms there are."""
+    width, height = WIDE
+    legend = 0.055 * height * lines
+    figure.set_size_inches(width, 0.85 * height + legend)
+    figure.subplots_adjust(bottom=0.13 * height / figure.get_figheight(), top=1 - (0.03 * height + legend) / figure.get_figheight())
 
 
 def _figure(
@@ -350,7 +363,6 @@ def _figure(
     shelf: Shelf,
 ) -> str:
     rows = [("arm", x, y), *((label, place, f"{value:.5g}") for label, points in curves.items() for place, value in points)]
-    top = 0.96 - 0.055 * -(-len(curves) // 3)
-    shelf.figure(f"{part.name}-{part.world}-{name}", caption, paint, rows, WIDE, (0.11, 0.13, 0.98, top))
+    shelf.figure(f"{part.name}-{part.world}-{name}", caption, paint, rows, WIDE, (0.11, 0.13, 0.98, 0.96))
     written = shelf.names[-1]
     return f"![{caption}]({shelf.folder.name}/{written}.png)\n\n{caption} ([data]({shelf.folder.name}/{written}.csv))"

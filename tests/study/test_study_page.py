@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from laid_ds import cli
+from laid_ds.report.figures import WIDE
+from laid_ds.report.palette import styles
 from laid_ds.study.file import read_study
-from laid_ds.study.page import write_page
+from laid_ds.study.page import _curves, write_page
 from tests.study.study_world import made_up, write_study
 from tests.support.world import ROOT
 
@@ -27,6 +30,18 @@ def test_the_committed_page_is_what_the_command_makes(tmp_path, capsys):
     assert committed == {f"{name}.{ending}" for name in found["figures"] for ending in ("png", "csv")}
     for name in found["figures"]:
         assert (tmp_path / "study" / f"{name}.csv").read_text() == (ROOT / "docs" / "study" / f"{name}.csv").read_text()
+
+
+@pytest.mark.parametrize(("arms", "letters"), [(1, 5), (12, 26), (35, 19), (4, 40)])
+def test_a_legend_lies_within_its_picture_above_axes_of_one_height(arms, letters):
+    names = [f"{i}".rjust(letters, "e") for i in range(arms)]
+    figure = Figure(WIDE)
+    axes = figure.add_subplot()
+    _curves(axes, {name: [(1, 0), (2, 1)] for name in names}, styles(names))
+    (left, bottom), (right, top) = axes.get_legend().get_window_extent().get_points()
+    assert 0 <= left and right <= figure.bbox.x1 and top <= figure.bbox.y1
+    assert bottom >= axes.get_window_extent().y1 - 1  # one pixel is its own margin
+    assert axes.get_window_extent().height / figure.dpi == pytest.approx(0.69 * WIDE[1])
 
 
 QUOTED = re.compile(r"The (?:made|real) world(?:, with pictures)?: (\w+)")
