@@ -39,7 +39,9 @@ def test_a_legend_lies_within_its_picture_above_axes_of_one_height(arms, letters
     axes = figure.add_subplot()
     _curves(axes, {name: [(1, 0), (2, 1)] for name in names}, styles(names))
     (left, bottom), (right, top) = axes.get_legend().get_window_extent().get_points()
-    assert 0 <= left and right <= figure.bbox.x1 and top <= figure.bbox.y1
+    assert left >= 0
+    assert right <= figure.bbox.x1
+    assert top <= figure.bbox.y1
     assert bottom >= axes.get_window_extent().y1 - 1  # one pixel is its own margin
     assert axes.get_window_extent().height / figure.dpi == pytest.approx(0.69 * WIDE[1])
 
