@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from laid_ds.disk import writing
-from laid_ds.report.figures import WIDE, PlainLog, Shelf
+from laid_ds.report.figures import WIDE, PlainLog, Shelf, shortened
 from laid_ds.report.palette import MUTED, Style, styles
 from laid_ds.study.file import Study
 from laid_ds.study.format import format_section
@@ -335,7 +335,7 @@ def _paint_steps(axes: Axes, curves: Mapping[str, list[tuple[float, float]]], lo
 def _curves(axes: Axes, curves: Mapping[str, list[tuple[float, float]]], looks: Mapping[str, Style]) -> None:
     for name, points in curves.items():
         style = looks[name]
-        axes.plot(*zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.6, label=name)
+        axes.plot(*zip(*points, strict=True), color=style.colour, ls=style.dash, marker=style.mark, ms=3.5, lw=1.6, label=shortened(name))
     axes.grid(axis="y")
     for columns in (3, 2, 1):
         legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2.2, borderpad=0, columnspacing=1)
