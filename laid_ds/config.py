@@ -305,7 +305,7 @@ class Losses(Section):
     match: NonNegative = 0.0
     """Weight of attention matching: the student looks where the teacher looks (ours).
 
-    Above 0 where it beats KL + SFT in [evaluation]: 1 on the heads that retrieve, at the answers (docs/choosing.md); not for families whose
+    Above 0 where it beats KL + SFT in [evaluation]: 1 on the heads that retrieve, on all rows (docs/choosing.md); not for families whose
     image tokens see each other both ways."""
     kl: NonNegative = 1.0
     """Weight of the divergence from the teacher's distribution over the answer tokens (Paper).
