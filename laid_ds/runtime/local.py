@@ -107,7 +107,8 @@ def _stop_ranks(launcher: int, module: str) -> None:
         alike = {pid for pid, p in processes.items() if _is_rank(p, module)}
         ranks = [processes[pid] for pid in alike if processes[pid].ppid() not in alike]  # a rank's own children look like it
         for process in ranks or [psutil.Process(launcher)]:
-            process.send_signal(signal.SIGINT)
+            with suppress(psutil.NoSuchProcess):  # it may have ended just now; the others are asked all the same
+                process.send_signal(signal.SIGINT)
 
 
 def _end_orphans() -> None:

@@ -20,15 +20,10 @@ def traces() -> list[str]:
     found = subprocess.run("ip link; ip netns", shell=True, capture_output=True, text=True).stdout
     links = [word for word in found.replace(":", " ").split() if word.startswith("laid")]
     groups = [str(path) for path in FREEZER.glob("slurm_n*")]
-    daemons = [p.name() for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and str(default_state()) in " ".join(words(p))]
+    lives = psutil.process_iter(["name", "cmdline", "status"])  # leaves out what ends while it is being looked at
+    infos = [process.info for process in lives if process.info["status"] != psutil.STATUS_ZOMBIE]
+    daemons = [info["name"] for info in infos if str(default_state()) in " ".join(info["cmdline"] or ())]
     return links + groups + daemons + ([str(default_state())] if default_state().exists() else [])
-
-
-def words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 @pytest.mark.parametrize("shape", [Shape(gpus=2), Shape(namespaces=False, proctrack="linuxproc", nodes=3)], ids=["namespaces", "ports"])
