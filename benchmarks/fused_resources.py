@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -33,6 +34,7 @@ POINTERS |= {name: "bf16" for name in ("student_query", "student_key", "teacher_
 POINTERS |= {"edges": "i32", "marked": "i8", "planes": "i32"} | {name: "fp32" for name in ("entropy", "mass", "pairs", "response")}
 POINTERS |= {"d_query": "bf16", "d_key": "bf16", "d_scores": "bf16", "teacher_scores": "fp32", "student_scores": "fp32", "row_range": "i32"}
 MASKS = {"one head": (), "many heads": (), "positions and windows": ("NARROW", "POSITIONS"), "narrow student": ("BY_ROW", "POSITIONS")}
+SEVERAL_HEADS = ("many heads", "narrow student")  # of the teacher to mix
 FLOATS = ("student_scale", "teacher_scale", "scale", "gamma", "frontier", "inv_width", "inv_delta_0", "alpha")
 
 
@@ -43,19 +45,21 @@ def cases(dims: list[int], chip: int) -> Iterator[tuple[str, object, dict]]:
         values = {"D": dim} | profile.profile_options(dim, 20)
         yield f"profile D={dim}", profile.profile_kernel, values
         yield f"plane D={dim}", profile.plane_kernel, {"D": dim} | profile.PLANE_OPTIONS
-        for kind in (0, 1, 2) if dim <= fused.WIDEST_SPARSE_DIM else ():
-            for case, masks in MASKS.items():
-                values = {"DS": dim, "DT": dim, "KIND": kind} | {name: name in masks for name in ("NARROW", "BY_ROW", "POSITIONS")}
-                label = f"D={dim} omega={fused.KINDS[kind]} {case}"
-                how = {"plain": case == "one head", "by_row": "BY_ROW" in masks}
-                row, column = (fused.tile_options(kernel, chip, dim, dim, **how) for kernel in ("row", "column"))
-                yield f"row {label}", fused.row_kernel, values | {"BACKWARD": True} | row
-                yield f"column {label}", fused.column_kernel, values | column
+        for kind, (case, masks) in product((0, 1, 2), MASKS.items()):
+            if fused.sparse_heads(dim) < (2 if case in SEVERAL_HEADS else 1):
+                continue
+            values = {"DS": dim, "DT": dim, "KIND": kind} | {name: name in masks for name in ("NARROW", "BY_ROW", "POSITIONS")}
+            label = f"D={dim} omega={fused.KINDS[kind]} {case}"
+            how = {"plain": case == "one head", "by_row": "BY_ROW" in masks}
+            row, column = (fused.tile_options(kernel, chip, dim, dim, **how) for kernel in ("row", "column"))
+            yield f"row {label}", fused.row_kernel, values | {"BACKWARD": True} | row
+            yield f"column {label}", fused.column_kernel, values | column
     for kind in (0, 1, 2):
         for student, teacher in ((28, 40), (16, 40)):
             name = f"mix H={student} and {teacher} omega={fused.KINDS[kind]}"
             for by_row, case in ((False, ""), (True, " narrow student")):
-                yield name + case, fused.mix_kernel, {"KIND": kind, "BY_ROW": by_row} | fused.mix_options(student, teacher)
+                values = {"KIND": kind, "BY_ROW": by_row, "PRECISION": "tf32"}
+                yield name + case, fused.mix_kernel, values | fused.mix_options(student, teacher)
         if kind:
             yield f"norm omega={fused.KINDS[kind]}", fused.norm_kernel, {"KIND": kind, "M": 64, "N": 64}
 

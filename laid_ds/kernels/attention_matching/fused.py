@@ -1,8 +1,8 @@
 """Attention matching on CUDA, in Triton, in two forms chosen by the mixture; README.md counts the FLOPs and bytes of each.
 
-*Sparse*, for at most 4 teacher heads per student head and head dims up to 256: a row pass (loss, c, d query) and a column pass (d key)
-that never leave the tile, 128 columns at a time. *Dense*, otherwise: scores of a chunk of rows by batched matrix products, and a kernel
-for everything elementwise and row-wise. No atomics: sums over blocks are written side by side and added in a fixed order.
+*Sparse*, for at most 4 teacher heads per student head, or one where a head dim is 129 to 256: a row pass (loss, c, d query) and a column
+pass (d key) that never leave the tile, 128 columns at a time. *Dense*, otherwise: scores of a chunk of rows by batched matrix products,
+and a kernel for everything elementwise and row-wise. No atomics: sums over blocks are written side by side and added in a fixed order.
 Letters: R rows of the plan (see kernels/tiles.py), S keys, U teacher heads of a student head, M rows and N keys of a tile, C rows of a
 chunk, n keys it sees.
 """
@@ -19,10 +19,9 @@ from torch import Tensor
 from laid_ds.kernels import tiles
 from laid_ds.kernels.attention_matching.leaf import leaf_loss
 from laid_ds.kernels.attention_matching.problem import Problem, Side
-from laid_ds.kernels.tiles import LN2, LOG2E, key_range, load_bounds, load_tile, load_tile_transposed, store_tile
+from laid_ds.kernels.tiles import LN2, LOG2E, fast_log2, key_range, load_bounds, load_tile, load_tile_transposed, store_tile
 
 MOST_SPARSE_HEADS = tl.constexpr(4)
-WIDEST_SPARSE_DIM = 256
 WIDEST_TILE = 128  # columns of a head dim in a tile of the sparse form; twice as many spill registers
 DENSE_BYTES = 2 * 2**30  # score buffers of the dense form
 KINDS = ("uniform", "frontier", "power")
@@ -36,19 +35,24 @@ def attention_matching(
     """As reference.attention_matching, for bfloat16, float16 and float32. `chunk_size` is the dense form's."""
     if problem.dtype is torch.float64:
         raise ValueError("implementation is 'fused' with float64 inputs: expected bfloat16, float16 or float32")
-    few = problem.teacher_heads is not None and problem.teacher_heads.shape[1] <= MOST_SPARSE_HEADS.value
-    sparse = few and max(student_query.shape[3], problem.teacher.query.shape[3]) <= WIDEST_SPARSE_DIM
+    most = sparse_heads(max(student_query.shape[3], problem.teacher.query.shape[3]))
+    sparse = problem.teacher_heads is not None and problem.teacher_heads.shape[1] <= most
     walk = partial(_sparse, problem) if sparse else partial(_dense, problem, chunk_size)
     return leaf_loss(walk, student_query, student_key, mixing)
+
+
+def sparse_heads(dim: int) -> int:
+    """Teacher heads of each student head that the sparse form takes at most; on an H200 the dense form was the faster beyond."""
+    return MOST_SPARSE_HEADS.value if dim <= WIDEST_TILE else int(dim <= 2 * WIDEST_TILE)
 
 
 @triton.jit
 def omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND: tl.constexpr):
     """omega at float distances >= 0."""
     if KIND == FRONTIER:
-        return 1.0 + gamma / (1.0 + tl.exp2((frontier - distance) * inv_width * LOG2E))
+        return 1.0 + gamma / (1.0 + tl.exp2((frontier - distance) * (inv_width * LOG2E)))
     else:
-        return tl.exp2(alpha * tl.log2(1.0 + distance * inv_delta_0))
+        return tl.exp2(alpha * fast_log2(1.0 + distance * inv_delta_0))
 
 
 @triton.jit
@@ -89,69 +93,40 @@ def norm_kernel(
 
 
 @triton.jit
-def products(x, y, m, n, x_stop, y_stop, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """x . y [M, N] of the rows from m of x and from n of y, both contiguous [*, D], BLOCK_D columns at a time."""
+def log_shares(x, y, m, n, x_stop, y_stop, scale, lse, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """log2 [M, N] of attention between the rows from m of x and from n of y, both contiguous [*, D], BLOCK_D columns at a time.
+
+    lse: [M, 1] or [1, N] of the side that attends. What a loop around this need not load again, the compiler holds.
+    """
     z = tl.zeros([M, N], tl.float32)
-    for column in range(0, D, BLOCK_D):
+    for column in tl.static_range(0, D, BLOCK_D):
         tile = load_tile(x, m, x_stop, D, BLOCK_D, M, column)
         z = tl.dot(tile, load_tile_transposed(y, n, y_stop, D, BLOCK_D, N, column), z, input_precision="tf32x3")
-    return z
+    return z * (scale * LOG2E) - lse
 
 
 @triton.jit
 def teacher_rows(
-    query,
-    key,
-    lse,
-    j,
-    b,
-    row,
-    n,
-    seen,
-    scale,
-    R,
-    S,
-    HT,
-    KT,
-    DT: tl.constexpr,
-    BLOCK_DT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    query, key, lse, j, b, row, n, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """a [M, N] of teacher head j for the tile of rows from `row` and keys from `n`; 0 where not seen [M, N]."""
+    """log2 a [M, N] of teacher head j for the rows from `row` and the keys from `n`, seen or not."""
     at = (b * HT + j) * R
-    z = products(query + at * DT, key + (b * KT + j // (HT // KT)) * S * DT, row, n, R, S, DT, BLOCK_DT, M, N)
     m = row + tl.arange(0, M)
     row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
-    return tl.where(seen, tl.exp2(z * (scale * LOG2E) - row_lse[:, None]), 0.0)
+    key_at = (b * KT + j // (HT // KT)) * S
+    return log_shares(query + at * DT, key + key_at * DT, row, n, R, S, scale, row_lse[:, None], DT, BLOCK_DT, M, N)
 
 
 @triton.jit
 def teacher_columns(
-    query,
-    key,
-    lse,
-    j,
-    b,
-    row,
-    n,
-    seen,
-    scale,
-    R,
-    S,
-    HT,
-    KT,
-    DT: tl.constexpr,
-    BLOCK_DT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    query, key, lse, j, b, row, n, scale, R, S, HT, KT, DT: tl.constexpr, BLOCK_DT: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
     """The same tile transposed, [N, M]."""
     at = (b * HT + j) * R
     m = row + tl.arange(0, M)
     row_lse = tl.load(lse + at + m, mask=m < R, other=0.0)
-    z = products(key + (b * KT + j // (HT // KT)) * S * DT, query + at * DT, n, row, S, R, DT, BLOCK_DT, N, M)
-    return tl.where(seen, tl.exp2(z * (scale * LOG2E) - row_lse[None, :]), 0.0)
+    key_at = (b * KT + j // (HT // KT)) * S
+    return log_shares(key + key_at * DT, query + at * DT, n, row, S, R, scale, row_lse[None, :], DT, BLOCK_DT, N, M)
 
 
 @triton.jit(do_not_specialize=["U"])
@@ -200,8 +175,10 @@ def row_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """A sweep over the keys for loss, c and d pi, then one for each BLOCK_DS columns of d query; the first two in one where c is 0 and d pi
-    not needed."""
+    """One sweep over the keys for each BLOCK_DS columns of d query, the first for loss, c and d pi, too.
+
+    c is known only after a sweep: d query = scale (sum of omega (q - p) k - c sum of q k), where the second sum is the mean key.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     i, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = block * M + tl.arange(0, M)
@@ -211,88 +188,70 @@ def row_kernel(
     row_norm = tl.load(norm + b * R + rows, mask=ok, other=0.0)
     at = (b * HS + i) * R
     lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
-    query = load_tile(student_query + at * DS, block * M, R, DS, BLOCK_DS, M)  # held through the sweeps where it is all of D
-    key_base = student_key + (b * KS + i // (HS // KS)) * S * DS
+    query_base, key_base = student_query + at * DS, student_key + (b * KS + i // (HS // KS)) * S * DS
     here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
     c, row_loss = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     choice = tl.arange(0, MOST_SPARSE_HEADS)
     shares = pi + (b * HS + i) * U * R if BY_ROW else pi + i * U
     d_mix = tl.zeros([M if BY_ROW else 1, MOST_SPARSE_HEADS], tl.float32)
-    lead: tl.constexpr = 0 if KIND == UNIFORM and ONE else 1  # sweeps before those for d query
     parts: tl.constexpr = (DS + BLOCK_DS - 1) // BLOCK_DS
     start, stop = key_range(first, row_last, S, N)
-    for sweep in tl.static_range(lead + parts if BACKWARD else 1):
-        acc = tl.zeros([M, BLOCK_DS], tl.float32)
+    for part in tl.static_range(parts if BACKWARD else 1):
+        acc, mean_key = tl.zeros([M, BLOCK_DS], tl.float32), tl.zeros([M, BLOCK_DS], tl.float32)
         for n in range(start, stop, N):
             keys = n + tl.arange(0, N)
-            if DS <= BLOCK_DS:
-                z = tl.dot(query, load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N), input_precision="tf32x3")
-            else:
-                z = products(student_query + at * DS, key_base, block * M, n, R, S, DS, BLOCK_DS, M, N)
-            log_q = z * (student_scale * LOG2E) - lse[:, None]
+            log_q = log_shares(query_base, key_base, block * M, n, R, S, student_scale, lse[:, None], DS, BLOCK_DS, M, N)
             visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= row_last[:, None])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
             seen = visible & (keys[None, :] >= first_t[:, None]) if NARROW else visible
             if ONE:
                 j = tl.load(heads + i)
-                p = teacher_rows(
-                    teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                log_p = teacher_rows(
+                    teacher_query, teacher_key, teacher_lse, j, b, block * M, n, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                 )
+                p = tl.where(seen, tl.exp2(log_p), 0.0)
             else:
                 p = tl.zeros([M, N], tl.float32)
                 for u in range(U):
                     j = tl.load(heads + i * U + u)
-                    a = teacher_rows(
-                        teacher_query, teacher_key, teacher_lse, j, b, block * M, n, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                    log_a = teacher_rows(
+                        teacher_query, teacher_key, teacher_lse, j, b, block * M, n, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                     )
-                    p += (tl.load(shares + u * R + rows, mask=ok, other=0.0)[:, None] if BY_ROW else tl.load(shares + u)) * a
+                    share = tl.load(shares + u * R + rows, mask=ok, other=0.0)[:, None] if BY_ROW else tl.load(shares + u)
+                    p += share * tl.where(seen, tl.exp2(log_a), 0.0)
+                log_p = fast_log2(tl.maximum(p, TINY))
             weight = row_norm[:, None]
             if KIND != UNIFORM:
                 there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
                 distance = tl.maximum(here[:, None] - there[None, :], 0).to(tl.float32)
                 weight *= omega_at(distance, gamma, frontier, inv_width, inv_delta_0, alpha, KIND)
             d = weight * (q - p)
-            if sweep == 0:
-                g = tl.where(visible, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)  # omega ln(p / q)
+            if part == 0:
+                g = weight * (log_p - log_q)  # omega ln(p / q) / ln 2
                 row_loss += tl.sum(p * g, 1)
                 c += tl.sum(d, 1)
                 if not ONE:  # one head's share is 1 whatever its logit; for more, their tiles are made again rather than kept
                     for u in range(U):
                         j = tl.load(heads + i * U + u)
-                        a = teacher_rows(
-                            teacher_query,
-                            teacher_key,
-                            teacher_lse,
-                            j,
-                            b,
-                            block * M,
-                            n,
-                            seen,
-                            teacher_scale,
-                            R,
-                            S,
-                            HT,
-                            KT,
-                            DT,
-                            BLOCK_DT,
-                            M,
-                            N,
+                        log_a = teacher_rows(
+                            teacher_query, teacher_key, teacher_lse, j, b, block * M, n, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                         )
-                        d_share = tl.sum(g * a, 1)[:, None] if BY_ROW else tl.sum(g * a)
+                        terms = g * tl.where(seen, tl.exp2(log_a), 0.0)
+                        d_share = tl.sum(terms, 1)[:, None] if BY_ROW else tl.sum(terms)
                         d_mix += tl.where((choice == u)[None, :], d_share, 0.0)
-            if BACKWARD and sweep >= lead:
+            if BACKWARD:
+                key = tl.trans(load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N, part * BLOCK_DS))
+                acc = tl.dot(d.to(key.dtype), key, acc, input_precision="tf32x3")
                 if KIND != UNIFORM:
-                    d -= q * c[:, None]
-                key_t = load_tile_transposed(key_base, n, S, DS, BLOCK_DS, N, (sweep - lead) * BLOCK_DS)
-                acc = tl.dot(d.to(key_t.dtype), tl.trans(key_t), acc, input_precision="tf32x3")
-        if BACKWARD and sweep >= lead:
-            store_tile(d_query + at * DS, block * M, R, acc * student_scale, DS, BLOCK_DS, M, (sweep - lead) * BLOCK_DS)
+                    mean_key = tl.dot(q.to(key.dtype), key, mean_key, input_precision="tf32x3")
+        if BACKWARD:
+            store_tile(d_query + at * DS, block * M, R, (acc - c[:, None] * mean_key) * student_scale, DS, BLOCK_DS, M, part * BLOCK_DS)
     partial_at = (b * HS + i) * tl.num_programs(0) + block
-    tl.store(loss + partial_at, tl.sum(row_loss + c))
+    tl.store(loss + partial_at, tl.sum(row_loss * LN2 + c))
     if BY_ROW:
         own = tl.load(shares + choice[None, :] * R + rows[:, None], mask=ok[:, None] & (choice < U)[None, :], other=0.0)
         d_mix = own * (d_mix - row_loss[:, None])
-    tl.store(d_pi + partial_at * U + choice, tl.sum(d_mix, 0), mask=choice < U)
+    tl.store(d_pi + partial_at * U + choice, tl.sum(d_mix, 0) * LN2, mask=choice < U)
     tl.store(excess + at + rows, c, mask=ok)
 
 
@@ -345,24 +304,20 @@ def column_kernel(
     parts: tl.constexpr = (DS + BLOCK_DS - 1) // BLOCK_DS
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     keys = block * N + tl.arange(0, N)
-    key_at = (b * KS + group) * S
-    key = load_tile(student_key + key_at * DS, block * N, S, DS, BLOCK_DS, N)  # held where it is all of D
+    key_base = student_key + (b * KS + group) * S * DS
     there = tl.load(positions + b * S + keys, mask=keys < S, other=0) if POSITIONS else keys
     range_at = (b * tl.num_programs(0) + block) * 2
     start, stop = tl.load(row_range + range_at), tl.load(row_range + range_at + 1)
     acc = tl.zeros([N, BLOCK_DS], tl.float32)
     for i in range(group * (HS // KS), (group + 1) * (HS // KS)):
         at = (b * HS + i) * R
+        query_base = student_query + at * DS
         for m in range(start, stop, M):
             rows = m + tl.arange(0, M)
             ok = rows < R
             first, row_last = load_bounds(student_first, last, b, rows, R)
             lse = tl.load(student_lse + at + rows, mask=ok, other=0.0)
-            if DS <= BLOCK_DS:
-                z = tl.dot(key, load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M), input_precision="tf32x3")
-            else:
-                z = products(student_key + key_at * DS, student_query + at * DS, block * N, m, S, R, DS, BLOCK_DS, N, M)
-            log_q = z * (student_scale * LOG2E) - lse[None, :]
+            log_q = log_shares(key_base, query_base, block * N, m, S, R, student_scale, lse[None, :], DS, BLOCK_DS, N, M)
             visible = (keys[:, None] >= first[None, :]) & (keys[:, None] <= row_last[None, :])
             q = tl.where(visible, tl.exp2(log_q), 0.0)
             seen = visible
@@ -370,20 +325,22 @@ def column_kernel(
                 seen &= keys[:, None] >= tl.load(teacher_first + b * R + rows, mask=ok, other=2147483647)[None, :]
             if ONE:
                 j = tl.load(heads + i)
-                p = teacher_columns(
-                    teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                log_p = teacher_columns(
+                    teacher_query, teacher_key, teacher_lse, j, b, m, block * N, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                 )
+                p = tl.where(seen, tl.exp2(log_p), 0.0)
             else:
                 p = tl.zeros([N, M], tl.float32)
                 for u in range(U):
                     j = tl.load(heads + i * U + u)
-                    a = teacher_columns(
-                        teacher_query, teacher_key, teacher_lse, j, b, m, block * N, seen, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
+                    log_a = teacher_columns(
+                        teacher_query, teacher_key, teacher_lse, j, b, m, block * N, teacher_scale, R, S, HT, KT, DT, BLOCK_DT, M, N
                     )
                     if BY_ROW:
-                        p += tl.load(pi + ((b * HS + i) * U + u) * R + rows, mask=ok, other=0.0)[None, :] * a
+                        share = tl.load(pi + ((b * HS + i) * U + u) * R + rows, mask=ok, other=0.0)[None, :]
                     else:
-                        p += tl.load(pi + i * U + u) * a
+                        share = tl.load(pi + i * U + u)
+                    p += share * tl.where(seen, tl.exp2(log_a), 0.0)
             weight = tl.load(norm + b * R + rows, mask=ok, other=0.0)[None, :]
             if KIND != UNIFORM:
                 here = tl.load(positions + b * S + row_last, mask=first <= row_last, other=0) if POSITIONS else row_last
@@ -392,9 +349,9 @@ def column_kernel(
             d = weight * (q - p)
             if KIND != UNIFORM:
                 d -= q * tl.load(excess + at + rows, mask=ok, other=0.0)[None, :]
-            query_t = load_tile_transposed(student_query + at * DS, m, R, DS, BLOCK_DS, M, part * BLOCK_DS)
-            acc = tl.dot(d.to(query_t.dtype), tl.trans(query_t), acc, input_precision="tf32x3")
-    store_tile(d_key + key_at * DS, block * N, S, acc * student_scale, DS, BLOCK_DS, N, part * BLOCK_DS)
+            query = tl.trans(load_tile_transposed(query_base, m, R, DS, BLOCK_DS, M, part * BLOCK_DS))
+            acc = tl.dot(d.to(query.dtype), query, acc, input_precision="tf32x3")
+    store_tile(d_key + (b * KS + group) * S * DS, block * N, S, acc * student_scale, DS, BLOCK_DS, N, part * BLOCK_DS)
 
 
 @triton.jit(do_not_specialize=["b"])
@@ -430,6 +387,7 @@ def mix_kernel(
     HT,
     KIND: tl.constexpr,
     BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the products with the mixture
     BLOCK_HS: tl.constexpr,
     BLOCK_HT: tl.constexpr,
     N: tl.constexpr,
@@ -466,7 +424,7 @@ def mix_kernel(
             log_q = z * (student_scale * LOG2E) - lse[:, None]
             shown = i_ok[:, None] & visible[None, :]
             q = tl.where(shown, tl.exp2(log_q), 0.0)
-            p = tl.dot(mixture, a, input_precision="tf32x3")
+            p = tl.dot(mixture, a, input_precision=PRECISION)
             weight = row_norm
             if KIND != UNIFORM:
                 there = tl.load(positions + b.to(tl.int64) * S + keys, mask=ok, other=0)
@@ -476,9 +434,9 @@ def mix_kernel(
             if sweep == 0:
                 c += tl.sum(e, 1)
             else:
-                g = tl.where(shown, weight * (tl.log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)
+                g = tl.where(shown, weight * (fast_log2(tl.maximum(p, TINY)) - log_q) * LN2, 0.0)
                 row_loss += tl.sum(p * g + e, 1)
-                d_mix = tl.dot(g, tl.trans(a), d_mix, input_precision="tf32x3")
+                d_mix = tl.dot(g, tl.trans(a), d_mix, input_precision=PRECISION)
                 d = (e - q * c[:, None]).to(d_scores.dtype.element_ty)
                 tl.store(d_scores + from_i[:, None] + column[None, :], d, mask=i_ok[:, None] & ok[None, :])
     tl.store(loss + row, tl.sum(row_loss))
@@ -488,35 +446,41 @@ def mix_kernel(
     tl.store(d_pi + where, d_mix, mask=i_ok[:, None] & j_ok[None, :])
 
 
-# Tiles without a spilled register, found by compiling: (rows M, keys N, warps, stages) for each chip and whether a head dim is wider than a
-# tile; first where one teacher head is mixed under plain masks and token distances, then for everything else (the first may be missing).
+# Tiles as (rows M, keys N, warps, stages) for each chip and whether a head dim is wider than a tile; first where one teacher head is mixed
+# under plain masks and token distances, then for everything else (the first may be missing). Hopper's were the fastest of those timed on
+# an H200, where a few spilled registers cost less than smaller tiles; the others' spill least, found by compiling.
 ROW_TILES = {
-    (80, False): ((32, 64, 4, 2), (64, 16, 4, 1)),
-    (80, True): (None, (64, 16, 4, 1)),
-    (90, False): ((128, 32, 8, 2), (128, 32, 8, 2)),
-    (90, True): ((128, 32, 8, 2), (128, 16, 8, 2)),
-    (100, False): ((128, 32, 8, 2), (128, 32, 8, 2)),
-    (100, True): ((128, 32, 8, 2), (128, 16, 8, 2)),
+    (80, False): ((32, 64, 4, 2), (32, 32, 4, 2)),
+    (80, True): ((32, 32, 4, 2), (32, 16, 4, 1)),
+    (90, False): ((128, 32, 8, 3), (64, 32, 4, 2)),
+    (90, True): ((128, 16, 8, 1), (64, 32, 4, 2)),
+    (100, False): ((64, 32, 4, 2), (64, 32, 4, 2)),
+    (100, True): ((64, 16, 4, 1), (64, 16, 4, 1)),
 }
 COLUMN_TILES = {
-    (80, False): ((16, 32, 4, 2), (16, 128, 8, 1)),
+    (80, False): ((16, 64, 4, 2), (16, 128, 8, 1)),
     (80, True): (None, (16, 128, 8, 1)),
-    (90, False): ((16, 128, 8, 2), (16, 128, 8, 2)),
-    (90, True): ((16, 128, 8, 2), (16, 128, 8, 2)),
+    (90, False): ((64, 128, 8, 2), (64, 64, 4, 2)),
+    (90, True): ((64, 128, 8, 1), (32, 128, 8, 2)),
     (100, False): (None, (32, 128, 8, 2)),
-    (100, True): (None, (16, 128, 8, 2)),
+    (100, True): (None, (16, 128, 8, 1)),
 }
 # the same where the rows mix by their own pi, as far as it asks for others
-BY_ROW_TILES = {("row", 100, True): (128, 16, 8, 1), ("column", 100, False): (16, 128, 8, 2), ("column", 100, True): (16, 128, 8, 1)}
+BY_ROW_TILES = {("row", 80, False): (32, 32, 4, 1), ("column", 100, False): (16, 128, 8, 2)}
+
+# what float32 asks for, every product being three, on any chip: it fits, and spills
+EXACT_TILES = {"row": (32, 32, 4, 1), "column": (16, 32, 4, 1)}
 
 
-def tile_options(kernel: str, chip: int, student_dim: int, teacher_dim: int, plain: bool, by_row: bool) -> dict[str, int]:
-    """Tile and launch sizes of the "row" or "column" kernel; `plain`: one head, both see the same keys, token distances."""
+def tile_options(
+    kernel: str, chip: int, student_dim: int, teacher_dim: int, plain: bool, by_row: bool, exact: bool = False
+) -> dict[str, int]:
+    """Tile and launch sizes of the "row" or "column" kernel. plain: one head, both see the same keys, token distances; exact: float32."""
     wide = max(student_dim, teacher_dim) > WIDEST_TILE
     best, general = (ROW_TILES if kernel == "row" else COLUMN_TILES)[chip, wide]
     if by_row:
         general = BY_ROW_TILES.get((kernel, chip, wide), general)
-    rows, keys, warps, stages = best if plain and best else general
+    rows, keys, warps, stages = EXACT_TILES[kernel] if exact else best if plain and best else general
     blocks = {"BLOCK_DS": min(tiles.block_d(student_dim), WIDEST_TILE), "BLOCK_DT": min(tiles.block_d(teacher_dim), WIDEST_TILE)}
     return blocks | {"ONE": bool(plain and best), "M": rows, "N": keys, "num_warps": warps, "num_stages": stages}
 
@@ -578,7 +542,8 @@ def _log_mass(problem: Problem, plan: tiles.Plan, x: dict[str, Tensor], used: Te
 def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(loss, d query, d key, d mixing) by the row and the column pass."""
     choice = problem.teacher_heads
-    used = choice.unique()
+    given = all(side.lse is not None for side in (problem.teacher, problem.teacher_alone) if side)
+    used = None if given else choice.unique()  # which waits for the card
     plan, x = _prepare(problem, used)
     by_row, pi = problem.teacher_alone is not None, mixing.gather(1, choice)
     if by_row:
@@ -597,6 +562,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= {"NARROW": narrow, "BY_ROW": by_row, "POSITIONS": positions, "excess": new(batch, heads, rows)}
     plain = choice.shape[1] == 1 and not narrow and not positions
     how = {"chip": _chip(mixing.device), "student_dim": size, "teacher_dim": teacher_size, "plain": plain, "by_row": by_row}
+    how["exact"] = mixing.is_cuda and x["student_query"].dtype is torch.float32
 
     options = tile_options("row", **how)
     blocks = triton.cdiv(rows, options["M"])
@@ -629,6 +595,7 @@ def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: b
     x |= {"HS": heads, "HT": teacher_heads, "KIND": KINDS.index(problem.omega.kind), "pi": mixing.contiguous()} | mix_options(
         heads, teacher_heads
     )
+    x["PRECISION"] = "tf32x3" if student_query.dtype is torch.float32 else "tf32"  # as exact as the inputs
     row_bytes = keys * (4 * teacher_heads + (4 + student_query.itemsize) * heads)
     chunk_size = min(chunk_size or max(DENSE_BYTES // row_bytes, 16), rows)
     new = partial(torch.empty, dtype=torch.float32, device=mixing.device)
@@ -638,7 +605,7 @@ def _dense(problem: Problem, chunk_size: int | None, mixing: Tensor, backward: b
     loss, d_pi = mixing.new_zeros(batch, rows), torch.zeros_like(mixing)
     for b in range(batch):
         d_key_b = torch.zeros_like(student_key[b], dtype=torch.float32)
-        bounds = torch.stack([plan.first[b], plan.last[b]]).cpu()
+        bounds = plan.bounds[b]
         for start in range(0, rows, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows))
             num_rows = chunk.stop - start
@@ -684,4 +651,4 @@ def _bmm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 def mix_options(heads: int, teacher_heads: int) -> dict[str, int]:
     """Tile and launch sizes of mix_kernel."""
-    return {"BLOCK_HS": tiles.block_d(heads), "BLOCK_HT": tiles.block_d(teacher_heads), "N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_HS": tiles.block_d(heads), "BLOCK_HT": tiles.block_d(teacher_heads), "N": 64, "num_warps": 4, "num_stages": 3}

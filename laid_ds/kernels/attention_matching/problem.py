@@ -69,7 +69,7 @@ def mixture(logits: Tensor, teacher_heads: Tensor | None, by_row: bool) -> Tenso
     heads, choices = logits.shape
     checks.check_tensor("teacher_heads", teacher_heads, (heads, None), (torch.int64,), logits.device)
     ordered = teacher_heads.sort(-1).values
-    if not (ordered.min() >= 0 and ordered.max() < choices and (ordered.diff(dim=-1) > 0).all()):
+    if not ((ordered.diff(dim=-1) > 0).all() & (ordered >= 0).all() & (ordered < choices).all()):  # one wait for the card
         raise ValueError(f"teacher_heads is {teacher_heads.tolist()}: expected distinct heads from 0 to {choices - 1} in each row")
     chosen = logits.gather(-1, teacher_heads)
     none, chosen = (torch.full_like(logits, -torch.inf), chosen) if by_row else (torch.zeros_like(logits), chosen.softmax(-1))
