@@ -15,7 +15,7 @@ from laid_ds.kernels import switch
 from laid_ds.kernels.attention_matching import Omega, attention_matching
 from laid_ds.models import backends
 
-SLOW_SHARE = 0.03  # of the speed of a large matrix product
+SLOW_SHARE = 0.015  # of the speed of a large matrix product; an H200 alone reaches 0.033 with matching at 4,096 tokens
 SIZES = {  # lengths, (H^s, K^s), (H^t, K^t), head dim, side of the matrix product, dtype
     "cuda": ((4096, 8192, 16384), (28, 4), (40, 8), 128, 8192, torch.bfloat16),
     "cpu": ((512, 1024, 2048), (4, 2), (8, 4), 64, 1024, torch.float32),
