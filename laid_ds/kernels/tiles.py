@@ -29,9 +29,12 @@ class Plan:
     first: Tensor  # [B, R] int32
     weight: Tensor  # [B, R] float32
     bounds: Tensor  # [B, 2, R] int32: first and last, on the CPU
+    whole: bool  # every query row takes part, in its place
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, H, T, ...] at the plan's rows, contiguous: [B, H, R, ...]."""
+        """x [B, H, T, ...] at the plan's rows, contiguous: [B, H, R, ...]; x itself where nothing need be moved."""
+        if self.whole:
+            return x.contiguous()
         index = self.rows[:, None, :].expand(-1, x.shape[1], -1)
         if x.ndim == 4:
             index = index[..., None].expand(-1, -1, -1, x.shape[3])
@@ -39,6 +42,8 @@ class Plan:
 
     def scatter(self, x: Tensor, tokens: int) -> Tensor:
         """The reverse of `gather` for x [B, H, R, D], zero at the other of `tokens` rows."""
+        if self.whole:
+            return x
         index = self.rows[:, None, :, None].expand_as(x)
         return x.new_zeros(*x.shape[:2], tokens, x.shape[3]).scatter_add_(2, index, x)
 
@@ -63,7 +68,8 @@ def plan(weight: Tensor, first: Tensor, query_offset: int, device: torch.device)
     last, first = last.masked_fill(filler, beyond), first.masked_fill(filler, beyond + 1)
     weight = weight.gather(1, rows).masked_fill(filler, 0)
     first, last = first.int(), last.int()
-    return Plan(*(x.to(device) for x in (rows, last, first, weight.float())), bounds=torch.stack([first, last], 1))
+    there = (x.to(device) for x in (rows, last, first, weight.float()))
+    return Plan(*there, bounds=torch.stack([first, last], 1), whole=int(count.min()) == tokens)
 
 
 def check_layout(device: torch.device, **tensors: Tensor) -> None:

@@ -48,6 +48,7 @@ def start_processes(wait_seconds: float | None = None) -> None:
     if os.environ.get("DS_ACCELERATOR") != "cpu":
         _take_gpu(int(os.environ["LOCAL_RANK"]))
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # the one that was just taken
     import deepspeed
 
     for handler in deepspeed.utils.logger.handlers:  # stdout is for what a command was asked for

@@ -519,7 +519,9 @@ def _log_sum_exp(side: Side, query: Tensor, key: Tensor, plan: tiles.Plan, first
 def _prepare(problem: Problem, used: Tensor | None) -> tuple[tiles.Plan, dict[str, Tensor]]:
     """The plan and the contiguous tensors that both forms read, named as the kernels' arguments."""
     student, teacher = problem.student, problem.teacher
-    plan, taught = (tiles.plan(problem.weight, side.first, problem.query_offset, student.query.device) for side in (student, teacher))
+    plan_of = partial(tiles.plan, problem.weight, query_offset=problem.query_offset, device=student.query.device)
+    plan = plan_of(student.first)
+    taught = plan if torch.equal(student.first, teacher.first) else plan_of(teacher.first)
     x = {"student_query": plan.gather(student.query), "student_key": student.key.contiguous()}
     x |= {"teacher_query": plan.gather(teacher.query), "teacher_key": teacher.key.contiguous()}
     x["student_lse"] = _log_sum_exp(student, x["student_query"], x["student_key"], plan, plan.first, None)
@@ -558,7 +560,7 @@ def _sparse(problem: Problem, mixing: Tensor, backward: bool) -> tuple[Tensor, T
     x |= {"student_scale": problem.student.scale, "teacher_scale": problem.teacher.scale, "R": rows, "S": keys}
     x |= {"HS": heads, "KS": key_heads, "HT": teacher_heads, "KT": teacher_key_heads}
     x |= {"DS": size, "DT": teacher_size, "U": choice.shape[1], "KIND": KINDS.index(problem.omega.kind)}
-    narrow, positions = not torch.equal(problem.student.first, problem.teacher.first), problem.positions is not None
+    narrow, positions = x["teacher_first"] is not plan.first, problem.positions is not None
     x |= {"NARROW": narrow, "BY_ROW": by_row, "POSITIONS": positions, "excess": new(batch, heads, rows)}
     plain = choice.shape[1] == 1 and not narrow and not positions
     how = {"chip": _chip(mixing.device), "student_dim": size, "teacher_dim": teacher_size, "plain": plain, "by_row": by_row}
